@@ -1,0 +1,67 @@
+"""Our optional part of the wire: what W&B's cannot say about attempts, writers and sequence numbers.
+
+Other servers ignore these fields; a client finds out whether they count by looking for FEATURE in `serverInfo.features`.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from wbdist.core.position import Counts, Watermark
+
+FEATURE = "WBDIST_ATTEMPTS"
+FIELD = "wbdist"
+"""Key of our object inside file_stream requests and answers."""
+
+
+class Ended(msgspec.Struct, frozen=True, omit_defaults=True):
+    """How a writer's process ended, as seen by the writer itself or by a witness."""
+
+    cause: str
+    """`exit` (the writer's own word; `exitcode` is in the W&B field), `lost` (died without a word), `preempted`."""
+    detail: str = ""
+
+
+class StreamStamp(msgspec.Struct, frozen=True, omit_defaults=True):
+    """Names the lines of one file_stream request."""
+
+    attempt: int
+    nonce: str
+    writer: str
+    seq: dict[str, int] = {}
+    """file -> seq of the first line in this request's `content`."""
+    ended: Ended | None = None
+
+
+class StreamAnswer(msgspec.Struct, frozen=True, omit_defaults=True):
+    """What the server says of our stamp. `code` is '' (stored), 'gap' or 'fenced' (both with HTTP 409)."""
+
+    next: dict[str, int] = {}
+    """file -> the next seq expected from this (attempt, writer)."""
+    code: str = ""
+    attempt: int = 0
+    """The run's current attempt, when fenced."""
+
+
+class BeginAttempt(msgspec.Struct, frozen=True, omit_defaults=True):
+    """Opens (attempt, nonce) on the base watermark, in one transaction. Repeating it changes nothing."""
+
+    attempt: int
+    nonce: str
+    writer: str
+    base: Watermark | None = None
+    """None: start from nothing; everything older is archived."""
+    cause: str = ""
+    """Why this attempt exists, for people: 'start', 'preempted', 'lost', ..."""
+
+
+class BegunAttempt(msgspec.Struct, frozen=True, omit_defaults=True):
+    """`accepted` is False when `attempt` is not ours any more: a newer one, or another nonce, holds the run."""
+
+    accepted: bool
+    attempt: int
+    """The run's current attempt."""
+    next: Counts = {}
+    """stream -> writer -> next expected seq, within (attempt)."""
+    lines: dict[str, int] = {}
+    """stream -> number of live lines below this attempt: the W&B offset of its seq 0."""

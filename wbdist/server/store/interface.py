@@ -1,0 +1,182 @@
+"""What the app may ask of the store. Times are Unix seconds (float, UTC) and always passed in: the store has no clock."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import msgspec
+
+from wbdist.core.position import Counts
+from wbdist.core.states import RunEvent, RunState
+from wbdist.protocol.attempts import BeginAttempt, BegunAttempt
+
+
+class RunFields(msgspec.Struct, kw_only=True):
+    """What an upsert may set; UNSET leaves the stored value as it is."""
+
+    display_name: str | msgspec.UnsetType = msgspec.UNSET
+    config: dict[str, Any] | msgspec.UnsetType = msgspec.UNSET
+    """W&B form: {key: {"value": v}}; merged under `_wandb.e`, replaced elsewhere."""
+    summary: dict[str, Any] | msgspec.UnsetType = msgspec.UNSET
+    group: str | msgspec.UnsetType = msgspec.UNSET
+    job_type: str | msgspec.UnsetType = msgspec.UNSET
+    notes: str | msgspec.UnsetType = msgspec.UNSET
+    tags: list[str] | msgspec.UnsetType = msgspec.UNSET
+    host: str | msgspec.UnsetType = msgspec.UNSET
+    program: str | msgspec.UnsetType = msgspec.UNSET
+    commit: str | msgspec.UnsetType = msgspec.UNSET
+    repo: str | msgspec.UnsetType = msgspec.UNSET
+
+
+class RunRow(msgspec.Struct, kw_only=True):
+    """One run as stored. `pk` is the store's key; `storage_id` the W&B storage id made of it."""
+
+    pk: int
+    storage_id: str
+    entity: str
+    project: str
+    run_id: str
+    display_name: str
+    state: RunState
+    config: dict[str, Any]
+    summary: dict[str, Any]
+    group: str
+    job_type: str
+    notes: str
+    tags: list[str]
+    host: str
+    program: str
+    commit: str
+    repo: str
+    created_at: float
+    heartbeat_at: float
+    attempt: int
+    """Current attempt; 0 when no attempt was ever begun (a run of the plain wandb SDK)."""
+    line_counts: dict[str, int]
+    """stream -> live lines."""
+    last_step: int
+    """Last live `_step`, -1 when none."""
+    metrics: list[str]
+    """Names of the numeric history columns of the live view, sorted, without those starting with '_'."""
+    version: int
+    """Grows with every change of this run: a cheap 'has anything changed' for live pages."""
+
+
+class AttemptRow(msgspec.Struct, kw_only=True):
+    attempt: int
+    nonce: str
+    base_attempt: int | None
+    base_step: int
+    """Watermark step it was built on; -1 for a start from nothing."""
+    started_at: float
+    ended_at: float | None
+    cause: str
+    """Why it began."""
+    end_cause: str
+    """'' while it runs; 'exit', 'lost', 'preempted', 'superseded'."""
+    exit_code: int | None
+    rows: int
+    """History lines ever written in it."""
+    rows_live: int
+    """History lines of it that are visible now."""
+
+
+class Appended(msgspec.Struct, kw_only=True):
+    """Result of `append`: `code` is '' (stored or already known), 'gap' (nothing stored) or 'fenced' (archived)."""
+
+    code: str = ""
+    next: dict[str, int] = {}
+    attempt: int = 0
+
+
+class Bucket(msgspec.Struct):
+    """One pixel column of a chart: steps [lo, hi], over `count` values."""
+
+    lo: int
+    hi: int
+    count: int
+    min: float
+    max: float
+    mean: float
+    last: float
+
+
+class Store(Protocol):
+    """Thread-safe, synchronous; every mutation is one transaction and idempotent."""
+
+    def upsert_run(self, entity: str, project: str, run_id: str, fields: RunFields, now: float) -> tuple[RunRow, bool]:
+        """Creates or updates; the flag says whether it was inserted. Creates the project on demand. Applies E.START on
+        creation (pending -> running); does not touch the state of a known run."""
+        ...
+
+    def begin_attempt(self, pk: int, request: BeginAttempt, now: float) -> BegunAttempt:
+        """Newer attempt than the current one: close the current, archive what is above the base, recompute summary,
+        state -> running. Same attempt and nonce: no change, answer again. Else: accepted=False."""
+        ...
+
+    def append(
+        self,
+        pk: int,
+        lines: dict[str, tuple[int, list[str]]],
+        now: float,
+        *,
+        attempt: int | None = None,
+        nonce: str = "",
+        writer: str = "sdk",
+    ) -> Appended:
+        """stream -> (seq of first line, lines). Known seqs are skipped, so repeating is a no-op; a gap in any stream
+        stores nothing. attempt None (plain SDK): the current attempt, and the seq is the W&B offset."""
+        ...
+
+    def record_event(self, pk: int, event: RunEvent, now: float, *, attempt: int | None = None, exit_code: int | None = None, cause: str = "") -> RunRow:
+        """Runs the state table; also closes the attempt on an ending event. Ignored when `attempt` is superseded."""
+        ...
+
+    def set_summary(self, pk: int, summary: dict[str, Any], now: float, *, attempt: int | None = None) -> None: ...
+
+    def silent_runs(self, before: float) -> list[int]:
+        """pks of running or preempting runs whose last beat is older than `before`."""
+        ...
+
+    def get_run(self, entity: str, project: str, run_id: str) -> RunRow | None: ...
+    def get_run_by_pk(self, pk: int) -> RunRow | None: ...
+    def list_projects(self) -> list[dict[str, Any]]:
+        """[{entity, project, runs, created_at, updated_at}], newest activity first."""
+        ...
+
+    def list_runs(self, entity: str, project: str, *, group: str | None = None, limit: int = 1000) -> list[RunRow]:
+        """Newest first."""
+        ...
+
+    def attempts(self, pk: int) -> list[AttemptRow]: ...
+
+    def history(
+        self,
+        pk: int,
+        *,
+        keys: Sequence[str] | None = None,
+        min_step: int = 0,
+        max_step: int | None = None,
+        limit: int | None = None,
+        attempt: int | None = None,
+        stream: str = "wandb-history.jsonl",
+    ) -> list[dict[str, Any]]:
+        """Live rows in order, [min_step, max_step); `attempt` reads that attempt's view instead, also when archived.
+        `keys`: only rows that have all of them."""
+        ...
+
+    def series(self, pk: int, key: str, *, buckets: int = 1000) -> list[Bucket]:
+        """One metric of the live view, downsampled; one bucket a value when there are at most `buckets` values."""
+        ...
+
+    def console(self, pk: int, *, first: int = 0, limit: int = 1000) -> list[str]: ...
+
+    def history_tail(self, pk: int, stream: str) -> dict[str, Any] | None:
+        """Last live line of a stream."""
+        ...
+
+    def close(self) -> None: ...
+
+
+LiveCounts = Counts
