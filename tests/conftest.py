@@ -1,0 +1,19 @@
+"""Shared by every test: no test may touch the user's own servers, keys or data."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(autouse=True)
+def _own_world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each test has a data directory of its own, and no WANDB_*/WBDIST_*/launcher variables from outside."""
+    for name in list(os.environ):
+        if name.startswith(("WANDB_", "WBDIST_", "TORCHELASTIC_", "SLURM_")) or name in {"RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"}:
+            monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("WBDIST_DATA_DIR", str(tmp_path / "wbdist-data"))
+    monkeypatch.setenv("WANDB_CONFIG_DIR", str(tmp_path / "wandb-config"))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
