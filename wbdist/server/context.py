@@ -1,0 +1,25 @@
+"""What every part of the app needs, made once by whoever starts the server."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from wbdist.server.auth import Auth
+from wbdist.server.files import FileStore
+from wbdist.server.settings import ServerSettings
+from wbdist.server.store.interface import Store
+
+
+@dataclass(frozen=True, slots=True)
+class AppContext:
+    """Shared by all requests and threads; nothing in it changes after the start."""
+
+    store: Store
+    auth: Auth
+    files: FileStore
+    settings: ServerSettings
+    clock: Callable[[], float]
+    """Unix seconds. The store has no clock; every time it stores comes from here."""
+    base_url: str
+    """The address that was printed at start, without a trailing slash. Answers use the address the client came by."""
