@@ -161,7 +161,9 @@ class Screen:
         self.progress.console.print(f"  {text}")
 
 
-def follow(job: Job, screen: Screen, task: TaskID, until: Callable[[int, int], bool], timeout: float, what: str) -> tuple[int, int]:
+def follow(
+    job: Job, screen: Screen, task: TaskID, until: Callable[[int, int], bool], timeout: float, what: str
+) -> tuple[int, int]:
     """Moves the bar with what the server has, until `until(steps, attempt)` holds."""
     seen = (0, 0)
 
@@ -197,7 +199,12 @@ def interrupted(job: Job, screen: Screen, total: int) -> None:
         screen.say(f"[yellow]SIGTERM[/] to the launcher at step {steps}: a preemption notice")
         launcher.send_signal(signal.SIGTERM)
         steps, attempt = follow(
-            job, screen, task, lambda steps, attempt: attempt >= 2 and steps >= total * 3 // 4, 90, "the second attempt at three quarters"
+            job,
+            screen,
+            task,
+            lambda steps, attempt: attempt >= 2 and steps >= total * 3 // 4,
+            90,
+            "the second attempt at three quarters",
         )
         victim = job.rank_process(1)
         screen.say(f"[red]SIGKILL[/] to rank 1 of attempt {attempt} at step {steps}: no warning at all")
@@ -267,7 +274,11 @@ class Findings:
         table.add_row("accuracy, held-out images", *(f"{float(run.summary.get('accuracy', 0)):.4f}" for run in pair))
         table.add_row("weights", *(str(run.summary.get("weights_xxh3"))[:12] for run in pair))
         table.add_section()
-        for what, same in (("history", self.same_history), ("sample order", self.same_order), ("final weights", self.same_weights)):
+        for what, same in (
+            ("history", self.same_history),
+            ("sample order", self.same_order),
+            ("final weights", self.same_weights),
+        ):
             table.add_row(what, "[green]bit-identical[/]" if same else "[red]DIFFERENT[/]", "")
         return table
 
@@ -277,7 +288,9 @@ def attempts_table(run: Any) -> Table:
     for column in ("attempt", "began", "from step", "rows live", "rows archived", "ended"):
         table.add_column(column, justify="left" if column in {"began", "ended"} else "right")
     for a in run.attempts():
-        table.add_row(str(a.attempt), a.cause, str(a.base_step + 1), str(a.rows_live), str(a.rows - a.rows_live), a.end_cause or "running")
+        table.add_row(
+            str(a.attempt), a.cause, str(a.base_step + 1), str(a.rows_live), str(a.rows - a.rows_live), a.end_cause or "running"
+        )
     return table
 
 

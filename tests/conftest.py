@@ -12,7 +12,13 @@ import pytest
 def _own_world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each test has a data directory of its own, and no WANDB_*/WBDIST_*/launcher variables from outside."""
     for name in list(os.environ):
-        if name.startswith(("WANDB_", "WBDIST_", "TORCHELASTIC_", "SLURM_")) or name in {"RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"}:
+        if name.startswith(("WANDB_", "WBDIST_", "TORCHELASTIC_", "SLURM_")) or name in {
+            "RANK",
+            "WORLD_SIZE",
+            "LOCAL_RANK",
+            "MASTER_ADDR",
+            "MASTER_PORT",
+        }:
             monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("WBDIST_DATA_DIR", str(tmp_path / "wbdist-data"))
     monkeypatch.setenv("WANDB_CONFIG_DIR", str(tmp_path / "wandb-config"))

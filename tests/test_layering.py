@@ -13,11 +13,21 @@ ROOT = Path(__file__).resolve().parents[1]
 
 def test_imports_go_down_only() -> None:
     """Proves the layer contracts of pyproject.toml ([tool.importlinter]) hold."""
-    done = subprocess.run([Path(sys.executable).with_name("lint-imports"), "--no-logo"], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(
+        [Path(sys.executable).with_name("lint-imports"), "--no-logo"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-@pytest.mark.parametrize("module", ["wbdist", "wbdist.run.lifecycle", "wbdist.run.shipper", "wbdist.launch.supervisor", "wbdist.distributed.aggregator"])
+@pytest.mark.parametrize(
+    "module",
+    ["wbdist", "wbdist.run.lifecycle", "wbdist.run.shipper", "wbdist.launch.supervisor", "wbdist.distributed.aggregator"],
+)
 def test_light_modules_load_nothing_heavy(module: str) -> None:
     """Proves that parts living in every training process, or beside it, import neither torch nor the server."""
     heavy = ["torch", "numpy", "sqlalchemy", "starlette", "uvicorn", "graphql", "wbdist.server", "sklearn"]
@@ -32,6 +42,7 @@ def test_multiprocess_has_one_importer() -> None:
         str(path.relative_to(ROOT))
         for path in (ROOT / "wbdist").rglob("*.py")
         for line in path.read_text().splitlines()
-        if line.strip().startswith(("import multiprocess", "from multiprocess")) and not line.strip().startswith(("import multiprocessing", "from multiprocessing"))
+        if line.strip().startswith(("import multiprocess", "from multiprocess"))
+        and not line.strip().startswith(("import multiprocessing", "from multiprocessing"))
     ]
     assert set(importers) <= {"wbdist/distributed/processes.py"}

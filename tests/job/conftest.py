@@ -1,0 +1,36 @@
+"""Fixtures for tests that run whole jobs against a real server."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+from support.jobs import Jobs, Server
+
+
+@pytest.fixture
+def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+    server = Server(tmp_path / "server")
+    server.start()
+    monkeypatch.setenv("WANDB_BASE_URL", server.url)
+    monkeypatch.setenv("WANDB_API_KEY", server.key)
+    yield server
+    server.stop()
+
+
+@pytest.fixture
+def jobs(tmp_path: Path) -> Iterator[Jobs]:
+    jobs = Jobs(tmp_path)
+    yield jobs
+    for job in jobs.started:
+        job.end()
+    for process in psutil.process_iter():
+        try:
+            command = process.cmdline()
+            if "wbdist.run.shipper" in command and str(tmp_path) in " ".join(command):
+                process.send_signal(signal.SIGTERM)
+        except (psutil.NoSuchProcess, psutil.AccessDenied):
+            continue

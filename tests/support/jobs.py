@@ -1,0 +1,176 @@
+"""A real server and a way to run the tiny job under any launcher, with nothing left behind."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+import wbdist
+
+SCRIPT = Path(__file__).parents[1] / "job" / "tiny_job.py"
+
+
+def poll(condition: Callable[[], Any], what: str, timeout: float = 60.0) -> Any:
+    """The first truthy value of `condition`, or a failure naming what was waited for."""
+    deadline = time.monotonic() + timeout
+    while time.monotonic() < deadline:
+        value = condition()
+        if value:
+            return value
+        time.sleep(0.02)
+    raise AssertionError(f"waited {timeout} s for {what}")
+
+
+class Server:
+    """`wbdist server` on loopback, as a user starts it; `kill` and `start` keep its port."""
+
+    def __init__(self, data_dir: Path) -> None:
+        self.data_dir = data_dir
+        self.port = "0"
+        self.process: subprocess.Popen[bytes] | None = None
+        self.url = ""
+
+    def start(self) -> None:
+        port_file = self.data_dir / "url"
+        port_file.unlink(missing_ok=True)
+        self.data_dir.mkdir(parents=True, exist_ok=True)
+        with (self.data_dir / "server.log").open("ab") as log:
+            self.process = subprocess.Popen(
+                [
+                    sys.executable,
+                    "-m",
+                    "wbdist",
+                    "server",
+                    "--data-dir",
+                    str(self.data_dir),
+                    "--port",
+                    self.port,
+                    "--port-file",
+                    str(port_file),
+                ],
+                stdout=log,
+                stderr=log,
+            )
+        poll(
+            lambda: port_file.exists() and port_file.read_text().strip(),
+            f"the server's port file; log: {self.data_dir / 'server.log'}",
+        )
+        self.url = port_file.read_text().strip()
+        self.port = self.url.rsplit(":", 1)[1].strip("/")
+        self.key = (self.data_dir / "admin.key").read_text().strip()
+
+    def kill(self) -> None:
+        assert self.process is not None
+        self.process.kill()
+        self.process.wait(10)
+
+    def stop(self) -> None:
+        if self.process is not None and self.process.poll() is None:
+            self.process.terminate()
+            self.process.wait(10)
+
+
+class JobProcess:
+    """One started command and everything it starts."""
+
+    def __init__(self, command: list[str], cwd: Path, env: dict[str, str]) -> None:
+        self.log = cwd / f"out-{time.monotonic_ns()}.log"
+        self.mark = f"wbdist-test-{time.monotonic_ns()}"
+        with self.log.open("wb") as log:
+            self.process = subprocess.Popen(
+                command, cwd=cwd, env={**env, "WBDIST_TEST_MARK": self.mark}, stdout=log, stderr=subprocess.STDOUT
+            )
+
+    def output(self) -> str:
+        return self.log.read_text(errors="replace")
+
+    def family(self) -> list[psutil.Process]:
+        """Every live process that inherited this job's environment mark, but the shipper, which outlives jobs on purpose."""
+        found = []
+        for process in psutil.process_iter():
+            try:
+                if process.environ().get("WBDIST_TEST_MARK") == self.mark and process.status() != psutil.STATUS_ZOMBIE:
+                    command = " ".join(process.cmdline())
+                    if "wbdist.run.shipper" not in command and "wbdist server" not in command:
+                        found.append(process)
+            except (psutil.NoSuchProcess, psutil.AccessDenied, OSError):
+                continue
+        return found
+
+    def ranks(self) -> dict[int, psutil.Process]:
+        """The training processes themselves, by rank."""
+        ranks = {}
+        for process in self.family():
+            try:
+                rank = process.environ().get("RANK")
+                command = " ".join(process.cmdline())
+            except (psutil.NoSuchProcess, psutil.AccessDenied):
+                continue
+            if (
+                rank is not None
+                and "aggregator" not in command
+                and "resource_tracker" not in command
+                and "torch.distributed.run" not in command
+            ):
+                ranks[int(rank)] = process
+        return ranks
+
+    def wait(self, timeout: float = 90.0) -> int:
+        try:
+            return self.process.wait(timeout)
+        except subprocess.TimeoutExpired:
+            raise AssertionError(f"the job did not end within {timeout} s:\n{self.output()[-4000:]}") from None
+
+    def end(self) -> None:
+        for process in self.family():
+            try:
+                process.kill()
+            except psutil.NoSuchProcess:
+                continue
+        self.process.wait(10)
+
+
+class Jobs:
+    """Starts tiny jobs; ends them all when the test ends."""
+
+    def __init__(self, cwd: Path) -> None:
+        self.cwd = cwd
+        self.started: list[JobProcess] = []
+
+    def start(self, *args: str, how: str = "launch", nproc: int = 2, launch_args: tuple[str, ...] = ()) -> JobProcess:
+        script = [str(SCRIPT), "--nproc", str(nproc), *args]
+        command = {
+            "launch": [sys.executable, "-m", "wbdist", "launch", "--nproc", str(nproc), *launch_args, *script],
+            "torchrun": [
+                sys.executable,
+                "-m",
+                "torch.distributed.run",
+                "--standalone",
+                "--nproc-per-node",
+                str(nproc),
+                *script,
+            ],
+            "python": [sys.executable, *script],
+        }[how]
+        job = JobProcess(command, self.cwd, dict(os.environ))
+        self.started.append(job)
+        return job
+
+
+def the_run(name: str, project: str = "tiny") -> Any:
+    """The one run of that display name, or None while the server does not have it."""
+    found = list(wbdist.Api().runs(project, filters={"display_name": name}))
+    assert len(found) <= 1, f"{len(found)} runs are called {name!r}"
+    return found[0] if found else None
+
+
+def comparable(run: Any) -> list[list[tuple[str, str]]]:
+    """A run's history without wall-clock columns; repr shows every bit and tells 1 from 1.0."""
+    return [sorted((k, repr(v)) for k, v in row.items() if k not in {"_timestamp", "_runtime"}) for row in run.scan_history()]
