@@ -60,6 +60,12 @@ class Job:
         self._cwd.mkdir(parents=True)
         self._process: subprocess.Popen[bytes] | None = None
 
+    @property
+    def process(self) -> subprocess.Popen[bytes]:
+        """The launcher; only inside `running`."""
+        assert self._process is not None
+        return self._process
+
     @contextmanager
     def running(self) -> Iterator[subprocess.Popen[bytes]]:
         """Starts the launcher; leaves no process behind, whatever happens in the block."""
@@ -91,8 +97,7 @@ class Job:
 
     def rank_process(self, rank: int) -> psutil.Process:
         """The live process of one rank, found by its environment."""
-        assert self._process is not None
-        for child in psutil.Process(self._process.pid).children(recursive=True):
+        for child in psutil.Process(self.process.pid).children(recursive=True):
             try:
                 if child.environ().get("RANK") == str(rank) and child.status() != psutil.STATUS_ZOMBIE and _is_worker(child):
                     return child
@@ -161,10 +166,8 @@ class Screen:
         self.progress.console.print(f"  {text}")
 
 
-def follow(
-    job: Job, screen: Screen, task: TaskID, until: Callable[[int, int], bool], timeout: float, what: str
-) -> tuple[int, int]:
-    """Moves the bar with what the server has, until `until(steps, attempt)` holds."""
+def follow(job: Job, screen: Screen, task: TaskID, until: Callable[[int, int], bool], what: str) -> tuple[int, int]:
+    """Moves the bar with what the server has, until `until(steps, attempt)` holds; at most 90 s."""
     seen = (0, 0)
 
     def reached() -> bool:
@@ -173,29 +176,27 @@ def follow(
         screen.progress.update(task, completed=seen[0], attempt=max(seen[1], 1))
         return until(*seen)
 
-    assert job._process is not None
-    wait_for(reached, timeout, what, job._process)
+    wait_for(reached, 90, what, job.process)
     return seen
 
 
 def finish(job: Job, screen: Screen, task: TaskID, total: int) -> None:
-    assert job._process is not None
-    process = job._process
+    """Moves the bar until the job has ended by itself, with exit code 0; at most 150 s."""
 
     def ended() -> bool:
         screen.progress.update(task, completed=min(job.steps_done(), total), attempt=max(job.attempt(), 1))
-        return process.poll() is not None
+        return job.process.poll() is not None
 
     wait_for(ended, 150, f"job {job.label!r} to finish")
-    if process.returncode != 0:
-        raise DemoFailedError(f"job {job.label!r} ended with exit code {process.returncode}; see {job.log_path}")
+    if job.process.returncode != 0:
+        raise DemoFailedError(f"job {job.label!r} ended with exit code {job.process.returncode}; see {job.log_path}")
     screen.progress.update(task, completed=total)
 
 
 def interrupted(job: Job, screen: Screen, total: int) -> None:
     task = screen.bar("interrupted")
     with job.running() as launcher:
-        steps, _ = follow(job, screen, task, lambda steps, _: steps >= total // 2, 90, "half of the steps")
+        steps, _ = follow(job, screen, task, lambda steps, _: steps >= total // 2, "half of the steps")
         screen.say(f"[yellow]SIGTERM[/] to the launcher at step {steps}: a preemption notice")
         launcher.send_signal(signal.SIGTERM)
         steps, attempt = follow(

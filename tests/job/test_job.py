@@ -40,7 +40,7 @@ def test_one_script_runs_in_four_ways(server: Server, jobs: Jobs, how: str, npro
 
 
 def test_preempted_then_killed_equals_uninterrupted(server: Server, jobs: Jobs) -> None:
-    """Proves the headline: SIGTERM to the launcher, then SIGKILL to a rank, and history, order and weights are bit-identical."""
+    """Proves the headline: after SIGTERM to the launcher and SIGKILL to a rank, nothing differs by a bit."""
     job = jobs.start(
         "--name", "tested", "--checkpoint-dir", "ckpt", "--step-seconds", "0.05", launch_args=("--on-preempt", "relaunch")
     )
