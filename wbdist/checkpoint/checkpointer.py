@@ -1,0 +1,315 @@
+"""Saving a job's state without stopping it, and getting it back whole.
+
+    with Checkpointer("ckpt", coordinator, attempt=claim.attempt.number) as checkpoints:
+        checkpoints.track(model=model, optimizer=opt, data=loader)
+        restored = checkpoints.restore(timeout=120)             # None: start from nothing
+        ...
+        checkpoints.save(step, position, timeout=120)           # all ranks, after the same step
+
+How a save becomes a checkpoint: `commit.py`; what a checkpoint is: `manifest.py`.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from wbdist.checkpoint import restore as restoring
+from wbdist.checkpoint import rng, tree
+from wbdist.checkpoint.commit import SHARED, Part, SaveRequest, rank_directory, run_save
+from wbdist.checkpoint.files import FileLayer
+from wbdist.checkpoint.manifest import Manifest, directory_name
+from wbdist.checkpoint.restore import Choice, Restored
+from wbdist.checkpoint.staging import HostBuffers
+from wbdist.checkpoint.tracked import RNG, Stateful, TrackedObjects
+from wbdist.checkpoint.verdict import Failure
+from wbdist.core.coordination import Coordinator
+from wbdist.core.position import RunPosition
+from wbdist.errors import CheckpointError, DeadlineError, Error, UsageError
+
+ABANDON_AFTER = 5.0
+"""Seconds that leaving the `with` block by an error waits for a save in the background: its peers may be gone."""
+
+
+class PendingSave:
+    """A save under way, or done. Any thread may ask."""
+
+    def __init__(self, step: int, attempt: int) -> None:
+        self.step = step
+        self.attempt = attempt
+        self.stall_s = 0.0
+        """Seconds the training thread was held by `save`: waiting for the save before, and staging."""
+        self.waited_s = 0.0
+        """The part of `stall_s` that was waiting for the save before."""
+        self.staged_bytes = 0
+        """Tensor bytes copied on this rank."""
+        self.bytes = 0
+        """Bytes this rank wrote; 0 until it is done."""
+        self.write_s = 0.0
+        """Seconds from the end of staging to the commit; 0 until it is done."""
+        self.durable_at: float | None = None
+        """Unix seconds at which the checkpoint was committed; None before, and for a failed save."""
+        self.error: Error | None = None
+        """Why it failed, else None."""
+        self._done = threading.Event()
+        self._raised = False
+
+    @property
+    def name(self) -> str:
+        """Directory name of the checkpoint."""
+        return directory_name(self.step, self.attempt)
+
+    def done(self) -> bool:
+        """Whether it is committed or has failed. Does not block."""
+        return self._done.is_set()
+
+    def wait(self, timeout: float) -> None:
+        """Returns once the checkpoint is committed on disk; at most `timeout` seconds.
+
+        Raises the save's own error, or DeadlineError when it is still under way.
+        """
+        if not self._done.wait(timeout):
+            raise DeadlineError(f"checkpoint {self.name} is still being written after {timeout:g} s")
+        if self.error is not None:
+            self._raised = True
+            raise self.error
+
+
+class Checkpointer:
+    """Saves and restores the tracked objects of one job. Made on the training thread of every rank; a context manager.
+
+    A save that is in the background when the interpreter exits without `close` is abandoned: it never becomes visible.
+    """
+
+    def __init__(
+        self,
+        directory: str | os.PathLike[str],
+        coordinator: Coordinator,
+        *,
+        attempt: int,
+        keep_last: int = 2,
+        config_hash: str = "",
+        seed: int = 0,
+        layer: FileLayer | None = None,
+    ) -> None:
+        """Touches neither disk nor peers.
+
+        `directory` must be the same, shared one on all ranks. `attempt` is this life of the job, from 1; a newer attempt
+        in the directory fences this one off. `keep_last` committed checkpoints stay, and the one restored from. `seed` seeds
+        the generators of ranks that a checkpoint made by fewer ranks does not know.
+        """
+        if attempt < 1:
+            raise UsageError(f"attempt={attempt}: attempts are numbered from 1")
+        if keep_last < 1:
+            raise UsageError(f"keep_last={keep_last}: at least the newest checkpoint must stay; give 1 or more")
+        self.directory = Path(directory).absolute()
+        self._coordinator = coordinator
+        self._background = coordinator.clone()
+        self._attempt = attempt
+        self._keep_last = keep_last
+        self._config_hash = config_hash
+        self._seed = seed
+        self._layer = layer or FileLayer()
+        self._objects = TrackedObjects()
+        self._buffers = HostBuffers()
+        self._choice: Choice | None = None
+        self._restored: Restored | None = None
+        self._serial = 0
+        self._last: PendingSave | None = None
+        self._thread: threading.Thread | None = None
+        self._closed = False
+
+    def track(self, *, per_rank: bool = False, **stateful: Any) -> None:
+        """Adds objects under their names: anything with state_dict() and load_state_dict(). All ranks, the same names.
+
+        Objects that all ranks hold alike (models, optimizers, schedulers, loaders) are saved once; with `per_rank=True` each
+        rank saves its own. The random generators of every rank are always saved. DDP and compiled modules are tracked as
+        the module inside. Raises UsageError for a name or object that is tracked already or has no state.
+        """
+        for name, value in stateful.items():
+            self._objects.add(name, value, per_rank=per_rank)
+
+    def choose(self, timeout: float) -> Manifest | None:
+        """The checkpoint that `restore` will load: the newest that verifies, agreed by all ranks; None when there is none.
+
+        All ranks, in step; blocks at most `timeout` seconds, on rank 0 for as long as reading the files takes. Bad
+        checkpoints are moved to `quarantine/` and leftovers of dead attempts removed. Calling it again returns the same. Raises
+        FencedError when a newer attempt owns the directory, PeerLostError when rank 0 does not answer.
+        """
+        if self._choice is None:
+            self._choice = restoring.choose(self._coordinator, self._layer, self.directory, self._attempt, timeout)
+        return self._choice.manifest
+
+    def restore(self, timeout: float) -> Restored | None:
+        """Loads the chosen checkpoint (see `choose`) into every tracked object and this rank's random generators.
+
+        All ranks, in step, once, after `track`, on the training thread; blocks at most `timeout` seconds. None when there is
+        no checkpoint. Raises on all ranks alike: StateMissingError when names or states do not fit, CheckpointError
+        when a rank cannot read it, PeerLostError naming missing ranks.
+        """
+        if self._restored is not None:
+            raise UsageError(f"{self._restored.manifest.name} was restored already; restore once, after everything is tracked")
+        deadline = time.monotonic() + timeout
+        if self.choose(timeout) is None:
+            return None
+        assert self._choice is not None
+        self._restored = restoring.load_all(
+            self._coordinator,
+            self._objects,
+            self._choice,
+            seed=self._seed,
+            config_hash=self._config_hash,
+            timeout=max(0.0, deadline - time.monotonic()),
+        )
+        return self._restored
+
+    def save(
+        self,
+        step: int,
+        position: RunPosition | Callable[[], RunPosition],
+        *,
+        block: bool = False,
+        timeout: float = 600.0,
+        reason: str = "",
+    ) -> PendingSave:
+        """Saves the state after `step`. All ranks, in step, on the training thread, at a step boundary.
+
+        Returns once the state is copied (`block=False`), or committed (`block=True`). Saves never overlap: one that is still
+        in the background is waited for first. Skipping instead would have to be agreed by all ranks, each save anew,
+        or one rank would write a checkpoint that the others do not.
+
+        `position` says where this rank's run stood after `step`. A callable is called on a background thread, on every rank,
+        once its part is written, and may block on its peers; it must answer for `step`, not for the moment of the call.
+
+        `timeout` seconds bound the whole save. Raises what the previous save failed with (once; then saving goes on),
+        UsageError for a state that cannot be stored, and with `block=True` what this save failed with: the error of any rank on
+        all of them, PeerLostError naming ranks that did not call `save`. Saving a step again returns the first save of it.
+        """
+        if self._closed:
+            raise UsageError("the checkpointer is closed")
+        if step < 0:
+            raise UsageError(f"step={step}: steps are counted from 0")
+        started = time.monotonic()
+        if self._last is not None and self._last.step == step and self._last.error is None:
+            if block:
+                self._last.wait(timeout)
+            return self._last
+        self.wait(timeout)
+        pending = PendingSave(step, self._attempt)
+        pending.waited_s = time.monotonic() - started
+        failure, error, parts = None, None, {}
+        try:
+            parts = self._stage(pending)
+        except Exception as problem:  # noqa: BLE001  (the peers are told first; raised below)
+            error, failure = problem, Failure.of(self._coordinator.rank, problem)
+        self._serial += 1
+        request = SaveRequest(
+            serial=self._serial,
+            step=step,
+            attempt=self._attempt,
+            directory=self.directory,
+            shared=tuple(sorted(self._objects.shared)),
+            per_rank=tuple(sorted(self._objects.per_rank)),
+            parts=parts,
+            position=position,
+            reason=reason,
+            config_hash=self._config_hash,
+            keep_last=self._keep_last,
+            protected=None if self._choice is None or self._choice.manifest is None else self._choice.manifest.name,
+            failure=failure,
+        )
+        self._last = pending
+        # A daemon: an interpreter that exits must not hang on peers that are gone. `close` is what waits.
+        self._thread = threading.Thread(
+            target=self._finish, args=(pending, request, started + timeout), name=f"wbdist-{pending.name}", daemon=True
+        )
+        self._thread.start()
+        pending.stall_s = time.monotonic() - started
+        if error is not None:
+            self._thread.join(timeout)
+            pending._raised = True  # noqa: SLF001  (raised right here)
+            raise error
+        if block:
+            pending.wait(max(0.0, started + timeout - time.monotonic()))
+        return pending
+
+    def wait(self, timeout: float) -> None:
+        """Returns when no save is in the background; at most `timeout` seconds.
+
+        Raises the error of a failed save that nobody has seen yet, or DeadlineError naming the save.
+        """
+        if self._last is not None and not self._last._raised:  # noqa: SLF001  (two halves of one thing)
+            self._last.wait(timeout)
+
+    def close(self, timeout: float = 600.0) -> None:
+        """Waits for the save in the background and lets go of the peers. Idempotent. Raises as `wait` does."""
+        if self._closed:
+            return
+        self._closed = True
+        try:
+            self.wait(timeout)
+        finally:
+            self._release()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if error is None:
+            self.close()
+            return
+        # The error that is under way matters more than the save's; give a healthy save a moment, no more.
+        self._closed = True
+        if self._thread is not None:
+            self._thread.join(ABANDON_AFTER)
+        self._release()
+
+    def _release(self) -> None:
+        # A thread that still waits for its peers uses the connection; the process is about to end then.
+        if self._thread is None or not self._thread.is_alive():
+            self._background.close()
+
+    def _stage(self, pending: PendingSave) -> dict[str, Part]:
+        rank = self._coordinator.rank
+        own: dict[str, Any] = {name: value.state_dict() for name, value in self._objects.per_rank.items()}
+        own[RNG] = rng.capture()
+        states = {rank_directory(rank): own}
+        if rank == 0:
+            states[SHARED] = {name: value.state_dict() for name, value in self._objects.shared.items()}
+        parts: dict[str, Part] = {}
+        live: tree.Tensors = {}
+        for sub, named in states.items():
+            structures, tensors = {}, {}
+            for name, state in named.items():
+                structures[name], found = tree.split(name, state)
+                tensors.update(found)
+            parts[sub] = Part(structures, tensors)
+            live.update({f"{sub}/{name}": tensor for name, tensor in tensors.items()})
+        staged = self._buffers.stage(live)
+        for sub, part in parts.items():
+            part.tensors = {name: staged[f"{sub}/{name}"] for name in part.tensors}
+        pending.staged_bytes = sum(tensor.nbytes for tensor in staged.values())
+        return parts
+
+    def _finish(self, pending: PendingSave, request: SaveRequest, deadline: float) -> None:
+        started = time.monotonic()
+        try:
+            committed = run_save(self._background, self._layer, request, deadline)
+            pending.bytes, pending.durable_at = committed.bytes, committed.durable_at
+        except Error as error:
+            pending.error = error
+        except Exception as error:  # noqa: BLE001  (kept, and raised by the next call)
+            what = f"{type(error).__name__}: {error}"
+            pending.error = CheckpointError(f"the checkpoint of step {request.step} was not committed: {what}")
+            pending.error.__cause__ = error
+        finally:
+            pending.write_s = time.monotonic() - started
+            pending._done.set()  # noqa: SLF001  (two halves of one thing)
+
+
+__all__ = ["Checkpointer", "PendingSave", "Restored", "Stateful"]

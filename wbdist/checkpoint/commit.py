@@ -1,0 +1,238 @@
+"""One save, after staging: write, arrive, commit. Runs on a background thread of every rank; no collective.
+
+    begin    every rank says what it is about to save            (a rank that does not come is named)
+    ready    rank 0 made the fresh directory step-<n>.a<m>.tmp
+             every rank writes its part, durably, and learns where its run stands
+    done     every rank tells its files and digests, or its failure
+    commit   rank 0 writes the manifest, renames the directory, syncs the parent; tells how it went
+
+A failure before `done` is everybody's failure: nothing is renamed. See docs/adr/0002.
+"""
+
+from __future__ import annotations
+
+import logging
+import socket
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import torch
+
+from wbdist.checkpoint import retention, tree
+from wbdist.checkpoint.files import FileLayer
+from wbdist.checkpoint.manifest import MANIFEST, TEMPORARY, VERSION, FileEntry, Manifest, directory_name, seal
+from wbdist.checkpoint.storage import write_tensors
+from wbdist.checkpoint.tree import Tensors
+from wbdist.checkpoint.verdict import Failure, raise_failures
+from wbdist.core.coordination import Coordinator
+from wbdist.core.position import RunPosition
+from wbdist.errors import CheckpointError
+
+log = logging.getLogger("wbdist.checkpoint")
+
+SHARED = "shared"
+STATE = "state.json"
+
+
+def rank_directory(rank: int) -> str:
+    """Sub-directory of what rank `rank` holds for itself."""
+    return f"rank-{rank}"
+
+
+class Part(msgspec.Struct):
+    """What one rank writes into one sub-directory: staged, so nothing in it changes any more."""
+
+    structures: dict[str, Any]
+    tensors: Tensors
+
+
+class SaveRequest(msgspec.Struct, frozen=True, kw_only=True):
+    """One save as this rank sees it."""
+
+    serial: int
+    """Number of this save in this attempt; the same on all ranks, since all save in step."""
+    step: int
+    attempt: int
+    directory: Path
+    shared: tuple[str, ...]
+    per_rank: tuple[str, ...]
+    parts: Mapping[str, Part]
+    """Sub-directory -> what this rank writes there."""
+    position: RunPosition | Callable[[], RunPosition]
+    reason: str
+    config_hash: str
+    keep_last: int
+    protected: str | None
+    """Name of the checkpoint that this job was restored from: never removed by it."""
+    failure: Failure | None
+    """Why this rank could not even stage; its peers must learn of it."""
+
+    @property
+    def name(self) -> str:
+        return directory_name(self.step, self.attempt)
+
+
+class _Arrival(msgspec.Struct, frozen=True):
+    step: int
+    shared: tuple[str, ...]
+    per_rank: tuple[str, ...]
+    failure: Failure | None
+
+
+class _Written(msgspec.Struct, frozen=True):
+    files: dict[str, FileEntry]
+    run: RunPosition | None
+    failure: Failure | None
+
+
+class _Verdict(msgspec.Struct, frozen=True):
+    failure: Failure | None
+    durable_at: float = 0.0
+
+
+class Committed(msgspec.Struct, frozen=True):
+    """A save that stands."""
+
+    bytes: int
+    """Written by this rank."""
+    durable_at: float
+    """Unix seconds on rank 0's clock."""
+
+
+def run_save(coordinator: Coordinator, layer: FileLayer, request: SaveRequest, deadline: float) -> Committed:
+    """Writes and commits on every rank. Blocks until committed, failed, or `deadline` (monotonic seconds).
+
+    Raises PeerLostError naming ranks that did not come, or the failure of any rank on all of them; the checkpoint then
+    does not exist.
+    """
+    rank, key = coordinator.rank, f"ckpt/{request.serial}"
+    nothing = f"the checkpoint of step {request.step} was not committed"
+    temporary = request.directory / (request.name + TEMPORARY)
+
+    def left() -> float:
+        return max(0.0, deadline - time.monotonic())
+
+    arrival = _Arrival(request.step, request.shared, request.per_rank, request.failure)
+    arrivals = [
+        msgspec.msgpack.decode(word, type=_Arrival)
+        for word in coordinator.gather(f"{key}/begin", msgspec.msgpack.encode(arrival), left())
+    ]
+    raise_failures([a.failure for a in arrivals if a.failure is not None], nothing)
+    _check_alike(arrivals)
+
+    failure = _attempt(rank, lambda: _open(layer, request, temporary)) if rank == 0 else None
+    raise_failures(_told(coordinator, f"{key}/ready", _Verdict(failure), left()), nothing)
+
+    files: dict[str, FileEntry] = {}
+    run: RunPosition | None = None
+    failure = None
+    try:
+        files = _write_parts(layer, temporary, request.parts)
+        run = request.position() if callable(request.position) else request.position
+    except Exception as error:  # noqa: BLE001  (whatever it is, the peers must learn of it; raised again below)
+        failure = Failure.of(rank, error)
+    reports = [
+        msgspec.msgpack.decode(word, type=_Written)
+        for word in coordinator.gather(f"{key}/done", msgspec.msgpack.encode(_Written(files, run, failure)), left())
+    ]
+    failures = [report.failure for report in reports if report.failure is not None]
+    if failures and rank == 0:
+        _discard(layer, temporary)
+    raise_failures(failures, nothing)
+
+    failure = None
+    if rank == 0:
+        failure = _attempt(rank, lambda: _commit(layer, request, temporary, reports))
+    verdict = _Verdict(failure, time.time())
+    told = coordinator.agree(f"{key}/commit", msgspec.msgpack.encode(verdict) if rank == 0 else None, left())
+    verdict = msgspec.msgpack.decode(told, type=_Verdict)
+    raise_failures([verdict.failure] if verdict.failure is not None else [], nothing)
+    if rank == 0:
+        retention.prune(layer, request.directory, request.keep_last, {request.protected, request.name})
+    return Committed(sum(entry.size for entry in files.values()), verdict.durable_at)
+
+
+def _attempt(rank: int, act: Callable[[], object]) -> Failure | None:
+    try:
+        act()
+    except Exception as error:  # noqa: BLE001  (told to all ranks and raised there)
+        return Failure.of(rank, error)
+    return None
+
+
+def _told(coordinator: Coordinator, name: str, verdict: _Verdict, timeout: float) -> list[Failure]:
+    word = coordinator.agree(name, msgspec.msgpack.encode(verdict) if coordinator.rank == 0 else None, timeout)
+    failure = msgspec.msgpack.decode(word, type=_Verdict).failure
+    return [] if failure is None else [failure]
+
+
+def _check_alike(arrivals: list[_Arrival]) -> None:
+    for rank, arrival in enumerate(arrivals):
+        if arrival.step != arrivals[0].step:
+            raise CheckpointError(
+                f"ranks save different steps: rank 0 step {arrivals[0].step}, rank {rank} step {arrival.step}. "
+                "save() must be called by all ranks after the same step"
+            )
+        if (arrival.shared, arrival.per_rank) != (arrivals[0].shared, arrivals[0].per_rank):
+            raise CheckpointError(
+                f"ranks track different objects: rank 0 {list(arrivals[0].shared + arrivals[0].per_rank)}, "
+                f"rank {rank} {list(arrival.shared + arrival.per_rank)}"
+            )
+
+
+def _open(layer: FileLayer, request: SaveRequest, temporary: Path) -> None:
+    layer.make_directory(request.directory)
+    retention.check_fence(request.directory, request.attempt)
+    if (request.directory / request.name).exists():
+        raise CheckpointError(f"{request.directory / request.name} exists already; a step is saved once in an attempt")
+    if temporary.exists():  # of a save of ours that failed
+        layer.remove_tree(temporary)
+    layer.make_directory(temporary)
+
+
+def _write_parts(layer: FileLayer, temporary: Path, parts: Mapping[str, Part]) -> dict[str, FileEntry]:
+    files = {}
+    for sub, part in parts.items():
+        directory = temporary / sub
+        layer.make_directory(directory)
+        written = write_tensors(layer, directory, part.tensors)
+        with layer.writing(directory / STATE) as stream:
+            stream.write(tree.encode(part.structures))
+        written[STATE] = stream.entry()
+        layer.sync_directory(directory)
+        files.update({f"{sub}/{name}": entry for name, entry in written.items()})
+    return files
+
+
+def _commit(layer: FileLayer, request: SaveRequest, temporary: Path, reports: list[_Written]) -> None:
+    manifest = Manifest(
+        version=VERSION,
+        step=request.step,
+        attempt=request.attempt,
+        runs=tuple(report.run for report in reports if report.run is not None),
+        world_size=len(reports),
+        shared=request.shared,
+        per_rank=request.per_rank,
+        files={name: entry for report in reports for name, entry in report.files.items()},
+        created=time.time(),
+        torch=torch.__version__,
+        reason=request.reason,
+        config_hash=request.config_hash,
+        host=socket.gethostname(),
+    )
+    with layer.writing(temporary / MANIFEST) as stream:
+        stream.write(seal(manifest))
+    layer.sync_directory(temporary)
+    retention.check_fence(request.directory, request.attempt)
+    layer.rename(temporary, request.directory / request.name)
+    layer.sync_directory(request.directory)
+
+
+def _discard(layer: FileLayer, temporary: Path) -> None:
+    try:
+        layer.remove_tree(temporary)
+    except OSError as error:
+        log.warning("the unfinished checkpoint %s cannot be removed: %s; the next attempt will", temporary, error)

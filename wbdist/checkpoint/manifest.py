@@ -1,0 +1,206 @@
+"""The manifest: what a checkpoint holds, and the proof that it is whole.
+
+A checkpoint is a directory `step-<step>.a<attempt>`. It exists if and only if it bears this name and holds a
+`manifest.json` that verifies: the name appears by one rename, after everything in it is on disk. The one question "is it
+committed?" is answered by `scan` for restore, for retention and for the command line alike.
+
+The manifest carries a digest of itself and of every other file, so that a flipped bit anywhere is found.
+No torch here: listing and verifying checkpoints must work on a machine without it.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+import msgspec
+import xxhash
+
+from wbdist.core.position import RunPosition
+from wbdist.errors import CheckpointCorruptError, CheckpointError
+
+VERSION = 1
+MANIFEST = "manifest.json"
+TEMPORARY = ".tmp"
+"""Suffix of directories that are being written or removed; never a checkpoint."""
+QUARANTINE = "quarantine"
+_NAME = re.compile(r"step-(\d+)\.a(\d+)")
+_CHUNK = 1 << 20
+
+
+class FileEntry(msgspec.Struct, frozen=True):
+    """One file of a checkpoint."""
+
+    size: int
+    """Bytes."""
+    xxh3: str
+    """XXH3-128 of its content, hexadecimal."""
+
+
+class Manifest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What a committed checkpoint holds."""
+
+    version: int
+    step: int
+    attempt: int
+    runs: tuple[RunPosition, ...]
+    """Where each rank's run stood, by rank. Under strategy `rank0` all are the one shared run."""
+    world_size: int
+    shared: tuple[str, ...]
+    """Names of the objects that all ranks hold alike; saved once, by rank 0, in `shared/`."""
+    per_rank: tuple[str, ...]
+    """Names of the objects that each rank holds for itself; in `rank-<i>/`."""
+    files: dict[str, FileEntry]
+    """Path relative to the checkpoint's directory -> what it must be. All files but the manifest."""
+    created: float
+    """Unix seconds on rank 0's clock."""
+    torch: str
+    """Version that wrote it."""
+    reason: str = ""
+    """Why it was saved, for people: 'interval', 'preemption', ..."""
+    config_hash: str = ""
+    host: str = ""
+    directory: str = ""
+    """Where this checkpoint lies; filled on reading, not stored."""
+
+    @property
+    def run(self) -> RunPosition:
+        """Rank 0's run: the job's one run under strategy `rank0`."""
+        return self.runs[0]
+
+    @property
+    def name(self) -> str:
+        """The directory's name: `step-<step>.a<attempt>`."""
+        return directory_name(self.step, self.attempt)
+
+    @property
+    def bytes(self) -> int:
+        """Size of all files but the manifest."""
+        return sum(entry.size for entry in self.files.values())
+
+
+class _Sealed(msgspec.Struct, frozen=True):
+    xxh3: str
+    manifest: msgspec.Raw
+
+
+class _Versioned(msgspec.Struct, frozen=True):
+    version: int
+
+
+class Broken(msgspec.Struct, frozen=True):
+    """A directory named like a checkpoint whose manifest cannot be read or does not verify."""
+
+    directory: str
+    step: int
+    attempt: int
+    problem: str
+
+
+def directory_name(step: int, attempt: int) -> str:
+    """The name of the committed checkpoint of `step` made in `attempt`."""
+    return f"step-{step}.a{attempt}"
+
+
+def seal(manifest: Manifest) -> bytes:
+    """The content of `manifest.json`."""
+    body = msgspec.json.encode(msgspec.structs.replace(manifest, directory=""))
+    return msgspec.json.encode(_Sealed(xxhash.xxh3_128_hexdigest(body), msgspec.Raw(body)))
+
+
+def read(directory: Path) -> Manifest:
+    """The manifest in `directory`, its own digest checked (the other files' are not; see `verify`).
+
+    Raises CheckpointCorruptError saying what is wrong with it, CheckpointError when another version of wbdist wrote it.
+    """
+    path = directory / MANIFEST
+    try:
+        raw = path.read_bytes()
+    except OSError as error:
+        raise CheckpointCorruptError(f"{path} cannot be read: {error}") from error
+    try:
+        sealed = msgspec.json.decode(raw, type=_Sealed)
+        # Byte equality with our own encoding: nothing outside the digest's reach can differ either.
+        if xxhash.xxh3_128_hexdigest(bytes(sealed.manifest)) != sealed.xxh3 or msgspec.json.encode(sealed) != raw:
+            raise CheckpointCorruptError(f"{path} does not match its own digest: it was damaged after it was written")
+        version = msgspec.json.decode(sealed.manifest, type=_Versioned).version
+        if version != VERSION:
+            # Whole, but not ours to judge: quarantining it would take a newer program's work away.
+            raise CheckpointError(
+                f"{path} has format version {version}; this wbdist reads {VERSION}. Use the wbdist that wrote it."
+            )
+        manifest = msgspec.json.decode(sealed.manifest, type=Manifest)
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+        raise CheckpointCorruptError(f"{path} is not a manifest: {error}") from error
+    if manifest.name != directory.name:
+        raise CheckpointCorruptError(f"{path} says it belongs to {manifest.name!r}, but lies in {directory.name!r}")
+    return msgspec.structs.replace(manifest, directory=str(directory))
+
+
+def scan(directory: Path) -> tuple[list[Manifest], list[Broken]]:
+    """Every committed checkpoint in `directory`, newest first, and every one whose manifest is broken, newest first.
+
+    Newest is by (attempt, step): a new attempt's history replaces what an older one did after it, so its checkpoints win
+    even against a higher step that a forgotten older attempt still managed to commit. Reads manifests only; nothing is
+    verified beyond them. A directory that does not exist holds none. Raises CheckpointError when it cannot be listed.
+    """
+    good: list[Manifest] = []
+    bad: list[Broken] = []
+    try:
+        entries = [entry.name for entry in os.scandir(directory) if entry.is_dir(follow_symlinks=False)]
+    except FileNotFoundError:
+        return [], []
+    except OSError as error:
+        raise CheckpointError(f"checkpoints in {str(directory)!r} cannot be listed: {error}") from error
+    for name in entries:
+        match = _NAME.fullmatch(name)
+        if match is None:
+            continue
+        try:
+            good.append(read(directory / name))
+        except CheckpointCorruptError as error:
+            bad.append(Broken(str(directory / name), int(match[1]), int(match[2]), str(error)))
+    good.sort(key=lambda m: (m.attempt, m.step), reverse=True)
+    bad.sort(key=lambda b: (b.attempt, b.step), reverse=True)
+    return good, bad
+
+
+def committed(directory: str | os.PathLike[str]) -> list[Manifest]:
+    """The committed checkpoints in `directory`, newest first. Any process, any time; see `scan`."""
+    return scan(Path(directory))[0]
+
+
+def verify(manifest: Manifest) -> None:
+    """Reads every file of a committed checkpoint and compares size and digest.
+
+    Any process; blocks for as long as reading takes. Raises CheckpointCorruptError that lists every file that is
+    missing, of another size, or of another content.
+    """
+    directory = Path(manifest.directory)
+    problems = []
+    for name, expected in sorted(manifest.files.items()):
+        path = directory / name
+        try:
+            size = path.stat().st_size
+            if size != expected.size:
+                problems.append(f"{name} has {size} bytes instead of {expected.size}")
+            elif digest(path) != expected.xxh3:
+                problems.append(f"{name} has another content than was written")
+        except FileNotFoundError:
+            problems.append(f"{name} is missing")
+        except OSError as error:
+            problems.append(f"{name} cannot be read: {error}")
+    if problems:
+        raise CheckpointCorruptError(f"checkpoint {manifest.directory} is damaged: {'; '.join(problems)}")
+
+
+def digest(path: Path) -> str:
+    """XXH3-128 of a file, hexadecimal."""
+    hasher = xxhash.xxh3_128()
+    buffer = bytearray(_CHUNK)
+    view = memoryview(buffer)
+    with path.open("rb", buffering=0) as file:
+        while count := file.readinto(buffer):
+            hasher.update(view[:count])
+    return hasher.hexdigest()

@@ -1,0 +1,182 @@
+"""Choosing a checkpoint, together, and loading it. Training thread, all ranks in step."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from wbdist.checkpoint import retention, rng, tracked, tree
+from wbdist.checkpoint.commit import SHARED, STATE, rank_directory
+from wbdist.checkpoint.files import FileLayer
+from wbdist.checkpoint.manifest import Manifest, scan, verify
+from wbdist.checkpoint.storage import read_tensors
+from wbdist.checkpoint.tracked import RNG, Stateful, TrackedObjects
+from wbdist.checkpoint.verdict import Failure, raise_failures
+from wbdist.core.coordination import Coordinator
+from wbdist.core.position import RunPosition
+from wbdist.errors import CheckpointCorruptError, CheckpointError, StateMissingError
+
+log = logging.getLogger("wbdist.checkpoint")
+
+
+class Choice(msgspec.Struct, frozen=True):
+    """What rank 0 decided: the checkpoint to start from, or none, and what it had to say about it."""
+
+    manifest: Manifest | None = None
+    notes: tuple[str, ...] = ()
+    failure: Failure | None = None
+
+
+class Restored(msgspec.Struct, frozen=True):
+    """The checkpoint that this job continues from; all tracked objects and generators hold its state."""
+
+    manifest: Manifest
+    own: RunPosition | None
+    """Where this rank's own run stood; None when the checkpoint was made by fewer ranks."""
+    notes: tuple[str, ...] = ()
+    """What was not plain: checkpoints passed over, another world size, another config. For people."""
+
+    @property
+    def step(self) -> int:
+        return self.manifest.step
+
+    @property
+    def attempt(self) -> int:
+        """The attempt that made the checkpoint."""
+        return self.manifest.attempt
+
+    @property
+    def run(self) -> RunPosition:
+        """Where rank 0's run stood: the job's one run under strategy `rank0`."""
+        return self.manifest.run
+
+
+def choose(coordinator: Coordinator, layer: FileLayer, directory: Path, attempt: int, timeout: float) -> Choice:
+    """Rank 0 picks the newest checkpoint that verifies; every rank returns the same choice.
+
+    Blocks at most `timeout` seconds; on rank 0 for as long as reading the files takes. Bad ones are quarantined. Raises
+    on every rank when rank 0 cannot choose, PeerLostError when rank 0 does not answer.
+    """
+    word = None
+    if coordinator.rank == 0:
+        try:
+            choice = _pick(layer, directory, attempt)
+        except Exception as error:  # noqa: BLE001  (told to all ranks and raised on each below)
+            choice = Choice(failure=Failure.of(0, error))
+        word = msgspec.msgpack.encode(choice)
+    choice = msgspec.msgpack.decode(coordinator.agree("ckpt/restore/choice", word, timeout), type=Choice)
+    raise_failures([choice.failure] if choice.failure is not None else [], f"no checkpoint chosen in {str(directory)!r}")
+    return choice
+
+
+def _pick(layer: FileLayer, directory: Path, attempt: int) -> Choice:
+    retention.check_fence(directory, attempt)
+    retention.collect_leftovers(layer, directory, attempt)
+    good, broken = scan(directory)
+    notes = [_put_away(layer, Path(bad.directory), bad.problem) for bad in broken]
+    for manifest in good:
+        try:
+            verify(manifest)
+        except CheckpointCorruptError as error:
+            notes.append(_put_away(layer, Path(manifest.directory), str(error)))
+        else:
+            if notes:
+                notes.append(f"continuing from {manifest.name}, the newest checkpoint that verifies")
+            return Choice(manifest, tuple(notes))
+    if notes:
+        notes.append("no checkpoint verifies: starting from nothing")
+    return Choice(None, tuple(notes))
+
+
+def _put_away(layer: FileLayer, path: Path, problem: str) -> str:
+    note = f"{problem}; moved to {retention.quarantine(layer, path)}"
+    log.warning("%s", note)
+    return note
+
+
+def load_all(
+    coordinator: Coordinator, objects: TrackedObjects, choice: Choice, *, seed: int, config_hash: str, timeout: float
+) -> Restored:
+    """Loads the chosen checkpoint into the tracked objects and the generators of this rank.
+
+    Returns on every rank once all ranks have loaded. Raises on every rank when one could not: StateMissingError for names
+    or states that do not fit (then nothing was touched if names differ), CheckpointError otherwise, PeerLostError for
+    ranks that did not come within `timeout` seconds.
+    """
+    deadline = time.monotonic() + timeout
+    manifest = choice.manifest
+    assert manifest is not None
+    notes = list(choice.notes)
+    consequence = f"{manifest.name} was not restored"
+    failure = _failure(coordinator.rank, lambda: _check_names(objects, manifest))
+    _agree(coordinator, "ckpt/restore/names", failure, deadline, consequence)
+    failure = _failure(coordinator.rank, lambda: notes.extend(_load(coordinator, objects, manifest, seed)))
+    _agree(coordinator, "ckpt/restore/loaded", failure, deadline, consequence)
+    if config_hash != manifest.config_hash:
+        notes.append(f"the config has changed: its hash is {config_hash!r}, that of the checkpoint {manifest.config_hash!r}")
+    rank = coordinator.rank
+    return Restored(manifest, manifest.runs[rank] if rank < len(manifest.runs) else None, tuple(notes))
+
+
+def _failure(rank: int, act: Callable[[], object]) -> Failure | None:
+    try:
+        act()
+    except Exception as error:  # noqa: BLE001  (told to all ranks and raised on each)
+        return Failure.of(rank, error)
+    return None
+
+
+def _agree(coordinator: Coordinator, name: str, failure: Failure | None, deadline: float, consequence: str) -> None:
+    words = coordinator.gather(name, msgspec.msgpack.encode(failure), max(0.0, deadline - time.monotonic()))
+    said = [msgspec.msgpack.decode(word, type=Failure | None) for word in words]
+    raise_failures([one for one in said if one is not None], consequence)
+
+
+def _check_names(objects: TrackedObjects, manifest: Manifest) -> None:
+    held, wanted = {*manifest.shared, *manifest.per_rank}, {*objects.shared, *objects.per_rank}
+    missing, unexpected = sorted(wanted - held), sorted(held - wanted)
+    if missing or unexpected:
+        raise StateMissingError(
+            f"{manifest.directory} does not hold what this job tracks: missing in the checkpoint {missing}, "
+            f"in the checkpoint but not tracked {unexpected}. Track the same names, or use a new directory."
+        )
+    moved = sorted(set(objects.shared) & set(manifest.per_rank) | set(objects.per_rank) & set(manifest.shared))
+    if moved:
+        raise StateMissingError(f"{moved} in {manifest.directory} changed between per_rank=True and per_rank=False")
+
+
+def _load(coordinator: Coordinator, objects: TrackedObjects, manifest: Manifest, seed: int) -> list[str]:
+    directory, rank, notes = Path(manifest.directory), coordinator.rank, []
+    _load_part(directory / SHARED, objects.shared, manifest)
+    if coordinator.world_size != manifest.world_size:
+        notes.append(f"the checkpoint was made by {manifest.world_size} ranks; this job has {coordinator.world_size}")
+    if rank < manifest.world_size:
+        states = _load_part(directory / rank_directory(rank), objects.per_rank, manifest)
+        # Last: nothing between here and the training loop draws random numbers.
+        notes.extend(rng.restore(states[RNG]))
+        return notes
+    rng.derive(seed, manifest.step, rank)
+    notes.append(f"rank {rank} is new: its random generators are seeded from (seed {seed}, step {manifest.step}, rank {rank})")
+    if objects.per_rank:
+        notes.append(f"rank {rank} is new: {sorted(objects.per_rank)} start as this job built them")
+    return notes
+
+
+def _load_part(directory: Path, targets: dict[str, Stateful], manifest: Manifest) -> dict[str, Any]:
+    try:
+        structures = tree.decode((directory / STATE).read_bytes())
+        tensors = tree.template(structures)
+        read_tensors(directory, tensors)
+    except OSError as error:
+        raise CheckpointError(
+            f"{directory} cannot be read: {error}. All ranks must see one checkpoint directory, across hosts too."
+        ) from error
+    states = {name: tree.join(structure, tensors) for name, structure in structures.items()}
+    for name, target in targets.items():
+        tracked.load(name, target, states[name], f"{manifest.name}/{directory.name}")
+    return states

@@ -1,0 +1,70 @@
+"""The objects of a job whose state goes into its checkpoints."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import torch
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+
+from wbdist.errors import Error, StateMissingError, UsageError
+
+RNG = "rng"
+"""Name under which each rank's random number generators are stored."""
+
+
+class Stateful(Protocol):
+    """What can be tracked: modules, optimizers, schedulers, scalers, loaders, anything of your own with these two."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state_dict: dict[str, Any], /) -> Any: ...
+
+
+class TrackedObjects:
+    """Names -> objects, in two kinds: alike on all ranks (`shared`), and each rank's own (`per_rank`)."""
+
+    def __init__(self) -> None:
+        self.shared: dict[str, Stateful] = {}
+        self.per_rank: dict[str, Stateful] = {}
+
+    def add(self, name: str, value: Any, *, per_rank: bool) -> None:
+        """Raises UsageError for a name or an object that is there already, or an object without a state."""
+        if name == RNG:
+            raise UsageError(f"the name {RNG!r} is taken by the random generators, which are always saved; use another")
+        if name in self.shared or name in self.per_rank:
+            raise UsageError(f"{name!r} is tracked already; each name stands for one object")
+        value = unwrap(value)
+        if not callable(getattr(value, "state_dict", None)) or not callable(getattr(value, "load_state_dict", None)):
+            raise UsageError(
+                f"{name}={type(value).__name__} cannot be tracked: it needs state_dict() and load_state_dict(state). "
+                "Wrap plain values in an object that has them."
+            )
+        for other, known in {**self.shared, **self.per_rank}.items():
+            if known is value:
+                raise UsageError(f"{name!r} and {other!r} are the same object; track it once")
+        (self.per_rank if per_rank else self.shared)[name] = value
+
+
+def unwrap(value: Any) -> Any:
+    """The module inside DDP, DataParallel and torch.compile, so that names in its state do not depend on how it is run."""
+    while True:
+        if isinstance(value, (DistributedDataParallel, DataParallel)):
+            value = value.module
+        elif isinstance(value, torch.nn.Module) and isinstance(inner := getattr(value, "_orig_mod", None), torch.nn.Module):
+            value = inner
+        else:
+            return value
+
+
+def load(name: str, target: Stateful, state: Any, checkpoint: str) -> None:
+    """Loads `state` into `target`. Raises StateMissingError saying how the two do not fit; wbdist's own errors pass."""
+    try:
+        target.load_state_dict(state)
+    except Error:
+        raise
+    except Exception as error:
+        raise StateMissingError(
+            f"the state of {name!r} in {checkpoint} does not fit this job's {type(target).__name__}: {error}. "
+            "Build the objects as the job that saved them did, or start anew in another checkpoint directory."
+        ) from error
