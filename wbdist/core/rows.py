@@ -14,7 +14,7 @@ from typing import Any
 class StepRule:
     """The rule as arithmetic, without the data: for the client, which must answer `log` at once and cheaply."""
 
-    __slots__ = ("open", "rows", "step")
+    __slots__ = ("last_step", "open", "rows", "step")
 
     def __init__(self, starting_step: int = 0) -> None:
         self.step = starting_step
@@ -23,11 +23,8 @@ class StepRule:
         """Whether a row is open."""
         self.rows = 0
         """Rows closed so far: the seq of the next one, and this writer's history count in a watermark."""
-
-    @property
-    def last_step(self) -> int:
-        """Step of the last closed row, or one below the starting step: what a watermark taken now calls `step`."""
-        return self.step - 1 if not self.open else max(self.step - 1, -1)
+        self.last_step = starting_step - 1
+        """Step of the last closed row, one below the starting step when there is none: a watermark's `step`."""
 
     def accept(self, step: int | None, commit: bool | None) -> tuple[int, bool] | None:
         """The call's (step, commit) with nothing left open, or None when the call must be dropped (step < current)."""
@@ -40,9 +37,11 @@ class StepRule:
         elif step > self.step:
             if self.open:
                 self.rows += 1
+                self.last_step = self.step
             self.step = step
         if commit:
             self.rows += 1
+            self.last_step = step
             self.step = step + 1
             self.open = False
         else:
@@ -55,6 +54,7 @@ class StepRule:
             return False
         self.open = False
         self.rows += 1
+        self.last_step = self.step
         self.step += 1
         return True
 
