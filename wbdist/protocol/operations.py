@@ -88,10 +88,13 @@ def read_server_features(data: Mapping[str, Any]) -> frozenset[str]:
 
 # Writing a run ----------------------------------------------------------------------------------------
 
+UPSERT_NAME = "UpsertAttemptedRun"
+"""Other servers read the mutation, not the operation's name; ours knows by it that `begin_attempt` governs the run's state."""
+
 _UPSERT = """
-mutation UpsertBucket($id: String, $name: String, $project: String, $entity: String, $groupName: String, $displayName: String,
-    $notes: String, $commit: String, $config: JSONString, $host: String, $program: String, $repo: String, $jobType: String,
-    $tags: [String!], $summaryMetrics: JSONString) {
+mutation UpsertAttemptedRun($id: String, $name: String, $project: String, $entity: String, $groupName: String,
+    $displayName: String, $notes: String, $commit: String, $config: JSONString, $host: String, $program: String,
+    $repo: String, $jobType: String, $tags: [String!], $summaryMetrics: JSONString) {
   upsertBucket(input: {id: $id, name: $name, modelName: $project, entityName: $entity, groupName: $groupName,
       displayName: $displayName, notes: $notes, commit: $commit, config: $config, host: $host, jobProgram: $program,
       jobRepo: $repo, jobType: $jobType, tags: $tags, summaryMetrics: $summaryMetrics}) {
@@ -122,10 +125,11 @@ def upsert_run(
 ) -> Operation:
     """Creates or updates. `config` is in W&B's form {key: {"value": v}}, always the whole of it. None leaves a field unchanged.
 
-    An upsert with `host` or `program` says that a process opens the run: a run that had ended is running again.
+    On our server it does not change the state of a known run: `begin_attempt` does. W&B's server knows no attempts and
+    takes it for the word of a running process.
     """
     return Operation(
-        "UpsertBucket",
+        UPSERT_NAME,
         _UPSERT,
         {
             "id": storage_id,

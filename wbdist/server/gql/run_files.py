@@ -1,0 +1,87 @@
+"""Files of a run: upload addresses, and the list with download addresses."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from wbdist.server.files import FileRecord, normal_name
+from wbdist.server.gql.call import Call, Info, Resolver, call_of, refuse, run_or_404, storage_id
+from wbdist.server.gql.session import page, page_info
+from wbdist.server.store.interface import RunRow
+from wbdist.server.transfers import transfer_url
+
+_MAX_FILES = 10_000
+
+
+def _create_run_files(_source: Any, info: Info, input: dict[str, Any]) -> dict[str, Any]:
+    """One slot a name, names unchanged: the client finds its local file by it."""
+    call = call_of(info)
+    run = run_or_404(call, input.get("entityName"), input["projectName"], input["runName"])
+    if len(input["files"]) > _MAX_FILES:
+        raise refuse(400, f"at most {_MAX_FILES} files at a time")
+    slots = [{"name": name, "uploadUrl": _url(call, run, _checked(name), "PUT")} for name in input["files"]]
+    return {"runID": storage_id(run), "uploadHeaders": [], "files": slots}
+
+
+def _checked(name: str) -> str:
+    try:
+        return normal_name(name)
+    except ValueError as error:
+        raise refuse(400, str(error)) from None
+
+
+def _url(call: Call, run: RunRow, name: str, method: str) -> str:
+    return transfer_url(call.app, call.base_url, run, name, method)
+
+
+def _files(
+    run: RunRow,
+    info: Info,
+    *,
+    names: list[str | None] | None = None,
+    after: str | None = None,
+    first: int | None = 50,
+    pattern: str | None = None,
+) -> dict[str, Any]:
+    call = call_of(info)
+    nodes: list[tuple[RunRow, str, FileRecord | None]]
+    wanted = [name for name in names or () if name is not None][:_MAX_FILES]
+    if wanted:
+        # A name that does not exist is still one node, with md5 "0": so W&B's restore() finds out.
+        nodes = [(run, name, call.app.files.get(run.pk, _checked(name))) for name in wanted]
+    else:
+        like = _like(pattern) if pattern else None
+        nodes = [
+            (run, record.name, record) for record in call.app.files.list(run.pk) if not like or like.fullmatch(record.name)
+        ]
+    start, stop = page(after, first, len(nodes), 1000)
+    edges = [{"node": node, "cursor": str(start + index + 1)} for index, node in enumerate(nodes[start:stop])]
+    return {"edges": edges, "pageInfo": page_info(stop, len(nodes))}
+
+
+def _like(pattern: str) -> re.Pattern[str]:
+    """SQL's LIKE: % any text, _ any character."""
+    if len(pattern) > 256 or pattern.count("%") > 4:
+        raise refuse(400, "pattern: at most 256 characters and four %")
+    parts = {"%": ".*", "_": "."}
+    return re.compile("".join(parts.get(char) or re.escape(char) for char in re.sub("%+", "%", pattern)), re.DOTALL)
+
+
+RESOLVERS: dict[str, dict[str, Resolver]] = {
+    "Mutation": {"createRunFiles": _create_run_files},
+    "Run": {
+        "files": _files,
+        "fileCount": lambda run, info: len(call_of(info).app.files.list(run.pk)),
+    },
+    "File": {
+        "id": lambda node, _info: f"File:{node[0].pk}:{node[1]}",
+        "name": lambda node, _info: node[1],
+        "url": lambda node, info, upload=None: _url(call_of(info), node[0], _checked(node[1]), "PUT" if upload else "GET"),
+        "directUrl": lambda node, info: _url(call_of(info), node[0], _checked(node[1]), "GET"),
+        "sizeBytes": lambda node, _info: node[2].size if node[2] else 0,
+        "mimetype": lambda node, _info: node[2].mimetype if node[2] else None,
+        "updatedAt": lambda node, _info: node[2].updated_at if node[2] else None,
+        "md5": lambda node, _info: node[2].md5 if node[2] else "0",
+    },
+}

@@ -1,0 +1,164 @@
+"""POST /files/{entity}/{project}/{run}/file_stream: lines, summary, marks and the end of a run.
+
+Two kinds of client. Ours stamps its requests with (attempt, nonce, writer, seq): it is answered 409 for a gap or when
+it is fenced, and knows what to do. W&B's client takes any 4xx for the end of its stream, for good; it gets one only for
+what can never become right (no key, no such name, not a request at all).
+"""
+
+from __future__ import annotations
+
+import logging
+
+from starlette.concurrency import run_in_threadpool
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import BaseRoute, Route
+
+from wbdist.core.position import HISTORY, STREAMS, SUMMARY
+from wbdist.core.states import RunEvent
+from wbdist.errors import UsageError
+from wbdist.protocol import file_stream, jsonvalues
+from wbdist.protocol.attempts import StreamAnswer, StreamStamp
+from wbdist.protocol.file_stream import StreamReply, StreamRequest
+from wbdist.server import http
+from wbdist.server.context import AppContext
+from wbdist.server.gql.call import check_names
+from wbdist.server.store.interface import Appended, RunFields, RunRow
+
+_log = logging.getLogger(__name__)
+
+Lines = dict[str, tuple[int, list[str]]]
+_CAUSES = frozenset({"exit", "lost", "preempted"})
+
+
+def take(ctx: AppContext, run: RunRow, request: StreamRequest) -> tuple[int, StreamReply]:
+    """Applies one request; (HTTP status, answer). Repeating it changes nothing. Raises ValueError for a senseless one."""
+    return _take_stamped(ctx, run, request, request.wbdist) if request.wbdist else _take_plain(ctx, run, request)
+
+
+def _take_stamped(ctx: AppContext, run: RunRow, request: StreamRequest, stamp: StreamStamp) -> tuple[int, StreamReply]:
+    now = ctx.clock()
+    if stamp.ended is not None and stamp.ended.cause not in _CAUSES:
+        raise ValueError(f"wbdist.ended.cause must be one of {sorted(_CAUSES)}, not {stamp.ended.cause!r}")
+    summary = _summary(request)
+    lines: Lines = {}
+    for stream in STREAMS:
+        chunk = request.files.get(stream)
+        if chunk is not None:
+            if stream not in stamp.seq:
+                raise ValueError(f"wbdist.seq lacks {stream}, of which there are lines")
+            lines[stream] = (stamp.seq[stream], chunk.content)
+    if any(seq < 0 for seq in stamp.seq.values()):
+        raise ValueError("wbdist.seq must not be negative")
+    done = ctx.store.append(run.pk, lines, now, attempt=stamp.attempt, nonce=stamp.nonce, writer=stamp.writer)
+    answer = StreamAnswer(next=done.next, code=done.code, attempt=done.attempt if done.code == "fenced" else 0)
+    if done.code == "fenced":
+        message = f"attempt {stamp.attempt} of this run is superseded by attempt {done.attempt}; its lines are in the archive"
+        return 409, StreamReply(error=message, wbdist=answer)
+    if done.code == "gap":
+        ctx.store.record_event(run.pk, RunEvent.BEAT, now, attempt=stamp.attempt)
+        return 409, StreamReply(error="lines are missing before these; send from `wbdist.next` on", wbdist=answer)
+    if summary is not None:
+        ctx.store.set_summary(run.pk, summary, now, attempt=stamp.attempt)
+    _mark(ctx, run, request, now, attempt=stamp.attempt, cause=stamp.ended.cause if stamp.ended else "")
+    return 200, StreamReply(wbdist=answer)
+
+
+def _take_plain(ctx: AppContext, run: RunRow, request: StreamRequest) -> tuple[int, StreamReply]:
+    now = ctx.clock()
+    summary = _summary(request)
+    lines: Lines = {stream: (chunk.offset, chunk.content) for stream in STREAMS if (chunk := request.files.get(stream))}
+    if lines:
+        done = ctx.store.append(run.pk, lines, now)
+        if done.code == "gap":
+            _append_behind(ctx, run, lines, done, now)
+    if summary is not None:
+        ctx.store.set_summary(run.pk, summary, now)
+    _mark(ctx, run, request, now)
+    return 200, StreamReply()
+
+
+def _append_behind(ctx: AppContext, run: RunRow, lines: Lines, done: Appended, now: float) -> None:
+    """Lines of W&B's client beyond what we have: its earlier lines are lost to us (a restored backup, a deleted run).
+
+    A refusal would end its stream and lose the rest too, so the lines go behind the last one we have. A history row
+    that was here before, in a repeated request, is known by its `_step`.
+    """
+    _log.warning("run %s/%s/%s: W&B's client is ahead of what is stored; taking its lines", run.entity, run.project, run.run_id)
+    current = ctx.store.get_run_by_pk(run.pk) or run
+    for stream, (offset, content) in lines.items():
+        start = done.next.get(stream, current.line_counts.get(stream, 0))
+        if offset <= start:
+            ctx.store.append(run.pk, {stream: (offset, content)}, now)
+            continue
+        if stream == HISTORY:
+            content = [line for line in content if _step_of(line) > current.last_step]  # noqa: PLW2901
+        ctx.store.append(run.pk, {stream: (start, content)}, now)
+
+
+def _step_of(line: str) -> int:
+    try:
+        row = jsonvalues.loads(line)
+    except ValueError:
+        return -1
+    step = row.get("_step") if isinstance(row, dict) else None
+    return step if isinstance(step, int) else -1
+
+
+def _summary(request: StreamRequest) -> dict[str, object] | None:
+    chunk = request.files.get(SUMMARY)
+    return jsonvalues.loads_object(chunk.content[-1], SUMMARY) if chunk is not None and chunk.content else None
+
+
+def _mark(
+    ctx: AppContext, run: RunRow, request: StreamRequest, now: float, *, attempt: int | None = None, cause: str = ""
+) -> None:
+    """The events of a request, in the order in which they can have happened: alive, preempting, ended."""
+    events: list[tuple[RunEvent, int | None]] = []
+    ends = request.complete or bool(cause)
+    if not ends or cause == "exit":
+        events.append((RunEvent.BEAT, None))
+    if request.preempting or cause == "preempted":
+        events.append((RunEvent.PREEMPT, None))
+    if cause == "lost":
+        events.append((RunEvent.LOST, None))
+    elif ends:
+        code = request.exitcode if request.exitcode is not None else int(cause == "preempted")
+        events.append((RunEvent.EXIT_ZERO if code == 0 else RunEvent.EXIT_NONZERO, code))
+    for event, exit_code in events:
+        ctx.store.record_event(
+            run.pk, event, now, attempt=attempt, exit_code=exit_code, cause=cause or ("exit" if ends else "")
+        )
+
+
+def routes(ctx: AppContext) -> list[BaseRoute]:
+    """The endpoint; needs an API key."""
+
+    def respond(entity: str, project: str, run_id: str, body: bytes) -> Response:
+        try:
+            request = file_stream.decode_request(body)
+            run = ctx.store.get_run(entity, project, run_id)
+            if run is None:
+                run = _missing_run(ctx, (entity, project, run_id), request)
+            status, reply = take(ctx, run, request)
+        except (ValueError, UsageError) as error:
+            return http.refusal(400, str(error))
+        return Response(file_stream.encode_reply(reply), status, media_type="application/json")
+
+    async def post(request: Request) -> Response:
+        if ctx.auth.check_request(request) is None:
+            return http.refusal(401, "no valid API key: send it as the password of user `api`, or as a Bearer token")
+        body = await http.read_body(request, ctx.settings.max_stream_bytes)
+        params = request.path_params
+        return await run_in_threadpool(respond, params["entity"], params["project"], params["run"], body)
+
+    return [Route("/files/{entity}/{project}/{run}/file_stream", post, methods=["POST"])]
+
+
+def _missing_run(ctx: AppContext, names: tuple[str, str, str], request: StreamRequest) -> RunRow:
+    """Our client asks UpsertBucket first, and again after a 404; W&B's cannot, so its run is made here."""
+    if request.wbdist is not None:
+        raise HTTPException(404, f"run {'/'.join(names)} does not exist; send UpsertBucket and BeginAttempt first")
+    check_names(*names)
+    return ctx.store.upsert_run(*names, RunFields(display_name=names[2]), ctx.clock())[0]
