@@ -1,0 +1,114 @@
+"""Tracked, resumable, preemption-tolerant PyTorch jobs, with W&B's names for everything W&B has.
+
+The run client is loaded at once, since a script that imports this wants to log soon; everything else (jobs, launching,
+the read API) when it is first used. Nothing here loads torch, numpy or the server.
+"""
+
+from __future__ import annotations
+
+import sys
+from importlib import import_module
+from types import ModuleType
+from typing import Any
+
+from wbdist.errors import AuthenticationError, CommError, ConfigError, Error, ShutdownError, UsageError
+from wbdist.run import lifecycle as _lifecycle
+from wbdist.run.handle import Run
+from wbdist.run.init import NotYet, finish, init, log, mark_preempting
+from wbdist.settings import Settings, setup
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Api",
+    "AuthenticationError",
+    "CommError",
+    "ConfigError",
+    "Error",
+    "Pool",
+    "Run",
+    "Settings",
+    "ShutdownError",
+    "UsageError",
+    "config",
+    "finish",
+    "init",
+    "job",
+    "launch",
+    "log",
+    "login",
+    "mark_preempting",
+    "run",
+    "setup",
+    "summary",
+]
+
+_LAZY = {
+    "Api": ("wbdist.run.reader", "Api"),
+    "Pool": ("wbdist.distributed.pool", "Pool"),
+    "job": ("wbdist.job", "job"),
+    "launch": ("wbdist.distributed.bootstrap", "launch"),
+    "login": ("wbdist.run.login", "login"),
+}
+"""public name -> where it is"""
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return _load(name)
+    raise AttributeError(f"module 'wbdist' has no attribute {name!r}; public names are: {', '.join(__all__)}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+def _load(name: str) -> Any:
+    module, attribute = _LAZY[name]
+    value = getattr(import_module(module), attribute)
+    if name not in _Package.SHADOWED:
+        globals()[name] = value
+    return value
+
+
+class _Package(ModuleType):
+    """`wbdist.run`, `wbdist.job` and `wbdist.launch` are public names and subpackages at once. The public name wins on the
+    attribute; `from wbdist.run.x import y` and `import wbdist.run.x` find the subpackage all the same, in sys.modules.
+    """
+
+    SHADOWED = frozenset({"run", "job", "launch", "config", "summary"})
+
+    @property
+    def run(self) -> Run | None:
+        """The global run, None when there is none."""
+        return _lifecycle.current_run()
+
+    @property
+    def config(self) -> Any:
+        run = _lifecycle.current_run()
+        return NotYet("config") if run is None else run.config
+
+    @property
+    def summary(self) -> Any:
+        run = _lifecycle.current_run()
+        return NotYet("summary") if run is None else run.summary
+
+    @property
+    def job(self) -> Any:
+        return _load("job")
+
+    @property
+    def launch(self) -> Any:
+        return _load("launch")
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in _Package.SHADOWED:
+            if isinstance(value, ModuleType):
+                return  # the import system, binding a subpackage to its parent
+            raise AttributeError(f"wbdist.{name} cannot be assigned")
+        super().__setattr__(name, value)
+
+
+for _name in _Package.SHADOWED & set(globals()):
+    del globals()[_name]  # subpackages that the imports above have bound
+sys.modules[__name__].__class__ = _Package

@@ -1,0 +1,426 @@
+"""`Run`: the handle that `init` and `open_run` return."""
+
+from __future__ import annotations
+
+import logging
+import operator
+import sys
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from time import monotonic, time
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, Self
+
+from wbdist.core import ids
+from wbdist.core.position import CONSOLE, HISTORY, RunPosition, Watermark
+from wbdist.core.rows import StepRule
+from wbdist.errors import JournalError, ShutdownError, UsageError
+from wbdist.run import console, process_end
+from wbdist.run.config import Config
+from wbdist.run.journal import Kind
+from wbdist.run.summary import Summary
+
+if TYPE_CHECKING:
+    from wbdist.run.lifecycle import RunSpec
+    from wbdist.run.shipping import Shipping
+    from wbdist.run.values import RowJournal
+    from wbdist.settings import Settings
+
+logger = logging.getLogger("wbdist.run")
+
+WARN_SECONDS = 10.0
+"""Dropped rows are warned of at once, then at most this often, with a count."""
+
+
+class Run:
+    """One run as this process writes it. Thread-safe; belongs to the process that opened it. Make it with `init` or `open_run`.
+
+    Every row is in the journal, durable against SIGKILL, when `log` returns. Nothing here waits for the network but
+    `finish`, `flush` and `mark_preempting`, each with a deadline.
+    """
+
+    def __init__(
+        self, spec: RunSpec, *, journal: RowJournal | None, shipping: Shipping | None, directory: Path | None, opened_at: float
+    ) -> None:
+        """Use `init` or `open_run`. `journal` None: a disabled run. `shipping` None: nothing leaves this machine by itself."""
+        self.id = spec.run_id
+        self.project = spec.project
+        self.entity = spec.entity
+        self.group = spec.group or ""
+        self.job_type = spec.job_type or ""
+        self.attempt = spec.attempt
+        self.writer = spec.writer
+        self.settings: Settings = spec.settings
+        self.opened_at = opened_at
+        """Unix seconds at which this attempt began."""
+        self.url: str | None = None
+        """The run's page; None offline."""
+        self.dropped_rows = 0
+        """`log` calls that were dropped because their step lay behind the run's."""
+        self._spec = spec
+        self._name = spec.name
+        self._notes = spec.notes or ""
+        self._tags = tuple(spec.tags or ())
+        self._journal = journal
+        self._shipping = shipping
+        self._run_directory = directory
+        self._lock = threading.RLock()
+        self._state: Literal["open", "finished", "foreign"] = "open"
+        self._warned_at = 0.0
+        base = spec.base
+        self.starting_step = base.watermark.step + 1 if base is not None else 0
+        self._rule = StepRule(self.starting_step)
+        self._lines = 0
+        self._on_finish: list[Callable[[], None]] = []
+        self._append_row: Callable[..., None] = journal.append_row if journal is not None else _ignore_row
+        self._latest: dict[str, Any] = dict(base.summary) if base is not None else {}
+        self._summary = Summary(self._set_summary, self._latest)
+        self._config = Config(self._set_config, allow_val_change=spec.allow_val_change)
+
+    # Logging ------------------------------------------------------------------------------------------
+
+    def log(self, data: Mapping[str, Any], step: int | None = None, commit: bool | None = None) -> None:
+        """Adds `data` to the row of `step`; durable against SIGKILL at return, about 3 us for ten numbers.
+
+        Without `step` the row is complete and the next call makes the next one (`commit=False` leaves it open for more).
+        With `step`, rows stay open until a greater step comes (`commit=True` closes at once); a smaller step than the
+        current one is dropped with a warning, since history only grows. Nested dicts become `a.b.c`.
+
+        Raises TypeError for what cannot be logged (nothing of the call is then kept), DiskFullError when the journal's
+        disk is full, ShutdownError when the run is finished, UsageError in a forked child.
+        """
+        with self._lock:
+            if step is None and commit is None:
+                # StepRule.accept(None, None), in line: the common call, and a call in Python costs a tenth of the budget.
+                rule = self._rule
+                step = rule.step
+                self._append_row(data, step=step, commit=True, time=time())
+                rule.step = step + 1
+                rule.last_step = step
+                rule.rows += 1
+                rule.open = False
+            elif not self._log_at(data, step, commit):
+                return
+            journal = self._journal
+            if journal is None or journal.reduced is None:
+                self._latest.update(data)
+            else:
+                self._latest.update((key, value) for key, value in journal.reduced.items() if value is not None)
+                journal.reduced = None
+
+    def _log_at(self, data: Mapping[str, Any], step: int | None, commit: bool | None) -> bool:
+        """The whole step rule; whether the row was kept."""
+        rule = self._rule
+        asked = step if step is None else _as_step(step)
+        before = (rule.step, rule.open, rule.rows, rule.last_step)
+        accepted = rule.accept(asked, commit)
+        if accepted is None:
+            self._drop(asked)
+            return False
+        try:
+            self._append_row(data, step=accepted[0], commit=accepted[1], time=time())
+        except BaseException:
+            rule.step, rule.open, rule.rows, rule.last_step = before
+            raise
+        return True
+
+    def _drop(self, step: int | None) -> None:
+        self.dropped_rows += 1
+        now = monotonic()
+        if now - self._warned_at < WARN_SECONDS and self.dropped_rows > 1:
+            return
+        self._warned_at = now
+        counted = f" ({self.dropped_rows} rows dropped so far)" if self.dropped_rows > 1 else ""
+        self._say(
+            f"run {self.id}: log(step={step}) is dropped, the current step is {self._rule.step} and steps must be monotonically "
+            f"increasing{counted}; log another count as a metric of its own if you need it",
+            warning=True,
+        )
+
+    def commit_row(self) -> None:
+        """Closes the pending row, if there is one. Raises as `log`."""
+        with self._lock:
+            self._check_usable("commit_row()")
+            if self._rule.open:
+                if self._journal is not None:
+                    self._journal.append(Kind.COMMIT, {})
+                self._rule.close()
+
+    def position(self) -> RunPosition:
+        """Where the run stands now: everything logged so far, the pending row excluded (so `commit_row()` first). No I/O.
+
+        What a checkpoint stores; a run opened with it as `base` goes on as if it had never stopped.
+        """
+        with self._lock:
+            base = self._spec.base
+            return RunPosition(
+                run_id=self.id,
+                project=self.project,
+                entity=self.entity,
+                watermark=Watermark(
+                    attempt=self.attempt,
+                    counts={HISTORY: {self.writer: self._rule.rows}, CONSOLE: {self.writer: self._lines}},
+                    step=self._rule.last_step,
+                ),
+                summary=self._summary.as_dict(),
+                runtime=(base.runtime if base is not None else 0.0) + (time() - self.opened_at),
+            )
+
+    def define_metric(self, name: str, **options: Any) -> NoReturn:
+        """Not built yet."""
+        raise UsageError(
+            f"define_metric({name!r}) is not built yet: the summary keeps last values, and charts are over the step"
+        )
+
+    # Facts --------------------------------------------------------------------------------------------
+
+    @property
+    def step(self) -> int:
+        """The step that the next `log` without a step goes to."""
+        return self._rule.step
+
+    @property
+    def name(self) -> str | None:
+        """Display name; None while no server has given one. Assigning renames the run."""
+        return self._name
+
+    @name.setter
+    def name(self, value: str) -> None:
+        self._name = str(value)
+        self._record(Kind.RUN, {"display_name": self._name}, "name=")
+
+    @property
+    def notes(self) -> str:
+        return self._notes
+
+    @notes.setter
+    def notes(self, value: str) -> None:
+        self._notes = str(value)
+        self._record(Kind.RUN, {"notes": self._notes}, "notes=")
+
+    @property
+    def tags(self) -> tuple[str, ...]:
+        return self._tags
+
+    @tags.setter
+    def tags(self, value: Sequence[str]) -> None:
+        self._tags = ids.tags(value)
+        self._record(Kind.RUN, {"tags": list(self._tags)}, "tags=")
+
+    @property
+    def config(self) -> Config:
+        return self._config
+
+    @property
+    def summary(self) -> Summary:
+        """The last value of each logged key, and what was set by hand."""
+        return self._summary
+
+    @property
+    def dir(self) -> str:
+        """Directory of the run's own files; '' for a disabled run."""
+        return str(self._run_directory / "files") if self._run_directory is not None else ""
+
+    @property
+    def journal_path(self) -> Path | None:
+        return self._journal.path if self._journal is not None else None
+
+    @property
+    def path(self) -> str:
+        """`entity/project/id`, what `Api().run` takes; without the entity while it is not known."""
+        return "/".join(part for part in (self.entity, self.project, self.id) if part)
+
+    @property
+    def project_url(self) -> str | None:
+        return self.url.rpartition("/runs/")[0] if self.url else None
+
+    @property
+    def start_time(self) -> float:
+        return self.opened_at
+
+    @property
+    def resumed(self) -> bool:
+        """Whether this attempt continues an earlier one."""
+        return self._spec.base is not None
+
+    @property
+    def disabled(self) -> bool:
+        return self._spec.settings.mode == "disabled"
+
+    @property
+    def offline(self) -> bool:
+        return self._spec.settings.mode == "offline"
+
+    @property
+    def finished(self) -> bool:
+        return self._state == "finished"
+
+    def save(self) -> bool:
+        """Without arguments, as after renaming a run: everything set is durable already, True. Saving files is not built yet."""
+        self._check_usable("save()")
+        return True
+
+    # Ending -------------------------------------------------------------------------------------------
+
+    def flush(self, timeout: float) -> bool:
+        """Makes everything logged so far durable against power loss (fsync); True when the server has acknowledged all of it.
+
+        Blocks for the disk, and at most `timeout` seconds for the server (not at all offline). The pending row is not
+        sent before it is closed. Raises JournalError when the disk fails.
+        """
+        self._check_usable("flush()")
+        if self._journal is None:
+            return True
+        self._journal.sync()
+        return self._shipping is not None and self._shipping.flush(timeout).acked
+
+    def mark_preempting(self, timeout: float = 1.0) -> bool:
+        """Says that this run is about to be preempted: durable at once, and sent ahead of everything queued.
+
+        Blocks at most `timeout` seconds; True when the server knows (False also offline). A run that is then lost, or
+        ends with another code than 0, is `preempted`, which schedulers requeue.
+        """
+        self._check_usable("mark_preempting()")
+        if self._journal is None:
+            return True
+        self._journal.append(Kind.PREEMPTING, {})
+        self._journal.sync()
+        return self._shipping is not None and self._shipping.flush(timeout, priority=True).acked
+
+    def finish(self, exit_code: int | None = None, *, cause: str = "exit", quiet: bool | None = None) -> None:
+        """Ends the run: the pending row is closed, everything is durable (fsynced) when this returns; about 5 ms.
+
+        Online it then waits until the server has everything, at most `settings.finish_timeout` seconds, and says so in one
+        line when it leaves the rest to the shipper, which goes on after this process has ended. Idempotent. `exit_code`
+        None: 0, unless an exception is in flight in the calling thread (a `finish()` in a `finally:`): then that one's.
+        """
+        del quiet  # W&B's deprecated argument
+        if self._state == "foreign":
+            self._check_usable("finish()")
+        code = process_end.code_of(sys.exc_info()[1]) if exit_code is None else int(exit_code)
+        with self._lock:
+            if self._state != "open":
+                return
+            try:
+                console.detach(self._keep_line)
+                if self._journal is not None:
+                    self._journal.close(code, cause)
+            finally:
+                # Also when the disk failed at the end: the journal is closed, and saying so again helps nobody.
+                self._state = "finished"
+                self._append_row = self._refuse_row
+                process_end.forget(self)
+                for callback in self._on_finish:
+                    callback()
+        if self._journal is not None and self._shipping is not None:
+            self._wait_for_server(self._shipping)
+
+    def _wait_for_server(self, shipping: Shipping) -> None:
+        timeout = self.settings.finish_timeout
+        outcome = shipping.flush(timeout)
+        if outcome.error == "fenced":
+            self._say(
+                f"run {self.id}: a newer attempt than {self.attempt} holds the run; what this one logged beyond its base is archived",
+                warning=True,
+            )
+        elif not outcome.acked:
+            why = outcome.error or f"not everything is on the server after {timeout:g} s"
+            self._say(
+                f"run {self.id}: {why}; all of it is safe on disk and the shipper goes on sending it "
+                f"(by hand: wbdist sync {self._run_directory})",
+                warning=True,
+            )
+        elif self.url:
+            self._say(f"run {self._name or self.id} is complete at {self.url}")
+
+    def _finish_at_exit(self, code: int) -> None:
+        try:
+            self.finish(code)
+        except JournalError as error:
+            self._say(str(error), warning=True)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        """Exit code 0 without an exception, SystemExit's own code, 1 for every other exception; it propagates."""
+        if isinstance(error, SystemExit):
+            self.finish(process_end.code_of(error))
+        else:
+            self.finish(0 if error is None else 1)
+
+    def __repr__(self) -> str:
+        return f"<wbdist.Run {self.path} attempt {self.attempt} step {self._rule.step} {self._state}>"
+
+    def capture_console(self) -> None:
+        """From now on, what this process prints is kept with the run."""
+        console.attach(self._keep_line)
+
+    def on_finish(self, callback: Callable[[], None]) -> None:
+        """`callback` is called once, when the run has ended and its journal is closed, in the thread that ends it."""
+        self._on_finish.append(callback)
+
+    # Inner --------------------------------------------------------------------------------------------
+
+    def _set_config(self, changed: dict[str, Any]) -> None:
+        self._record(Kind.CONFIG, {"set": changed}, "config")
+
+    def _set_summary(self, changed: dict[str, Any]) -> None:
+        self._record(Kind.SUMMARY, {"set": changed}, "summary")
+
+    def _record(self, kind: Kind, payload: dict[str, Any], what: str) -> None:
+        self._check_usable(what)
+        if self._journal is not None:
+            self._journal.append(kind, payload)
+
+    def _keep_line(self, text: str, stream: str) -> None:
+        """One printed line -> the journal. A failing journal must not break `print`: it is said once, and rows raise it."""
+        journal = self._journal
+        if journal is None or self._state != "open":
+            return
+        try:
+            # Not under our lock, which a thread that prints a warning of ours holds: lines come one at a time anyway.
+            journal.append(Kind.CONSOLE, {"text": text, "stream": stream})
+            self._lines += 1
+        except (JournalError, TypeError) as error:
+            console.detach(self._keep_line)
+            logger.warning("run %s: console output is not kept any more: %s", self.id, error)
+
+    def _refuse_row(self, *_: Any, **__: Any) -> NoReturn:
+        self._check_usable("log()")
+        raise AssertionError("an open run refused a row")
+
+    def _check_usable(self, what: str) -> None:
+        if self._state == "finished":
+            raise ShutdownError(
+                f"run {self.id} ({self._name or 'unnamed'}) is finished: {what} comes too late; open a new run with init()"
+            )
+        if self._state == "foreign":
+            raise UsageError(
+                f"run {self.id} belongs to the parent process: {what} cannot be used in a forked child; open a run of the child's "
+                "own with init(), or send the values to the parent"
+            )
+
+    def _disown(self) -> None:
+        """In a forked child: the run stays the parent's. The lock may be held by a thread that does not exist here."""
+        if self._state == "open":
+            self._state = "foreign"
+        self._lock = threading.RLock()
+        self._append_row = self._refuse_row
+
+    def _say(self, text: str, *, warning: bool = False) -> None:
+        self.settings.say(text, warning=warning)
+
+
+def _as_step(step: object) -> int:
+    if isinstance(step, bool):
+        raise TypeError("step must be an int, not a bool")
+    try:
+        return operator.index(step)  # type: ignore[arg-type]  # takes numpy's integers, refuses floats and text
+    except TypeError:
+        raise TypeError(f"step must be an int, not {type(step).__name__} ({step!r})") from None
+
+
+def _ignore_row(data: Mapping[str, Any], **_: Any) -> None:
+    """A disabled run's row."""

@@ -1,0 +1,228 @@
+"""`init`: one line that opens a run, with W&B's arguments; and the module-level run that goes with it."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from wbdist.core import ids
+from wbdist.errors import UsageError
+from wbdist.run import lifecycle, machine
+from wbdist.run.config import checked
+from wbdist.run.handle import Run
+from wbdist.run.lifecycle import RunSpec
+from wbdist.settings import Settings, resolve
+
+NOT_BUILT = {
+    "resume": "resuming a run by id",
+    "fork_from": "forking a run",
+    "resume_from": "rewinding a run",
+    "save_code": "saving code",
+    "tensorboard": "reading TensorBoard logs",
+    "sync_tensorboard": "reading TensorBoard logs",
+    "monitor_gym": "recording gym videos",
+}
+"""W&B's arguments that this version refuses; silently doing nothing would lose what was asked for."""
+
+_warned: set[str] = set()
+
+
+def init(  # noqa: PLR0917  (W&B's order, but for `project` first, as its documents have it)
+    project: str | None = None,
+    entity: str | None = None,
+    dir: str | os.PathLike[str] | None = None,
+    id: str | None = None,
+    name: str | None = None,
+    notes: str | None = None,
+    tags: Sequence[str] | str | None = None,
+    config: Mapping[str, Any] | Any | None = None,
+    config_exclude_keys: Iterable[str] | None = None,
+    config_include_keys: Iterable[str] | None = None,
+    allow_val_change: bool | None = None,
+    group: str | None = None,
+    job_type: str | None = None,
+    mode: str | None = None,
+    force: bool | None = None,
+    reinit: str | bool | None = None,
+    resume: str | bool | None = None,
+    resume_from: str | None = None,
+    fork_from: str | None = None,
+    save_code: bool | None = None,
+    tensorboard: bool | None = None,
+    sync_tensorboard: bool | None = None,
+    monitor_gym: bool | None = None,
+    settings: Settings | Mapping[str, Any] | None = None,
+) -> Run:
+    """Opens a run and makes it the global one (`wbdist.run`), unless `reinit="create_new"`. Any process, not in step.
+
+    While a run is open: `finish_previous` (the default) finishes every open run of this process first, `return_previous`
+    (the default in notebooks) returns the newest open run and ignores all other arguments, `create_new` adds one and leaves
+    the global run alone.
+
+    Waits as `lifecycle.open_run` says. Raises UsageError for what cannot be right, AuthenticationError, CommError when the
+    server refuses the run, JournalError when the disk does.
+    """
+    if isinstance(reinit, bool) and "reinit" not in _warned:
+        _warned.add("reinit")
+        word = "finish_previous" if reinit else "return_previous"
+        warnings.warn(f'reinit={reinit} is W&B\'s old form; write reinit="{word}"', DeprecationWarning, stacklevel=2)
+    arguments = {
+        "project": project,
+        "entity": entity,
+        "root_dir": dir,
+        "run_id": id,
+        "run_name": name,
+        "run_notes": notes,
+        "run_tags": tags,
+        "run_group": group,
+        "run_job_type": job_type,
+        "mode": mode,
+        "reinit": reinit,
+        "resume": resume,
+        "resume_from": resume_from,
+        "fork_from": fork_from,
+    }
+    given = {name: value for name, value in arguments.items() if value is not None}
+    resolved = resolve(settings, {name: value for name, value in given.items() if value is not False or name == "reinit"})
+    refuse_what_is_not_built(
+        resume=resolved.resume,
+        fork_from=resolved.fork_from,
+        resume_from=resolved.resume_from,
+        save_code=save_code,
+        tensorboard=tensorboard,
+        sync_tensorboard=sync_tensorboard,
+        monitor_gym=monitor_gym,
+    )
+    if resolved.start_method is not None and "start_method" not in _warned:
+        _warned.add("start_method")
+        resolved.say(
+            "setting start_method is accepted as in W&B and has no effect: there is no service process to start", warning=True
+        )
+
+    policy = resolved.reinit
+    if policy == "default":
+        policy = "return_previous" if machine.in_notebook() else "finish_previous"
+    if policy == "return_previous" and (active := lifecycle.active_runs()):
+        newest = active[-1]
+        if set(given) - {"reinit"} or config is not None:
+            resolved.say(
+                f"run {newest.id} is open and returned; the other arguments of init() are ignored (reinit)", warning=True
+            )
+        return newest
+    spec = make_spec(
+        resolved,
+        config=config,
+        config_exclude_keys=config_exclude_keys,
+        config_include_keys=config_include_keys,
+        allow_val_change=bool(allow_val_change),
+        force=bool(force),
+    )
+    if policy == "finish_previous":
+        for run in reversed(lifecycle.active_runs()):
+            run.finish(0)
+    run = lifecycle.open_run(spec)
+    if policy != "create_new":
+        lifecycle.set_current(run)
+    return run
+
+
+def make_spec(
+    settings: Settings,
+    *,
+    config: Mapping[str, Any] | Any | None = None,
+    config_exclude_keys: Iterable[str] | None = None,
+    config_include_keys: Iterable[str] | None = None,
+    allow_val_change: bool = False,
+    force: bool = False,
+) -> RunSpec:
+    """The spec of attempt 1 of a run, from resolved settings; for others to vary with `msgspec.structs.replace`.
+
+    Raises UsageError for ids, names, tags and config that cannot be used. Reads the git checkout's name when no project is set.
+    """
+    values = checked(config) if config is not None else {}
+    if config_exclude_keys is not None and config_include_keys is not None:
+        raise UsageError("give config_exclude_keys or config_include_keys, not both")
+    if config_include_keys is not None:
+        wanted = set(config_include_keys)
+        values = {key: value for key, value in values.items() if key in wanted}
+    if config_exclude_keys is not None:
+        unwanted = set(config_exclude_keys)
+        values = {key: value for key, value in values.items() if key not in unwanted}
+    here = Path.cwd()
+    return RunSpec(
+        settings=settings,
+        run_id=ids.run_id(settings.run_id) if settings.run_id is not None else lifecycle.new_run_id(),
+        project=ids.project(settings.project)
+        if settings.project is not None
+        else machine.default_project(machine.git(here), here),
+        entity=ids.entity(settings.entity or ""),
+        name=settings.run_name,
+        notes=settings.run_notes,
+        tags=ids.tags(settings.run_tags) if settings.run_tags is not None else None,
+        group=settings.run_group,
+        job_type=settings.run_job_type,
+        config=values,
+        allow_val_change=allow_val_change or machine.in_notebook(),
+        must_be_new=settings.run_id is not None,
+        force=force,
+        capture_console=settings.console != "off",
+    )
+
+
+def refuse_what_is_not_built(**given: object) -> None:
+    for argument, value in given.items():
+        if value not in (None, False, ""):
+            raise UsageError(f"{argument}={value!r}: {NOT_BUILT[argument]} is not built yet; leave it out")
+
+
+# The module-level run ---------------------------------------------------------------------------------
+
+
+def global_run(what: str) -> Run:
+    """The global run; UsageError when there is none."""
+    run = lifecycle.current_run()
+    if run is None:
+        raise UsageError(f"you must call wbdist.init() before wbdist.{what}")
+    return run
+
+
+def log(data: Mapping[str, Any], step: int | None = None, commit: bool | None = None) -> None:
+    """`wbdist.run.log`."""
+    global_run("log()").log(data, step, commit)
+
+
+def finish(exit_code: int | None = None, quiet: bool | None = None) -> None:
+    """`wbdist.run.finish`; nothing without a run, as in W&B."""
+    run = lifecycle.current_run()
+    if run is not None:
+        run.finish(exit_code, quiet=quiet)
+
+
+def mark_preempting() -> bool:
+    """`wbdist.run.mark_preempting`."""
+    return global_run("mark_preempting()").mark_preempting()
+
+
+class NotYet:
+    """What `wbdist.config` and `wbdist.summary` are before `init`: every use says so."""
+
+    def __init__(self, what: str) -> None:
+        object.__setattr__(self, "_what", what)
+
+    def __getattr__(self, name: str) -> Any:
+        global_run(f"{self._what}.{name}")
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        global_run(f"{self._what}.{name} = ...")
+
+    def __getitem__(self, key: str) -> Any:
+        global_run(f"{self._what}[{key!r}]")
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        global_run(f"{self._what}[{key!r}] = ...")
+
+    def __repr__(self) -> str:
+        return f"<wbdist.{self._what} before init()>"

@@ -1,0 +1,292 @@
+"""Opening runs, and the runs that are open in this process."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import Any, Literal
+
+import msgspec
+
+from wbdist.core import ids
+from wbdist.core.position import RunPosition
+from wbdist.errors import CommError, InitStartError, UsageError
+from wbdist.run import console, machine, process_end
+from wbdist.run.handle import Run
+from wbdist.run.journal import JournalHeader, Kind, journal_name
+from wbdist.run.values import RowJournal
+from wbdist.settings import Settings
+
+REGISTER_SECONDS = 5.0
+"""How long opening a run waits for the server to know it; then the shipper tells it later."""
+
+
+class RunSpec(msgspec.Struct, frozen=True, kw_only=True):
+    """Everything that decides how a run is opened. Make one with `init.make_spec`, vary it with `msgspec.structs.replace`."""
+
+    settings: Settings
+    run_id: str
+    project: str
+    entity: str = ""
+    """Empty: the server's default for the key."""
+    attempt: int = 1
+    nonce: str = ""
+    """Of this incarnation of the attempt; the same on all its writers. Empty: made up."""
+    writer: str = "rank0"
+    role: Literal["run", "feed"] = "run"
+    """`feed`: this rank's rows go to an aggregator, which reads the journal; no server hears of it, nothing is announced."""
+    base: RunPosition | None = None
+    """What this attempt continues from: step, summary, runtime."""
+    cause: str = "start"
+    rank: int = 0
+    name: str | None = None
+    notes: str | None = None
+    tags: tuple[str, ...] | None = None
+    group: str | None = None
+    job_type: str | None = None
+    config: dict[str, Any] = {}
+    allow_val_change: bool = False
+    must_be_new: bool = False
+    """Refuse when the server has a run of this id already: its history and ours would mix."""
+    force: bool = False
+    """Raise instead of going on with the journal alone when the server is away."""
+    capture_console: bool = True
+
+
+_lock = threading.RLock()
+_active: list[Run] = []
+"""Open runs of this process, oldest first."""
+_current: Run | None = None
+"""The global run behind `wbdist.run`, `wbdist.log`, ..."""
+
+
+def new_run_id() -> str:
+    """8 characters of [a-z0-9], from the system's randomness (so `random.seed` does not repeat it)."""
+    return ids.id_from_entropy(secrets.token_bytes(16))
+
+
+def open_run(spec: RunSpec) -> Run:
+    """Opens one run of this process; any rank, not in step. The caller finishes it (as does the end of the process).
+
+    When it returns there is a journal with a living writer. Offline and for feeds it takes a few milliseconds and waits for
+    nobody; online at most `settings.init_timeout` for the embedded server and REGISTER_SECONDS for the run to be
+    registered. A server that is away is said in one line and is no error (unless `spec.force`).
+
+    Raises UsageError (a run of this id is open here, or exists and `must_be_new`), AuthenticationError, CommError when the
+    server refuses the run, JournalError when the disk does.
+    """
+    opened_at = time.time()
+    with _lock:
+        if any(run.id == spec.run_id and run.writer == spec.writer for run in _active):
+            raise UsageError(
+                f"run id {spec.run_id!r} is in use by an open run of this process; finish that one first, or leave `id` out"
+            )
+    if spec.settings.mode == "disabled":
+        name = spec.name or f"dummy-{spec.run_id}"
+        quiet = msgspec.structs.replace(spec, name=name, capture_console=False)
+        return _enlist(Run(quiet, journal=None, shipping=None, directory=None, opened_at=opened_at))
+
+    online = spec.settings.mode == "online" and spec.role == "run"
+    placed = _register(spec) if online else _Placed(spec)
+    spec = placed.spec
+    root = _journal_root(spec.settings)
+    directory = _make_directory(root, spec, opened_at)
+    header = JournalHeader(
+        run_id=spec.run_id,
+        project=spec.project,
+        entity=spec.entity,
+        attempt=spec.attempt,
+        nonce=spec.nonce or secrets.token_hex(8),
+        writer=spec.writer,
+        role=spec.role,
+        base=spec.base.watermark if spec.base else None,
+        cause=spec.cause,
+        rank=spec.rank,
+        host=spec.settings.host or machine.host(),
+        pid=os.getpid(),
+        created=opened_at,
+        online=bool(placed.base_url),
+        base_url=placed.base_url,
+        runtime=spec.base.runtime if spec.base else 0.0,
+        summary=spec.base.summary if spec.base else {},
+    )
+    journal = RowJournal.create(directory / journal_name(spec.writer, spec.attempt), header)
+    shipping = None
+    if placed.base_url:
+        from wbdist.run.shipping import Shipping
+
+        shipping = Shipping(root, journal.path, placed.base_url, placed.api_key)
+    run = Run(spec, journal=journal, shipping=shipping, directory=directory, opened_at=opened_at)
+    try:
+        journal.append(Kind.RUN, _facts(spec), time=opened_at)
+        run.config.update(spec.config)
+        if shipping is not None:
+            _start(shipping, run, spec)
+    except BaseException:
+        run.finish(1, cause="init")
+        raise
+    run.url = placed.url
+    if spec.role == "run":
+        _announce(run, placed)
+    if spec.capture_console and spec.role == "run":
+        run.capture_console()
+    return _enlist(run)
+
+
+class _Placed(msgspec.Struct):
+    """Where a run's rows go."""
+
+    spec: RunSpec
+    base_url: str = ""
+    """Empty: nowhere by themselves."""
+    api_key: str | None = None
+    url: str | None = None
+    problem: str = ""
+
+
+def _register(spec: RunSpec) -> _Placed:
+    """Finds the server and makes it know the run, so that name and page are there when `init` returns."""
+    from wbdist.run import backend, registration
+
+    server, problem = backend.try_server(spec.settings)
+    if server is None:
+        if spec.force:
+            raise CommError(problem)
+        return _Placed(spec, problem=problem)
+    try:
+        known = registration.register(server, spec, REGISTER_SECONDS)
+    except registration.AwayError as error:
+        if spec.force:
+            raise CommError(str(error)) from error
+        return _Placed(spec, server.base_url, server.api_key, problem=str(error))
+    spec = msgspec.structs.replace(spec, entity=known.entity, project=known.project, name=known.display_name)
+    return _Placed(spec, server.base_url, server.api_key, url=registration.page(server.base_url, known))
+
+
+def _start(shipping: Any, run: Run, spec: RunSpec) -> None:
+    try:
+        shipping.start()
+    except InitStartError as error:
+        if spec.force:
+            raise
+        spec.settings.say(
+            f"run {run.id}: {error}; rows are kept on disk, send them later with: wbdist sync {run.dir}", warning=True
+        )
+
+
+def _announce(run: Run, placed: _Placed) -> None:
+    settings = run.settings
+    if placed.url:
+        settings.say(f"run {run.name} at {placed.url}")
+    elif placed.base_url:
+        settings.say(
+            f"run {run.id}: {placed.problem}; training goes on, rows are kept on disk and sent when it is back", warning=True
+        )
+    elif placed.problem:
+        settings.say(
+            f"run {run.id}: {placed.problem}; training goes on, send the rows later with: wbdist sync {Path(run.dir).parent}",
+            warning=True,
+        )
+    else:
+        settings.say(f"run {run.id} is offline; send it later with: wbdist sync {Path(run.dir).parent}")
+
+
+def _facts(spec: RunSpec) -> dict[str, Any]:
+    """Payload of the RUN record; absent facts are left out."""
+    git = None if spec.settings.disable_git else machine.git(Path.cwd())
+    facts: dict[str, Any] = {
+        "display_name": spec.name,
+        "group": spec.group,
+        "job_type": spec.job_type,
+        "notes": spec.notes,
+        "tags": list(spec.tags) if spec.tags is not None else None,
+        "host": spec.settings.host or machine.host(),
+        "program": spec.settings.program or machine.program(),
+        "commit": git.commit if git else None,
+        "repo": git.remote if git else None,
+        "environment": machine.environment(),
+    }
+    return {name: value for name, value in facts.items() if value not in (None, "")}
+
+
+def _journal_root(settings: Settings) -> Path:
+    """`<root_dir>/wandb`, as W&B has it; when that cannot be written, with a warning, one below the system's temporary directory."""
+    root = Path(settings.root_dir) / "wandb"
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        if os.access(root, os.W_OK | os.X_OK):
+            return root
+        reason = "no permission to write"
+    except OSError as error:
+        reason = str(error)
+    fallback = Path(tempfile.gettempdir()) / f"wbdist-{os.getuid()}" / "wandb"
+    fallback.mkdir(parents=True, exist_ok=True, mode=0o700)
+    settings.say(f"{root} cannot be used ({reason}); runs are kept in {fallback}", warning=True)
+    return fallback
+
+
+def _make_directory(root: Path, spec: RunSpec, opened_at: float) -> Path:
+    """A fresh `[offline-]run-YYYYMMDD_HHMMSS-<id>` (local time, as W&B's), with `-N` when another process was there first."""
+    stamp = time.strftime("%Y%m%d_%H%M%S", time.localtime(opened_at))
+    name = f"{'offline-' if spec.settings.mode == 'offline' else ''}run-{stamp}-{spec.run_id}"
+    for number in range(10_000):
+        directory = root / (f"{name}-{number}" if number else name)
+        try:
+            directory.mkdir()
+        except FileExistsError:
+            continue
+        (directory / "files").mkdir()
+        return directory
+    raise UsageError(f"{root / name} and 9,999 more exist already: too many runs of one id in one second")
+
+
+def _enlist(run: Run) -> Run:
+    with _lock:
+        _active.append(run)
+    run.on_finish(lambda: _delist(run))
+    process_end.finish_at_exit(run)
+    return run
+
+
+def _delist(run: Run) -> None:
+    global _current  # noqa: PLW0603  (the thin module-level convenience of the W&B API)
+    with _lock:
+        if run in _active:
+            _active.remove(run)
+        if _current is run:
+            _current = None
+
+
+def active_runs() -> list[Run]:
+    """The open runs of this process, oldest first."""
+    with _lock:
+        return list(_active)
+
+
+def current_run() -> Run | None:
+    """The global run: the last one opened without `reinit="create_new"`, while it is open."""
+    return _current
+
+
+def set_current(run: Run) -> None:
+    global _current  # noqa: PLW0603
+    with _lock:
+        _current = run
+
+
+def _after_fork() -> None:
+    """A forked child starts without runs; using the parent's raises."""
+    global _current, _lock  # noqa: PLW0603
+    _lock = threading.RLock()
+    _current = None
+    for run in _active:
+        run._disown()  # noqa: SLF001
+    _active.clear()
+    console.forget_all()
+
+
+os.register_at_fork(after_in_child=_after_fork)

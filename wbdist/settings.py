@@ -1,0 +1,242 @@
+"""Every setting, resolved once and then frozen.
+
+Lowest to highest: the defaults here, the user's settings file, the project's settings file, `setup()`, the environment
+(`WANDB_<NAME>`, and `WBDIST_<NAME>` which wins over it), arguments. Nothing reads the environment after `resolve`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import msgspec
+
+from wbdist.errors import UsageError
+
+Mode = Literal["online", "offline", "disabled"]
+Reinit = Literal["default", "create_new", "finish_previous", "return_previous"]
+Console = Literal["auto", "wrap", "off"]
+
+
+class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """All settings of a run. Fields left out of a `Settings(...)` given to `init` keep what the lower sources say."""
+
+    project: str | None = None
+    """Default: the name of the git repository's directory, else `uncategorized`."""
+    entity: str | None = None
+    """User or team; None: the server's default for the key."""
+    mode: Mode = "online"
+    """`online` ships rows while they are logged, `offline` keeps them on disk for `wbdist sync`, `disabled` does nothing."""
+    base_url: str | None = None
+    """The server. None: the embedded one of `data_dir`, started on demand."""
+    api_key: str | None = None
+    """None: ~/.netrc, or the embedded server's own key."""
+    data_dir: str = ""
+    """Where the embedded server and the shipper live. Default `~/.local/share/wbdist`."""
+    root_dir: str = ""
+    """Parent of the `wbdist/` directory with the runs' journals. Default: the working directory."""
+    run_id: str | None = None
+    run_name: str | None = None
+    run_notes: str | None = None
+    run_tags: tuple[str, ...] | None = None
+    run_group: str | None = None
+    run_job_type: str | None = None
+    reinit: Reinit = "default"
+    """What `init` does while a run is active. `default` is `finish_previous`, in notebooks `return_previous`."""
+    resume: str | None = None
+    fork_from: str | None = None
+    resume_from: str | None = None
+    console: Console = "auto"
+    """Whether what the process prints is kept with the run: `auto` and `wrap` do, `off` does not."""
+    silent: bool = False
+    """Print nothing at all."""
+    quiet: bool = False
+    """Print warnings only."""
+    finish_timeout: float = 30.0
+    """Seconds `finish` waits for the server to have everything; the rest is left to the shipper."""
+    init_timeout: float = 15.0
+    """Seconds `init` waits for the embedded server to come up; then the run goes on with its journal alone."""
+    disable_git: bool = False
+    """Do not look for a git commit and remote."""
+    host: str | None = None
+    """Name of this machine as shown; default: what the machine calls itself."""
+    program: str | None = None
+    """The script as shown; default: what `__main__` was loaded from."""
+    start_method: str | None = None
+    """Accepted as in W&B and ignored: there is no service process to start in one way or another."""
+
+    def say(self, text: str, *, warning: bool = False) -> None:
+        """Prints one line of ours on stderr, as `silent` and `quiet` allow."""
+        if self.silent or (self.quiet and not warning):
+            return
+        with contextlib.suppress(OSError, ValueError):  # a closed stderr is no reason to fail
+            print(f"wbdist: {text}", file=sys.stderr, flush=True)  # noqa: T201
+
+    def __post_init__(self) -> None:
+        _check_values({name: getattr(self, name) for name in ("mode", "reinit", "console", "finish_timeout", "init_timeout")})
+
+
+SPECIAL_NAMES = {
+    "dir": "root_dir",
+    "name": "run_name",
+    "notes": "run_notes",
+    "tags": "run_tags",
+    "job_type": "run_job_type",
+}
+"""`WANDB_<key>` -> setting, where W&B's variable is not called as its setting."""
+
+NOT_FROM_WANDB = frozenset({"data_dir"})
+"""W&B's variable of this name means another directory."""
+
+_ALLOWED: dict[str, tuple[str, ...]] = {
+    "mode": ("online", "offline", "disabled"),
+    "reinit": ("default", "create_new", "finish_previous", "return_previous"),
+    "console": ("auto", "wrap", "off"),
+}
+_SYNONYMS: dict[str, dict[object, str]] = {
+    "mode": {"run": "online", "dryrun": "offline"},
+    "reinit": {True: "finish_previous", False: "return_previous", "true": "finish_previous", "false": "return_previous"},
+    "console": {"wrap_raw": "wrap", "wrap_emu": "wrap", "redirect": "wrap"},
+}
+"""W&B's other words for the same thing."""
+
+
+def _check_values(values: Mapping[str, Any], source: str = "") -> None:
+    where = f" (from {source})" if source else ""
+    for name, allowed in _ALLOWED.items():
+        if name in values and values[name] not in allowed:
+            raise UsageError(f"setting {name}={values[name]!r}{where} is not one of: {', '.join(allowed)}")
+    for name in ("finish_timeout", "init_timeout"):
+        if name in values and not (isinstance(values[name], int | float) and values[name] >= 0):
+            raise UsageError(f"setting {name}={values[name]!r}{where} must be a number of seconds, 0 or more")
+
+
+def field_names() -> tuple[str, ...]:
+    return Settings.__struct_fields__
+
+
+def default_data_dir(environ: Mapping[str, str] | None = None) -> Path:
+    """`$WBDIST_DATA_DIR`, else `~/.local/share/wbdist`, as the `wbdist server` command has it."""
+    env = os.environ if environ is None else environ
+    if env.get("WBDIST_DATA_DIR"):
+        return Path(env["WBDIST_DATA_DIR"]).expanduser().absolute()
+    return Path("~/.local/share/wbdist").expanduser()
+
+
+def from_arguments(given: Mapping[str, Any], source: str = "settings") -> dict[str, Any]:
+    """Checked and converted values. Raises UsageError naming the setting and what is allowed."""
+    values: dict[str, Any] = {}
+    for name, value in given.items():
+        if name not in _FIELDS:
+            raise UsageError(f"unknown setting {name!r} (from {source}); known are: {', '.join(sorted(_FIELDS))}")
+        values[name] = _convert(name, value, source)
+    return values
+
+
+def from_environment(environ: Mapping[str, str]) -> dict[str, Any]:
+    """What the environment says. Unknown names are left alone: they may belong to W&B or to other parts."""
+    values: dict[str, Any] = {}
+    for prefix in ("WANDB_", "WBDIST_"):
+        for variable, text in environ.items():
+            if not variable.startswith(prefix) or text == "":
+                continue
+            short = variable[len(prefix) :].lower()
+            name = SPECIAL_NAMES.get(short, short)
+            if name in _FIELDS and not (prefix == "WANDB_" and name in NOT_FROM_WANDB):
+                values[name] = _convert(name, text, variable)
+    return values
+
+
+def from_files(root_dir: Path, environ: Mapping[str, str]) -> dict[str, Any]:
+    """The `[default]` sections of the user's and the project's settings files (W&B's, then ours, in each place)."""
+    home = Path(environ.get("WANDB_CONFIG_DIR") or Path("~/.config/wandb").expanduser())
+    ours = Path(environ.get("WBDIST_CONFIG_DIR") or Path("~/.config/wbdist").expanduser())
+    values: dict[str, Any] = {}
+    for path in (home / "settings", ours / "settings", root_dir / "wandb" / "settings", root_dir / "wbdist" / "settings"):
+        if not path.is_file():
+            continue
+        from configparser import ConfigParser
+        from configparser import Error as ParseError
+
+        parser = ConfigParser(interpolation=None)
+        try:
+            parser.read(path, encoding="utf-8")
+        except (OSError, ParseError) as error:
+            raise UsageError(f"settings file {path} cannot be read: {error}") from error
+        if parser.has_section("default"):
+            known = {name: text for name, text in parser["default"].items() if name in _FIELDS}
+            values.update({name: _convert(name, text, str(path)) for name, text in known.items()})
+    return values
+
+
+_process_wide: dict[str, Any] = {}
+_warned_start_method = False
+
+
+def setup(settings: Settings | Mapping[str, Any] | None = None) -> None:
+    """Sets defaults for every later `init` of this process; a field that is left out keeps its value. Not in step."""
+    _process_wide.update(from_arguments(given_fields(settings), "setup()"))
+
+
+def clear_setup() -> None:
+    """Forgets what `setup` was told."""
+    _process_wide.clear()
+
+
+def given_fields(settings: Settings | Mapping[str, Any] | None) -> dict[str, Any]:
+    """What a caller said: the items of a mapping, or the fields of a Settings that differ from the defaults."""
+    if settings is None:
+        return {}
+    if isinstance(settings, Settings):
+        return {n: getattr(settings, n) for n in field_names() if getattr(settings, n) != _DEFAULTS[n]}
+    if isinstance(settings, Mapping):
+        return dict(settings)
+    raise UsageError(f"settings must be a wbdist.Settings or a dict, not {type(settings).__name__}")
+
+
+def resolve(
+    settings: Settings | Mapping[str, Any] | None = None,
+    arguments: Mapping[str, Any] | None = None,
+    environ: Mapping[str, str] | None = None,
+) -> Settings:
+    """All sources folded into one frozen value; `arguments` win over `settings`. Raises UsageError.
+
+    Reads at most four small files and the environment, nothing else.
+    """
+    env = os.environ if environ is None else environ
+    of_environment = from_environment(env)
+    of_caller = from_arguments(given_fields(settings)) | from_arguments(arguments or {}, "init()")
+    above = {**_process_wide, **of_environment, **of_caller}
+    root_dir = Path(above.get("root_dir") or ".").expanduser().absolute()
+    values = {**from_files(root_dir, env), **above}
+    values["root_dir"] = str(root_dir)
+    data_dir = values.get("data_dir")
+    values["data_dir"] = str(Path(data_dir).expanduser().absolute() if data_dir else default_data_dir(env))
+    if values.get("base_url"):
+        values["base_url"] = str(values["base_url"]).rstrip("/")
+    return Settings(**values)
+
+
+def _convert(name: str, value: Any, source: str) -> Any:
+    synonyms = _SYNONYMS.get(name, {})
+    if isinstance(value, str | bool) and (value.lower() if isinstance(value, str) else value) in synonyms:
+        value = synonyms[value.lower() if isinstance(value, str) else value]
+    if name == "run_tags" and isinstance(value, str):
+        value = tuple(tag.strip() for tag in value.split(",") if tag.strip()) if source != "init()" else (value,)
+    if name in ("root_dir", "data_dir") and isinstance(value, os.PathLike):
+        value = os.fspath(value)
+    _check_values({name: value} if name in _ALLOWED else {}, source)
+    try:
+        converted = msgspec.convert(value, _FIELDS[name], strict=False)
+    except msgspec.ValidationError as error:
+        raise UsageError(f"setting {name}={value!r} (from {source}) is not valid: {error}") from error
+    _check_values({name: converted}, source)
+    return converted
+
+
+_FIELDS: dict[str, Any] = {field.name: field.type for field in msgspec.structs.fields(Settings)}
+_DEFAULTS: dict[str, Any] = {field.name: field.default for field in msgspec.structs.fields(Settings)}
