@@ -297,7 +297,8 @@ class JournalWriter:
         self._window, self._base, self._limit = storage.window, storage.base, storage.limit
 
     def _refuse(self) -> NoReturn:
-        raise type(self._gone)(str(self._gone))
+        kind = ShutdownError if self._gone is None else type(self._gone)
+        raise kind(str(self._gone))
 
     def _release(self) -> None:
         """Gives up the files. The lock file goes while it is still locked: no other process can take it for a dead writer's."""

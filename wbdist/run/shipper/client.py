@@ -2,16 +2,33 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Mapping
 from pathlib import Path
+from time import monotonic, sleep
+
+import msgspec
+
+from wbdist.errors import InitStartError
+from wbdist.run.shipper.control import Request, call
+
+STARTUP = 10.0
+"""Seconds a shipper that was just started may take to answer."""
+_MARGIN = 2.0
+"""Seconds on top of a flush's own timeout for its answer to arrive."""
+
+_started: dict[Path, subprocess.Popen[bytes]] = {}
+"""root -> the shipper this process started; kept so that it is reaped if it ends first."""
 
 
-class FlushResult:
-    """Outcome of a flush: `acked`, and why not in `error` ('' when time ran out; 'fenced' when the run has a newer attempt)."""
+class FlushResult(msgspec.Struct, frozen=True):
+    """Outcome of a flush; true when acknowledged. `error` is '' when only the time ran out, and begins with 'fenced' when a
+    newer attempt of the run has taken over."""
 
-    def __init__(self, acked: bool, error: str = "") -> None:
-        self.acked = acked
-        self.error = error
+    acked: bool
+    error: str = ""
 
     def __bool__(self) -> bool:
         return self.acked
@@ -20,16 +37,98 @@ class FlushResult:
 def watch(root: Path, journal: Path, base_url: str, api_key: str | None, env: Mapping[str, str] | None = None) -> None:
     """Any process. Tells the root's shipper of a new journal, and starts one when none answers.
 
-    Does not wait for the shipper or any server: a few milliseconds. `root`: the `wandb` directory that holds the run
-    directories. `env`: the shipper's environment, default ours. Raises InitStartError when no process can be started.
+    Waits neither for a new shipper nor for any server: a few milliseconds; 1 s at most when a shipper hangs. `root`: the
+    `wandb` directory that holds the run directories. `env`: the new shipper's environment, default ours. Raises
+    InitStartError when no process can be started, UsageError when `base_url` is no server's address.
     """
-    raise NotImplementedError
+    request = Request("watch", str(journal.resolve()), base_url, api_key)
+    try:
+        call(root, request, 1.0)
+    except OSError:
+        _start(root, request, env)
 
 
-def flush(root: Path, journal: Path, timeout: float, *, priority: bool = False) -> FlushResult:
-    """Waits until the server has acknowledged all that is now in `journal`, at most `timeout` seconds.
+def flush(
+    root: Path, journal: Path, timeout: float, *, priority: bool = False, env: Mapping[str, str] | None = None
+) -> FlushResult:
+    """Waits until the server has acknowledged all that is now in `journal`, at most `timeout` seconds (2 more if the shipper hangs).
 
     A dead shipper is started again once. `priority`: before other journals (the run is being preempted). Never raises for
-    an absent server: the result is then not acked.
+    an absent server: the result then is not acked.
     """
-    raise NotImplementedError
+    deadline = monotonic() + timeout
+    restarted = False
+    while True:
+        rest = max(0.0, deadline - monotonic())
+        try:
+            reply = call(root, Request("flush", str(journal.resolve()), timeout=rest, priority=priority), rest + _MARGIN)
+        except TimeoutError:
+            return FlushResult(False, "the shipper does not answer")
+        except OSError as error:
+            if not restarted:
+                _start(root, None, env)
+                restarted = True
+            elif rest <= 0 or _ended(root):
+                return FlushResult(False, f"no shipper answers ({error}); see {root / 'logs' / 'shipper.log'}")
+            sleep(min(0.02, rest))
+        else:
+            return FlushResult(reply.acked, reply.error)
+
+
+def ensure_shipper(root: Path, env: Mapping[str, str] | None = None, timeout: float = STARTUP) -> int:
+    """Starts the root's shipper when none answers, and waits until one does. Returns its pid. Raises InitStartError."""
+    deadline = monotonic() + timeout
+    started = False
+    while True:
+        try:
+            return call(root, Request("ping"), 1.0).pid
+        except OSError as error:
+            if not started:
+                _start(root, None, env)
+                started = True
+            elif monotonic() > deadline:
+                raise InitStartError(
+                    f"the shipper of {root} did not answer within {timeout:g} s; see {root / 'logs' / 'shipper.log'}"
+                ) from error
+            sleep(0.02)
+
+
+def _ended(root: Path) -> bool:
+    """Whether the shipper we started is gone with an error."""
+    process = _started.get(root)
+    return process is not None and process.poll() not in {None, 0}
+
+
+def _start(root: Path, request: Request | None, env: Mapping[str, str] | None) -> None:
+    environment = dict(os.environ if env is None else env)
+    # The shipper must find the very wbdist that runs here, also when it was put on sys.path by hand.
+    package = str(Path(__file__).resolve().parents[3])
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [package, environment.get("PYTHONPATH", "")]))
+    for name in ("PYTHONDEVMODE", "PYTHONPROFILEIMPORTTIME", "COVERAGE_PROCESS_START"):
+        environment.pop(name, None)
+    command = [sys.executable, "-m", "wbdist.run.shipper", "--root", str(root.resolve()), *(["--stdin"] if request else [])]
+    _started.pop(root, None)
+    try:
+        # A session of its own: signals for the job's process group, and Ctrl-C, must not stop what reports the job's end.
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE if request else subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            env=environment,
+            cwd="/",
+            start_new_session=True,
+        )
+    except OSError as error:
+        raise InitStartError(f"the shipper cannot be started ({' '.join(command)}): {error}") from error
+    _started[root] = process
+    if process.stdin is not None and request is not None:
+        # A pipe takes this much without anybody reading; the key is then seen neither in `ps` nor in the environment.
+        try:
+            process.stdin.write(msgspec.json.encode(request) + b"\n")
+            process.stdin.close()
+        except BrokenPipeError:
+            raise InitStartError(f"the shipper ended at once; see {root / 'logs' / 'shipper.log'}") from None
+
+
+__all__ = ["FlushResult", "ensure_shipper", "flush", "watch"]

@@ -1,0 +1,98 @@
+"""How processes of one host find and speak to the shipper of a root: paths, and one JSON line each way on a Unix socket.
+
+{"op": "ping"}                                              -> {"ok": true, "pid": n}
+{"op": "watch", "journal", "base_url", "api_key"}           -> {"ok": true}
+{"op": "flush", "journal", "timeout", "priority"}           -> {"acked": bool, "error": str}
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import socket
+import stat
+import tempfile
+from pathlib import Path
+from typing import Final
+
+import msgspec
+
+from wbdist.errors import InitStartError
+
+MAX_MESSAGE: Final = 1 << 20
+_SHORT: Final = 60
+"""Longest temporary directory whose sockets fit into the 108 bytes the kernel has for an address."""
+
+
+class Request(msgspec.Struct, omit_defaults=True):
+    op: str
+    journal: str = ""
+    base_url: str = ""
+    api_key: str | None = None
+    timeout: float = 0.0
+    priority: bool = False
+
+
+class Reply(msgspec.Struct, omit_defaults=True):
+    ok: bool = False
+    acked: bool = False
+    error: str = ""
+    pid: int = 0
+
+
+def runtime_directory() -> Path:
+    """A directory of this user alone, made on first use. Raises InitStartError when somebody else's lies there."""
+    temporary = tempfile.gettempdir()
+    path = Path(temporary if len(temporary) <= _SHORT else "/tmp") / f"wbdist-{os.getuid()}"  # noqa: S108
+    path.mkdir(mode=0o700, exist_ok=True)
+    facts = path.lstat()
+    if not stat.S_ISDIR(facts.st_mode) or facts.st_uid != os.getuid() or stat.S_IMODE(facts.st_mode) & 0o077:
+        raise InitStartError(
+            f"{path} must be a directory of yours with mode 0700 (it is {stat.filemode(facts.st_mode)}, user {facts.st_uid}); remove it"
+        )
+    return path
+
+
+def socket_path(root: Path) -> Path:
+    return runtime_directory() / f"{_name(root)}.sock"
+
+
+def instance_lock_path(root: Path) -> Path:
+    return runtime_directory() / f"{_name(root)}.lock"
+
+
+def _name(root: Path) -> str:
+    return hashlib.sha256(os.fsencode(root.resolve())).hexdigest()[:16]
+
+
+def call(root: Path, request: Request, timeout: float) -> Reply:
+    """Asks the root's shipper. Raises OSError when none answers within `timeout` seconds."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
+        connection.settimeout(timeout)
+        connection.connect(str(socket_path(root)))
+        connection.sendall(msgspec.json.encode(request) + b"\n")
+        line = receive_line(connection)
+    if not line:
+        raise ConnectionResetError("the shipper closed the connection without an answer")
+    return msgspec.json.decode(line, type=Reply)
+
+
+def receive_line(connection: socket.socket) -> bytes:
+    """One line, without its end; b"" when the other side closed first."""
+    data = b""
+    while not data.endswith(b"\n"):
+        part = connection.recv(65536)
+        if not part:
+            return b""
+        data += part
+        if len(data) > MAX_MESSAGE:
+            raise ConnectionError(f"a message of more than {MAX_MESSAGE} bytes")
+    return data[:-1]
+
+
+def send_reply(connection: socket.socket, reply: Reply) -> None:
+    connection.sendall(msgspec.json.encode(reply) + b"\n")
+
+
+def decode_request(line: bytes) -> Request:
+    return msgspec.json.decode(line, type=Request)

@@ -1,0 +1,438 @@
+"""Bringing one journal to its server, exactly once: the state machine shared by the shipper and `wbdist sync`.
+
+    read records -> make lines (those the server has are only counted) -> one file_stream request at a time -> forget them
+    when acknowledged
+
+Where to begin is asked from the server (BeginAttempt answers the next expected seq), so a delivery can be killed and begun
+again at any moment. Memory is bounded: the journal is read on only when the lines of the last read are acknowledged.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from wbdist.core.position import HISTORY, SUMMARY
+from wbdist.errors import JournalCorruptError
+from wbdist.protocol import file_stream, operations
+from wbdist.protocol.attempts import FEATURE, BeginAttempt, Ended, StreamAnswer, StreamStamp
+from wbdist.run.journal import JournalReader
+from wbdist.run.shipper.lines import Translator
+from wbdist.run.shipper.remote import Answer, Remote, UnreachableError
+
+MAX_LINES = 1000
+MAX_BYTES = 1 << 20
+"""Of one request's lines; a single longer line goes alone."""
+
+
+class Pace(msgspec.Struct, frozen=True):
+    """Seconds. What our own server is asked is cheap; W&B's asks clients for 15 s between requests."""
+
+    ours: float = 0.25
+    foreign: float = 15.0
+    heartbeat: float = 30.0
+    poll: float = 0.05
+    """Between looks at a journal that grows; up to `idle` at one that does not."""
+    idle: float = 1.0
+    retry_min: float = 0.25
+    retry_max: float = 3.0
+    retry_max_foreign: float = 60.0
+
+
+class State(Enum):
+    OPENING = "opening"
+    STREAMING = "streaming"
+    DONE = "done"
+    """Everything, the end included, is acknowledged."""
+    FENCED = "fenced"
+    """A newer attempt owns the run; what this one had logged went to the archive."""
+    FAILED = "failed"
+    """Refused for good; `error` says why."""
+
+
+TERMINAL = frozenset({State.DONE, State.FENCED, State.FAILED})
+
+
+class RefusedError(Exception):
+    """The server said no for good."""
+
+
+class RetryLaterError(Exception):
+    def __init__(self, reason: str, wait: float | None = None) -> None:
+        super().__init__(reason)
+        self.wait = wait
+
+
+class Delivery:
+    """One journal on its way. Not thread-safe but for `ask` (any thread) and reading the attributes."""
+
+    def __init__(self, path: Path, remote: Remote, log: logging.Logger, pace: Pace | None = None) -> None:
+        """Raises JournalCorruptError or OSError when the journal cannot be opened."""
+        self.path = path
+        self.remote = remote
+        self.state = State.OPENING
+        self.error = ""
+        self.asked = 0
+        """Number of the last flush asked for."""
+        self.flushed = 0
+        """Everything that was in the journal when this flush was asked for is acknowledged."""
+        self.caught_up = False
+        """Everything readable was acknowledged at least once: a newer attempt of the run may begin."""
+        self.writer_lives = True
+        self.due = 0.0
+        """When `step` has something to do next."""
+        self._log = log
+        self._pace = pace or Pace()
+        self._reader = JournalReader.open(path)
+        self.header = self._reader.header
+        self._translator = Translator(self.header)
+        self._entity = self.header.entity
+        self._project = self.header.project
+        self._ours = False
+        self._base: dict[str, int] = {}
+        """stream -> W&B offset of our seq 0."""
+        self._facts_sent = 0
+        self._summary_sent = 0
+        self._preempting_sent = False
+        self._last_sent = 0.0
+        self._last_look = 0.0
+        self._tries = 0
+        self._fenced = False
+        self._behind = True
+        """Whether there may be more in the journal than was ever read: then no pause between reads."""
+
+    @property
+    def run_key(self) -> tuple[str, str, str]:
+        return (self.header.entity, self.header.project, self.header.run_id)
+
+    @property
+    def finished(self) -> bool:
+        return self.state in TERMINAL
+
+    def ask(self) -> int:
+        """Asks for a flush; it has happened when `flushed` is at least the number returned."""
+        self.asked += 1
+        self.due = 0.0
+        return self.asked
+
+    def close(self) -> None:
+        self._reader.close()
+
+    def step(self, now: float) -> None:
+        """One look at the journal and at most a few requests; sets `due`. Blocks as long as a request does."""
+        try:
+            self._step(now)
+            if self._tries:
+                self._log.info("%s: the server is back after %d failed tries", self.path.name, self._tries)
+            self._tries = 0
+        except (UnreachableError, RetryLaterError) as error:
+            self._retry(now, error)
+        except RefusedError as error:
+            self._finish(State.FAILED, str(error))
+        except (ValueError, KeyError, TypeError) as error:
+            # Not the server's own words: a proxy's error page, or a server being replaced.
+            self._retry(now, RetryLaterError(f"{self.remote.base_url} gave an answer that is not understood: {error!r}"))
+        except (JournalCorruptError, OSError) as error:
+            self._finish(State.FAILED, f"the journal cannot be read: {error}")
+
+    def _step(self, now: float) -> None:
+        ticket = self.asked
+        translator = self._translator
+        alive = self._reader.writer_alive()  # before reading: what a dying writer wrote last is then read
+        grew = False
+        if not translator.pending() and translator.end is None:
+            records = self._reader.read()
+            grew = bool(records)
+            self._behind = self._behind and grew
+            translator.feed(records)
+        self.writer_lives = alive
+        if self.state is State.OPENING:
+            if not translator.facts_version and alive and ticket == self.flushed and now < self.header.created + 1.0:
+                self.due = now + self._pace.poll  # the facts of the run are about to be written
+                return
+            self._open()
+            if self.finished:
+                return
+        if self._fenced:
+            self._archive(grew)
+            return
+        ended = translator.end is not None
+        lost = not alive and not ended and not grew and not translator.pending()
+        if lost:
+            translator.close_row()
+        last_read = ended or not grew
+        if self._must_send(now, ticket, grew, ended or lost):
+            self._send(now, end=(ended or lost) and last_read)
+            if self.finished:
+                return
+        self._settle(now, ticket, grew)
+
+    def _settle(self, now: float, ticket: int, grew: bool) -> None:
+        """What is reached, and when to come back."""
+        if self._translator.pending() or grew:
+            pause = 0.0 if self._behind or self._full() else self._pace.poll
+            self._last_look = now
+        else:
+            if not self._unsent():
+                self.caught_up = True
+                self.flushed = max(self.flushed, ticket)
+            quiet = now - max(self._last_look, self._last_sent)
+            pause = min(self._pace.idle, max(self._pace.poll, quiet / 4))
+        self.due = 0.0 if self.flushed < self.asked else now + pause
+
+    def _must_send(self, now: float, ticket: int, grew: bool, ending: bool) -> bool:
+        translator = self._translator
+        if ending or (translator.preempting and not self._preempting_sent) or self._full():
+            return True
+        quiet = now - self._last_sent
+        if not self._unsent() and not translator.pending():
+            return quiet >= self._pace.heartbeat
+        if ticket > self.flushed and not grew:
+            return True
+        return quiet >= (self._pace.ours if self._ours else self._pace.foreign)
+
+    def _unsent(self) -> bool:
+        """Whether something beside lines waits to be sent."""
+        translator = self._translator
+        return (
+            translator.facts_version != self._facts_sent
+            or translator.summary_version != self._summary_sent
+            or (translator.preempting and not self._preempting_sent)
+        )
+
+    def _full(self) -> bool:
+        return any(len(lines) >= MAX_LINES for lines in self._translator.lines.values())
+
+    # Opening ------------------------------------------------------------------------------------------
+
+    def _open(self) -> None:
+        """Makes the run known, begins the attempt, learns where to go on."""
+        header = self.header
+        features = self._execute(operations.server_features(), lenient=True)
+        self._ours = features is not None and FEATURE in operations.read_server_features(features)
+        if self._ours:
+            # Without config and host: if this attempt turns out to be superseded, nothing of the newer one was overwritten.
+            facts = {key: value for key, value in self._facts().items() if key in {"display_name", "group", "job_type"}}
+            upserted = operations.read_upserted(self._must(operations.upsert_run(**self._names(), **facts)))
+            self._entity, self._project = upserted.entity, upserted.project
+            begin = BeginAttempt(header.attempt, header.nonce, header.writer, header.base, header.cause)
+            begun = operations.read_begun(
+                self._must(operations.begin_attempt(self._entity, self._project, header.run_id, begin))
+            )
+            self._base = dict(begun.lines)
+            if not begun.accepted:
+                self._fence(begun.attempt)
+                if begun.attempt == header.attempt:
+                    # Another incarnation holds this very attempt: our lines would take the places of its lines.
+                    self._finish(State.FENCED, self.error)
+                    return
+            else:
+                self._go_on_from({stream: counts.get(header.writer, 0) for stream, counts in begun.next.items()})
+        else:
+            self._open_foreign()
+        self.state = State.STREAMING
+
+    def _open_foreign(self) -> None:
+        """W&B's own rule: lines are told by their offset. The first offset is kept beside the journal, so that sending
+        everything again after a restart overwrites instead of appending."""
+        upserted = operations.read_upserted(
+            self._must(operations.upsert_run(**self._names(), **self._facts(), config=self._translator.wandb_config()))
+        )
+        self._facts_sent = self._translator.facts_version
+        self._entity, self._project = upserted.entity, upserted.project
+        memory = self.path.with_name(self.path.name + ".offsets")
+        known: dict[str, dict[str, int]] = {}
+        if memory.exists():
+            known = msgspec.json.decode(memory.read_bytes(), type=dict[str, dict[str, int]])
+        if self.remote.base_url not in known:
+            known[self.remote.base_url] = {HISTORY: upserted.history_line_count}
+            fresh = memory.with_name(memory.name + ".new")
+            fresh.write_bytes(msgspec.json.encode(known))
+            fresh.replace(memory)
+        self._base = known[self.remote.base_url]
+
+    def _names(self) -> dict[str, Any]:
+        return {"project": self._project, "run_id": self.header.run_id, "entity": self._entity or None}
+
+    def _facts(self) -> dict[str, Any]:
+        known = {"display_name", "group", "job_type", "notes", "tags", "host", "program", "commit", "repo"}
+        return {key: value for key, value in self._translator.facts.items() if key in known}
+
+    def _go_on_from(self, expected: dict[str, int]) -> None:
+        """Reads the journal again from its start, making lines from `expected` on."""
+        self._behind = True
+        self._reader.rewind()
+        self._translator = Translator(self.header)
+        self._translator.skip = expected
+        self._translator.feed(self._reader.read())
+        self._facts_sent = self._summary_sent = 0
+        self._preempting_sent = False
+
+    # Sending ------------------------------------------------------------------------------------------
+
+    def _send(self, now: float, *, end: bool) -> None:
+        """Everything that waits, in as many requests as needed; the end of the run in the last one."""
+        translator = self._translator
+        if translator.facts_version != self._facts_sent:
+            version = translator.facts_version
+            self._must(operations.upsert_run(**self._names(), **self._facts(), config=translator.wandb_config()))
+            self._facts_sent = version
+        while True:
+            chunks, counts = self._batch()
+            last = all(counts.get(stream, 0) == len(lines) for stream, lines in translator.lines.items())
+            version = translator.summary_version
+            if last and version != self._summary_sent:
+                chunks[SUMMARY] = file_stream.FileChunk([translator.summary_line()], 0)
+            final = end and last
+            request = file_stream.StreamRequest(
+                files=chunks,
+                preempting=translator.preempting and not self._preempting_sent,
+                complete=final and self._exit_code() is not None,
+                exitcode=self._exit_code() if final else None,
+                wbdist=self._stamp(counts, final),
+            )
+            answer = self._stream(request)
+            if answer is not None and answer.code == "gap":
+                self._log.warning("%s: the server expects %s; going back there", self.path.name, answer.next)
+                self._go_on_from(dict(answer.next))
+                self.due = 0.0
+                return
+            for stream, count in counts.items():
+                translator.take(stream, count)
+            self._last_sent = now
+            if answer is not None and answer.code == "fenced":
+                self._fence(answer.attempt)
+                return
+            self._preempting_sent = translator.preempting
+            if SUMMARY in chunks:
+                self._summary_sent = version
+            if last:
+                break
+        if end:
+            if translator.end is None and self._reader.torn():
+                self._log.warning(
+                    "%s: the bytes behind offset %d do not verify and are ignored", self.path, self._reader.offset
+                )
+            self.caught_up = True
+            self._finish(State.DONE, "")
+
+    def _batch(self) -> tuple[dict[str, file_stream.FileChunk], dict[str, int]]:
+        """The next lines of each stream, up to the limits."""
+        chunks: dict[str, file_stream.FileChunk] = {}
+        counts: dict[str, int] = {}
+        room = MAX_BYTES
+        for stream, lines in self._translator.lines.items():
+            taken: list[str] = []
+            for line in lines[:MAX_LINES]:
+                if taken and room < len(line):
+                    break
+                room -= len(line)
+                taken.append(line)
+            if taken:
+                offset = self._base.get(stream, 0) + self._translator.first(stream)
+                chunks[stream] = file_stream.FileChunk(taken, offset)
+                counts[stream] = len(taken)
+        return chunks, counts
+
+    def _stamp(self, counts: dict[str, int], final: bool) -> StreamStamp:
+        header = self.header
+        ended = None
+        if final:
+            end = self._translator.end
+            ended = (
+                Ended("lost", "the writer's process died without a word")
+                if end is None
+                else Ended(str(end.get("cause") or "exit"))
+            )
+        seq = {stream: self._translator.first(stream) for stream in counts}
+        return StreamStamp(header.attempt, header.nonce, header.writer, seq, ended)
+
+    def _exit_code(self) -> int | None:
+        end = self._translator.end
+        return None if end is None else end.get("exit_code")
+
+    def _archive(self, grew: bool) -> None:
+        """Fenced: what was logged so far goes to the archive, then it is over."""
+        translator = self._translator
+        while True:
+            chunks, counts = self._batch()
+            if chunks:
+                answer = self._stream(file_stream.StreamRequest(files=chunks, wbdist=self._stamp(counts, False)))
+                if answer is not None and answer.code == "gap":
+                    break
+                for stream, count in counts.items():
+                    translator.take(stream, count)
+            if not translator.pending():
+                records = self._reader.read()
+                if not records:
+                    break
+                translator.feed(records)
+        self._finish(State.FENCED, self.error)
+
+    def _fence(self, current: int) -> None:
+        self._fenced = True
+        self.due = 0.0
+        self.error = f"fenced: attempt {current} of run {self.header.run_id} has taken over from attempt {self.header.attempt}"
+        self._log.warning("%s: %s", self.path.name, self.error)
+
+    # The wire -----------------------------------------------------------------------------------------
+
+    def _stream(self, request: file_stream.StreamRequest) -> StreamAnswer | None:
+        target = file_stream.path(self._entity, self._project, self.header.run_id)
+        answer = self.remote.post(target, file_stream.encode_request(request))
+        reply = file_stream.decode_reply(answer.body)
+        if answer.ok or (answer.status == 409 and reply.wbdist is not None and reply.wbdist.code in {"gap", "fenced"}):
+            return reply.wbdist
+        raise self._problem("file_stream", answer, reply.error)
+
+    def _execute(self, operation: operations.Operation, *, lenient: bool = False) -> dict[str, Any] | None:
+        """The answer's `data`; None when `lenient` and the server does not know the operation."""
+        answer = self.remote.post("/graphql", operation.body())
+        message = operations.error_message(answer.body)
+        if answer.ok and not message:
+            data = msgspec.json.decode(answer.body).get("data")
+            if isinstance(data, dict):
+                return data
+            message = "the answer has no data"
+        if lenient and (answer.ok or answer.status in {400, 404, 422}):
+            return None
+        if answer.status == 409 and operation.name == "UpsertBucket":
+            raise RetryLaterError(f"{operation.name}: {message}")
+        raise self._problem(operation.name, answer, message)
+
+    def _must(self, operation: operations.Operation) -> dict[str, Any]:
+        data = self._execute(operation)
+        assert data is not None
+        return data
+
+    def _problem(self, what: str, answer: Answer, message: str) -> Exception:
+        text = f"{self.remote.base_url} answers {what} with HTTP {answer.status}: {message or answer.body[:200].decode('utf-8', 'replace')}"
+        if answer.ok or not answer.retryable:
+            if answer.status == 401 and not self.remote.api_key:
+                text += " (no API key is known for this server; run `wbdist login`, or set WANDB_API_KEY)"
+            return RefusedError(text)
+        return RetryLaterError(text, answer.retry_after)
+
+    def _retry(self, now: float, error: UnreachableError | RetryLaterError) -> None:
+        self._tries += 1
+        longest = self._pace.retry_max if self._ours or self.state is State.OPENING else self._pace.retry_max_foreign
+        wait = min(longest, self._pace.retry_min * 2 ** min(self._tries - 1, 20)) * random.uniform(1.0, 1.25)
+        asked = getattr(error, "wait", None)
+        if asked is not None:
+            wait = asked
+        self.due = now + wait
+        if self._tries in {1, 10, 100} or self._tries % 1000 == 0:
+            self._log.warning("%s: %s (try %d, next in %.1f s)", self.path.name, error, self._tries, wait)
+
+    def _finish(self, state: State, error: str) -> None:
+        if state is State.FAILED:
+            self._log.error("%s: given up: %s", self.path, error)
+        self.error = error
+        self.state = state
+        self.flushed = self.asked if state is State.DONE else self.flushed
+        self._reader.close()

@@ -1,0 +1,98 @@
+"""All deliveries to one server, worked off by one thread over one connection."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from time import monotonic, time
+
+from wbdist.run.shipper.delivery import Delivery, Pace, State
+from wbdist.run.shipper.remote import Remote
+
+
+class Lane:
+    """Thread-safe. Attempts of one run begin in order: the server must have what an attempt builds upon before it begins."""
+
+    def __init__(self, base_url: str, api_key: Callable[[], str | None], log: logging.Logger, pace: Pace) -> None:
+        self.base_url = base_url
+        self._find_key = api_key
+        self._remote = Remote(base_url, None)
+        self._log = log
+        self._pace = pace
+        self._deliveries: dict[Path, Delivery] = {}
+        self._condition = threading.Condition()
+        self._stopping = False
+        self._thread = threading.Thread(target=self._work, name=f"lane {base_url}", daemon=True)
+        self._thread.start()
+
+    def add(self, path: Path, api_key: str | None) -> Delivery:
+        """Begins to deliver `path`, or begins again when it had failed. Raises JournalCorruptError or OSError."""
+        with self._condition:
+            if api_key:
+                self._remote.api_key = api_key
+            known = self._deliveries.get(path)
+            if known is None or known.state is State.FAILED:
+                known = self._deliveries[path] = Delivery(path, self._remote, self._log, self._pace)
+            self._condition.notify_all()
+            return known
+
+    def flush(self, path: Path, timeout: float, priority: bool) -> tuple[bool, str]:
+        """Whether all that is in the journal now is acknowledged, and what is wrong; waits at most `timeout` seconds."""
+        deadline = monotonic() + timeout
+        with self._condition:
+            delivery = self._deliveries[path]
+            ticket = delivery.ask()
+            if priority:
+                self._deliveries = {path: delivery, **self._deliveries}
+            self._condition.notify_all()
+            while delivery.flushed < ticket and not delivery.finished and (rest := deadline - monotonic()) > 0:
+                self._condition.wait(rest)
+            return delivery.flushed >= ticket or delivery.state is State.DONE, delivery.error
+
+    def snapshot(self) -> list[Delivery]:
+        with self._condition:
+            return list(self._deliveries.values())
+
+    def stop(self, timeout: float) -> None:
+        """Sends what it can within `timeout` seconds."""
+        deadline = monotonic() + timeout
+        with self._condition:
+            tickets = [(delivery, delivery.ask()) for delivery in self._deliveries.values() if not delivery.finished]
+            self._condition.notify_all()
+            while any(d.flushed < ticket and not d.finished for d, ticket in tickets) and (rest := deadline - monotonic()) > 0:
+                self._condition.wait(rest)
+            self._stopping = True
+            self._condition.notify_all()
+        self._thread.join(max(0.0, deadline - monotonic()))
+
+    def _work(self) -> None:
+        while True:
+            with self._condition:
+                if self._stopping:
+                    return
+                ready = [
+                    delivery for delivery in self._deliveries.values() if not delivery.finished and self._may_begin(delivery)
+                ]
+                now = time()
+                due = [delivery for delivery in ready if delivery.due <= now]
+                if not due:
+                    self._condition.wait(min((d.due for d in ready), default=now + self._pace.idle) - now)
+                    continue
+            if self._remote.api_key is None:
+                self._remote.api_key = self._find_key()
+            for delivery in due:
+                delivery.step(time())
+                with self._condition:
+                    self._condition.notify_all()
+
+    def _may_begin(self, delivery: Delivery) -> bool:
+        """Under the lock. Whether nothing of an older attempt of the same run is still to come first."""
+        return delivery.state is not State.OPENING or not any(
+            older.run_key == delivery.run_key
+            and older.header.attempt < delivery.header.attempt
+            and not older.finished
+            and not (older.caught_up and older.writer_lives)
+            for older in self._deliveries.values()
+        )

@@ -1,0 +1,120 @@
+"""HTTP to one server, as light as it gets: one kept connection of the standard library (ADR 0001 has the comparison)."""
+
+from __future__ import annotations
+
+import base64
+import http.client
+from email.utils import parsedate_to_datetime
+from time import time
+from urllib.parse import urlsplit
+from urllib.request import getproxies, proxy_bypass
+
+import msgspec
+
+from wbdist.errors import UsageError
+
+TIMEOUT = 30.0
+"""Seconds without a byte after which a request counts as lost (it is repeated: all our requests may be)."""
+MAX_ANSWER = 16 << 20
+
+
+class UnreachableError(Exception):
+    """No answer: refused, reset, timed out. A retry may help."""
+
+
+class Answer(msgspec.Struct, frozen=True):
+    status: int
+    body: bytes
+    retry_after: float | None = None
+    """Seconds the server asks us to wait."""
+
+    @property
+    def ok(self) -> bool:
+        return 200 <= self.status < 300
+
+    @property
+    def retryable(self) -> bool:
+        """W&B's rule: everything but a fixed list of refusals may be tried again."""
+        return self.status not in FINAL
+
+
+FINAL = frozenset({400, 401, 402, 403, 404, 405, 409, 410, 413, 422, 501})
+
+
+class Remote:
+    """Not thread-safe. Blocks at most `TIMEOUT` a read or write."""
+
+    def __init__(self, base_url: str, api_key: str | None) -> None:
+        self.base_url = base_url.rstrip("/")
+        url = urlsplit(self.base_url)
+        if url.scheme not in {"http", "https"} or not url.hostname:
+            raise UsageError(f"{base_url!r} is not a server's address; write it as http://host:port")
+        self._https = url.scheme == "https"
+        self._host = url.hostname
+        self._port = url.port or (443 if self._https else 80)
+        self._prefix = url.path
+        self._connection: http.client.HTTPConnection | None = None
+        self.api_key = api_key
+
+    def post(self, path: str, body: bytes) -> Answer:
+        """One POST of JSON. Raises UnreachableError."""
+        while True:
+            reused = self._connection is not None
+            try:
+                return self._post(path, body)
+            except (OSError, http.client.HTTPException) as error:
+                self.close()
+                if reused and not isinstance(error, TimeoutError):
+                    continue  # the server closed the idle connection meanwhile: that says nothing about the server
+                raise UnreachableError(f"{self.base_url} does not answer: {str(error) or type(error).__name__}") from error
+
+    def close(self) -> None:
+        if self._connection is not None:
+            self._connection.close()
+            self._connection = None
+
+    def _post(self, path: str, body: bytes) -> Answer:
+        if self._connection is None:
+            self._connection = self._connect()
+        credentials = base64.b64encode(f"api:{self.api_key or ''}".encode()).decode()
+        headers = {"Content-Type": "application/json", "Authorization": f"Basic {credentials}", "User-Agent": "wbdist-shipper"}
+        self._connection.request("POST", self._prefix + path, body, headers)
+        response = self._connection.getresponse()
+        data = response.read(MAX_ANSWER)
+        if response.will_close or not response.isclosed():
+            self.close()
+        return Answer(response.status, data, _seconds(response.getheader("Retry-After")))
+
+    def _connect(self) -> http.client.HTTPConnection:
+        proxy = (
+            None
+            if proxy_bypass(self._host) or is_loopback(self._host)
+            else getproxies().get("https" if self._https else "http")
+        )
+        if not self._https:
+            # A plain-HTTP proxy would need absolute targets; servers outside the local network speak HTTPS.
+            return http.client.HTTPConnection(self._host, self._port, timeout=TIMEOUT)
+        if proxy is None:
+            return http.client.HTTPSConnection(self._host, self._port, timeout=TIMEOUT)
+        via = urlsplit(proxy if "//" in proxy else f"//{proxy}")
+        connection = http.client.HTTPSConnection(via.hostname or "", via.port or 3128, timeout=TIMEOUT)
+        connection.set_tunnel(self._host, self._port)
+        return connection
+
+
+def is_loopback(host: str) -> bool:
+    return host in {"localhost", "::1"} or host.startswith("127.")
+
+
+def _seconds(header: str | None) -> float | None:
+    """`Retry-After`: seconds, fractions allowed, or a date."""
+    if header is None:
+        return None
+    try:
+        return max(0.0, float(header))
+    except ValueError:
+        pass
+    try:
+        return max(0.0, parsedate_to_datetime(header).timestamp() - time())
+    except ValueError:
+        return None
