@@ -1,0 +1,79 @@
+"""Which steps are complete: rows of many ranks in, whole steps out, in order. Pure.
+
+A rank has *passed* step s when it can add nothing more to s: it closed a row of s, or touched a later step. A step is
+complete when every rank that is still with us passed it. Ranks may be apart by any number of steps; what is held is the
+skew between them. A rank that ended or was lost holds nobody up.
+
+Rejected: closing a step after some time. The row would then depend on how busy a machine was, and a job that was
+killed and resumed would not have the history of one that was not.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+Entry = tuple[int, dict[str, Any], Mapping[str, str]]
+"""(rank, row, that rank's reduce ops)."""
+
+FOREVER = (1 << 63) - 1
+
+
+class StepAligner:
+    """Rows of `world_size` ranks, from `starting_step` on."""
+
+    def __init__(self, world_size: int, starting_step: int) -> None:
+        self._next = [starting_step] * world_size
+        """For each rank the lowest step it may still add to."""
+        self._rows: dict[int, list[Entry]] = {}
+        self._steps: list[int] = []
+        """Heap of the keys of `_rows`."""
+        self._closed = starting_step
+
+    @property
+    def frontier(self) -> int:
+        """Every step below this is complete."""
+        return min(self._next)
+
+    def behind(self, step: int) -> list[int]:
+        """The ranks that may still add to `step`."""
+        return [rank for rank, open_step in enumerate(self._next) if open_step <= step]
+
+    def add(self, rank: int, step: int, row: dict[str, Any], ops: Mapping[str, str]) -> None:
+        """A finished row; the rank has passed its step. Rows of steps that were complete before are ignored (a replay)."""
+        if step >= self._closed:
+            entries = self._rows.get(step)
+            if entries is None:
+                self._rows[step] = [(rank, row, ops)]
+                heapq.heappush(self._steps, step)
+            else:
+                entries.append((rank, row, ops))
+        self.passed(rank, step + 1)
+
+    def passed(self, rank: int, step: int) -> None:
+        """The rank will add to `step` at the lowest."""
+        if step > self._next[rank]:
+            self._next[rank] = step
+
+    def leave(self, rank: int) -> None:
+        """The rank ended or is lost: it adds nothing more."""
+        self._next[rank] = FOREVER
+
+    def skip_to(self, step: int) -> None:
+        """Steps below `step` were given out before (by a predecessor)."""
+        self._closed = max(self._closed, step)
+
+    def complete(self) -> Iterator[tuple[int, list[Entry]]]:
+        """Steps that became complete, lowest first, each with its rows in rank order."""
+        frontier = self.frontier
+        while self._steps and self._steps[0] < frontier:
+            step = heapq.heappop(self._steps)
+            entries = self._rows.pop(step)
+            entries.sort(key=_rank_of)
+            self._closed = step + 1
+            yield step, entries
+
+
+def _rank_of(entry: Entry) -> int:
+    return entry[0]

@@ -1,0 +1,122 @@
+"""Where a run stood after a given step, read from its own journals: what a checkpoint stores as the run's position.
+
+Saving is asynchronous: when the position of step s is asked for, rows of later steps may lie in the journal already. So
+it is not the moment of the asking that counts. The journal says it exactly, row by row, as the shipper and the server see it.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from wbdist.core.position import CONSOLE, EVENTS, HISTORY, RunPosition, Watermark
+from wbdist.core.rows import RowAssembler
+from wbdist.core.summary import SummaryTracker
+from wbdist.run.journal import JournalReader, Kind, Record
+
+_LINES = {Kind.CONSOLE: CONSOLE, Kind.STATS: EVENTS}
+
+
+class PositionCursor:
+    """Walks an attempt's journals up to a step. Not thread-safe. Each record is read once, however often it is asked.
+
+    `paths`: the journals of this attempt in order; all but the last belong to writers that ended. Raises OSError and
+    JournalCorruptError as `JournalReader.open` does.
+    """
+
+    def __init__(self, paths: Sequence[Path]) -> None:
+        self._readers = deque(JournalReader.open(path) for path in paths)
+        header = self._readers[0].header
+        self._header = header
+        self._counts: dict[str, dict[str, int]] = {HISTORY: {}, CONSOLE: {}}
+        self._step = header.starting_step - 1
+        self._runtime = header.runtime
+        self._summary = SummaryTracker(header.summary)
+        self._waiting: deque[tuple[str, Any]] = deque()
+        """Read, but behind the last cut: rows and changes in order."""
+        self._begin(self._readers[0])
+
+    def position(self, step: int) -> RunPosition:
+        """The position when `step` was complete; `step` must not be lower than in an earlier call. Reads what the journal holds
+        now, so rows of `step` must be closed before. Does not block beyond reading."""
+        while self._consume(step):
+            reader = self._readers[0]
+            records = reader.read()
+            if not records:
+                if len(self._readers) == 1:
+                    break
+                self._finish_reader()
+                continue
+            for record in records:
+                self._take(record)
+        header = self._header
+        return RunPosition(
+            run_id=header.run_id,
+            project=header.project,
+            entity=header.entity,
+            watermark=Watermark(
+                attempt=header.attempt, counts={stream: dict(of) for stream, of in self._counts.items()}, step=self._step
+            ),
+            summary=dict(self._summary.values),
+            runtime=self._runtime,
+        )
+
+    @property
+    def step(self) -> int:
+        """Of the last row within the cut; one below the starting step when there is none."""
+        return self._step
+
+    def close(self) -> None:
+        for reader in self._readers:
+            reader.close()
+
+    def _begin(self, reader: JournalReader) -> None:
+        self._writer = reader.header.writer
+        self._counts[HISTORY].setdefault(self._writer, 0)
+        self._counts[CONSOLE].setdefault(self._writer, 0)
+        self._rows = RowAssembler(
+            starting_step=reader.header.starting_step, created=reader.header.created, runtime=reader.header.runtime
+        )
+
+    def _finish_reader(self) -> None:
+        """A predecessor's journal is read to its end; its open row counts, as it does for the shipper."""
+        self._queue_rows(self._rows.close())
+        self._readers.popleft().close()
+        self._begin(self._readers[0])
+
+    def _take(self, record: Record) -> None:
+        if record.kind is Kind.ROW:
+            self._queue_rows(self._rows.add(record.data, record.step, record.commit, record.time))
+        elif record.kind in (Kind.COMMIT, Kind.END):
+            self._queue_rows(self._rows.close())
+        elif record.kind is Kind.SUMMARY:
+            self._waiting.append(("summary", record.data))
+        elif record.kind in _LINES:
+            self._waiting.append(("line", (_LINES[record.kind], self._writer)))
+
+    def _queue_rows(self, rows: list[dict[str, Any]]) -> None:
+        self._waiting.extend(("row", (self._writer, row)) for row in rows)
+
+    def _consume(self, step: int) -> bool:
+        """Takes what waits into the cut, up to the first row behind `step`; True when more has to be read."""
+        waiting = self._waiting
+        while waiting:
+            what, value = waiting[0]
+            if what == "row":
+                writer, row = value
+                if row["_step"] > step:
+                    return False
+                self._counts[HISTORY][writer] += 1
+                self._step = row["_step"]
+                self._runtime = row["_runtime"]
+                self._summary.add_row(row)
+            elif what == "line":
+                stream, writer = value
+                of_stream = self._counts.setdefault(stream, {})
+                of_stream[writer] = of_stream.get(writer, 0) + 1
+            else:
+                self._summary.change(value.get("set", {}), value.get("delete", ()))
+            waiting.popleft()
+        return True

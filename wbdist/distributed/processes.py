@@ -1,0 +1,79 @@
+"""Processes by `multiprocess`, and the only place that imports it.
+
+`multiprocess` is the standard library's `multiprocessing` with dill as its pickler: lambdas, closures and functions of a
+notebook can be sent to a spawned child. Its objects and the standard library's do not mix (a queue of one handed to a
+process of the other raises, or hangs at exit), so everything of ours that makes such objects comes through here.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from multiprocessing.context import SpawnContext
+
+
+def spawn_context() -> SpawnContext:
+    """`multiprocess`'s spawn context. Imported on demand: dill takes 30 ms, which runs without children need not pay."""
+    import multiprocess
+
+    context: SpawnContext = multiprocess.get_context("spawn")
+    return context
+
+
+def start_spawned(target: Callable[..., None], args: tuple[Any, ...], name: str) -> SpawnedProcess:
+    """Starts `target(*args)` in a fresh interpreter with this process's environment as it is now.
+
+    Main thread, under a `__main__` guard. Raises UsageError's cousin of pickling (PicklingError, TypeError) when `target` or
+    `args` cannot be sent.
+    """
+    process = spawn_context().Process(target=target, args=args, name=name)
+    process.start()
+    return SpawnedProcess(process)
+
+
+class SpawnedProcess:
+    """A spawned process with the interface of `subprocess.Popen` that a supervisor needs."""
+
+    def __init__(self, process: Any) -> None:
+        self._process = process
+        self.pid: int = process.pid
+
+    @property
+    def returncode(self) -> int | None:
+        """Exit code, negative for a signal; None while it runs."""
+        return self.poll()
+
+    def poll(self) -> int | None:
+        """Does not block."""
+        code: int | None = self._process.exitcode
+        return code
+
+    def wait(self, timeout: float | None = None) -> int | None:
+        """Waits at most `timeout` seconds; the exit code, or None when it still runs."""
+        self._process.join(timeout)
+        return self.poll()
+
+    def send_signal(self, number: int) -> None:
+        """No-op when the process has ended: its pid may belong to somebody else by now."""
+        import os
+
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def terminate(self) -> None:
+        self._process.terminate()
+
+    def kill(self) -> None:
+        self._process.kill()
+
+
+def inheriting() -> bool:
+    """Whether this process is a spawned child that is still loading its parent's main module (of either package)."""
+    for package in ("multiprocess", "multiprocessing"):
+        module = sys.modules.get(f"{package}.process")
+        if module is not None and getattr(module.current_process(), "_inheriting", False):
+            return True
+    return False
