@@ -102,7 +102,7 @@ class LoopbackServer:
         if name == "ServerFeaturesQuery":
             features = [{"name": "WBDIST_ATTEMPTS", "isEnabled": True}] if self.ours else []
             return 200, {"data": {"serverInfo": {"features": features}}}
-        if name == "UpsertBucket":
+        if "upsertBucket" in body["query"]:
             self.facts.update({key: value for key, value in variables.items() if key != "config"})
             if "config" in variables:
                 self.config = json.loads(variables["config"])

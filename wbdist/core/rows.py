@@ -88,7 +88,10 @@ class RowAssembler:
         if was_open and accepted[0] > before:
             finished.append(self._finish(before))
         self._time = time
-        merge(self._row, data)
+        if self._row:
+            merge(self._row, data)
+        else:
+            self._row = dict(data)
         if accepted[1]:
             finished.append(self._finish(accepted[0]))
         return finished

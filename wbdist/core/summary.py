@@ -7,6 +7,8 @@ from typing import Any
 
 from wbdist.core.rows import merge
 
+_SPECIAL = frozenset({dict, type(None)})
+
 
 class SummaryTracker:
     """Follows rows and manual changes; `values` is the summary so far, `_step`, `_timestamp` and `_runtime` included."""
@@ -19,7 +21,10 @@ class SummaryTracker:
 
     def add_row(self, row: Mapping[str, Any]) -> None:
         """A finished row: every key takes its new value; None leaves the summary as it is (as in W&B)."""
-        merge(self.values, without_none(row) if has_none(row) else row)
+        if _SPECIAL.isdisjoint(map(type, row.values())):
+            self.values.update(row)
+        else:
+            merge(self.values, without_none(row))
         self.version += 1
 
     def change(self, values: Mapping[str, Any], deleted: Iterable[str] = ()) -> None:
@@ -28,10 +33,6 @@ class SummaryTracker:
         for key in deleted:
             self.values.pop(key, None)
         self.version += 1
-
-
-def has_none(row: Mapping[str, Any]) -> bool:
-    return any(value is None or isinstance(value, dict) for value in row.values())
 
 
 def without_none(row: Mapping[str, Any]) -> dict[str, Any]:

@@ -102,13 +102,17 @@ class JournalWriter:
         path = Path(path)
         if path.suffix != SUFFIX:
             raise UsageError(f"a journal's name ends in {SUFFIX}; got {path}")
+        if path.exists():
+            # Looked at before the lock: closing a lock file of this very process's writer would drop that writer's lock.
+            raise UsageError(_exists(path))
         lock = lock_path(path)
         lock_fd = fd = -1
-        made = False
+        made = locked = False
         try:
             # The lock comes first: whoever sees the journal must find its writer alive.
             lock_fd = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
             fcntl.lockf(lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            locked = True
             fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
             made = True
             writer = cls(path, header, fd, lock_fd, storage)
@@ -121,11 +125,10 @@ class JournalWriter:
                     os.close(open_fd)
             if made:
                 path.unlink(missing_ok=True)
+            if locked and not isinstance(error, FileExistsError):
                 lock.unlink(missing_ok=True)
             if isinstance(error, FileExistsError):
-                raise UsageError(
-                    f"the journal {path} exists; a journal is never opened again for writing: use another attempt number or directory"
-                ) from None
+                raise UsageError(_exists(path)) from None
             if isinstance(error, BlockingIOError):
                 raise UsageError(f"the journal {path} is being written by another process") from None
             if isinstance(error, JournalError) or not isinstance(error, OSError):
@@ -308,8 +311,8 @@ class JournalWriter:
         os.close(self._fd)
         os.close(self._lock_fd)
 
-    def _disown(self) -> None:
-        """In a forked child: the file belongs to the parent."""
+    def disown(self) -> None:
+        """Called in a forked child, for which the file is its parent's: from now on every call says so."""
         self._gone = UsageError(
             f"the journal {self.path} belongs to process {self.header.pid or 'that forked this one'}; "
             "a forked child cannot log to its parent's run: start a run of its own in the child, or log in the parent"
@@ -320,12 +323,15 @@ class JournalWriter:
         self._sync_lock = threading.Lock()
 
 
+def _exists(path: Path) -> str:
+    return f"the journal {path} exists; a journal is never opened again for writing: use another attempt number or directory"
+
+
 def _fault(error: OSError, path: Path, consequence: str) -> JournalError:
     if error.errno in NO_SPACE:
         reason = "the file size limit is reached" if error.errno == errno.EFBIG else "no space is left on the disk"
-        return DiskFullError(
-            f"{reason} for the journal {path}: {consequence}; everything logged before it is safe, and logging works again when there is space"
-        )
+        safe = "everything logged before it is safe, and logging works again when there is space"
+        return DiskFullError(f"{reason} for the journal {path}: {consequence}; {safe}")
     return JournalError(
         f"the journal {path} failed ({error.strerror or error}): {consequence}; everything logged before it is in the journal"
     )
@@ -342,7 +348,7 @@ def _sync_directory(directory: Path) -> None:
 def _after_fork() -> None:
     own_writers.clear()
     for writer in list(_live):
-        writer._disown()
+        writer.disown()
     _live.clear()
 
 

@@ -44,7 +44,8 @@ class Kind(IntEnum):
     """What a record is. Numbers are for ever; readers skip kinds they do not know."""
 
     RUN = 1
-    """Facts for the server: display_name, group, job_type, notes, tags, host, program, commit, repo. Later ones update earlier ones."""
+    """Facts for the server: display_name, group, job_type, notes, tags, host, program, commit, repo.
+    Later ones update earlier ones."""
     CONFIG = 2
     """{"set": {key: value}, "delete": [key]}: changes to the config."""
     SUMMARY = 3
@@ -237,7 +238,7 @@ def verified_end(data: bytes | memoryview, at: int, seq: int) -> Iterator[tuple[
 
 
 class FrameDecoder:
-    """Frames to records, in order; remembers the schemas it has seen. For a journal's reader, and for whoever is sent its frames."""
+    """Frames to records, in order; remembers the schemas it has seen. For readers, and for whoever is sent frames."""
 
     def __init__(self) -> None:
         self.seq = 0

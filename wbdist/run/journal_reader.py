@@ -56,7 +56,7 @@ def writer_alive(journal: Path) -> bool:
 
 
 def find_journals(root: Path | str) -> list[Path]:
-    """The journals at `root`: the file itself, or those in a run directory, or those in the run directories of a `wandb` directory. Sorted."""
+    """The journals at `root`, sorted: the file itself, or those of a run directory, or of the run directories of a `wandb` one."""
     root = Path(root)
     if root.is_file():
         return [root] if root.suffix == SUFFIX else []
@@ -81,7 +81,7 @@ class JournalReader:
 
     @classmethod
     def open(cls, path: Path | str) -> Self:
-        """Raises JournalCorruptError when the header does not verify (also while its writer is just creating it), or OSError."""
+        """Raises JournalCorruptError when the header does not verify (or is just being written), or OSError."""
         path = Path(path)
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         try:
@@ -95,7 +95,7 @@ class JournalReader:
         return cls(path, fd, header, first)
 
     def read(self, max_bytes: int = READ_SIZE) -> list[Record]:
-        """The next records, up to about `max_bytes` of journal (at least one record when there is one); [] when no more verify yet."""
+        """The next records, about `max_bytes` of journal (at least one record when there is one); [] when no more verify yet."""
         data = self._verifiable(self.offset, max_bytes)
         while True:
             records, used = self._decoder.decode(data)
@@ -116,7 +116,7 @@ class JournalReader:
         data = self._verifiable(at, max_bytes)
         seq = 0 if at == self.first or len(data) < FRAME_OVERHEAD else BODY_HEAD.unpack_from(data, FRAME_HEAD.size)[0]
         end = 0
-        for _, end in verified_end(data, 0, seq):
+        for _, end in verified_end(data, 0, seq):  # noqa: B007  (its last value is what we want)
             pass
         return data[:end], at + end
 

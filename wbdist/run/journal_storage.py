@@ -42,7 +42,7 @@ class Window(Protocol):
 
 
 class MappedStorage:
-    """Frames are copied into a shared mapping: no system call a row, and the page cache keeps them when the process is killed."""
+    """Frames are copied into a shared mapping: no system call a row, and the page cache keeps them when the process dies."""
 
     def __init__(self, fd: int) -> None:
         self._fd = fd

@@ -61,7 +61,7 @@ def _foreign(value: Any) -> Any:
     if callable(getattr(value, "tolist", None)):
         return plain(value.tolist())
     raise TypeError(
-        f"{type(value).__module__}.{type(value).__qualname__} is not a number, text, list or dict, nor an array; convert it first"
+        f"{type(value).__module__}.{type(value).__qualname__} is no number, text, list, dict or array; convert it first"
     )
 
 

@@ -16,7 +16,7 @@ from wbdist.run.shipper.service import Limits, Service
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit code 0: everything delivered, or another instance serves, or nothing more could be done (the log says what is left)."""
+    """Exit code 0: everything delivered, or another instance serves, or nothing more could be done (see the log)."""
     parser = argparse.ArgumentParser(
         prog="python -m wbdist.run.shipper",
         description="Send the journals below DIR to their servers, until nothing is left to send.",
@@ -31,21 +31,21 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--linger",
         type=float,
-        default=Limits.linger,
+        default=Limits().linger,
         metavar="S",
         help="stay this long after the last delivery (%(default)s s)",
     )
     parser.add_argument(
         "--grace",
         type=float,
-        default=Limits.grace,
+        default=Limits().grace,
         metavar="S",
         help="try this long when no writer lives and the server is away (%(default)s s)",
     )
     parser.add_argument(
         "--heartbeat",
         type=float,
-        default=Pace.heartbeat,
+        default=Pace().heartbeat,
         metavar="S",
         help="say at least this often that a run lives (%(default)s s)",
     )

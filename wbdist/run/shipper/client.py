@@ -51,7 +51,7 @@ def watch(root: Path, journal: Path, base_url: str, api_key: str | None, env: Ma
 def flush(
     root: Path, journal: Path, timeout: float, *, priority: bool = False, env: Mapping[str, str] | None = None
 ) -> FlushResult:
-    """Waits until the server has acknowledged all that is now in `journal`, at most `timeout` seconds (2 more if the shipper hangs).
+    """Waits until the server has acknowledged all that is now in `journal`, at most `timeout` seconds (2 more if it hangs).
 
     A dead shipper is started again once. `priority`: before other journals (the run is being preempted). Never raises for
     an absent server: the result then is not acked.

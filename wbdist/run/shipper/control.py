@@ -47,9 +47,8 @@ def runtime_directory() -> Path:
     path.mkdir(mode=0o700, exist_ok=True)
     facts = path.lstat()
     if not stat.S_ISDIR(facts.st_mode) or facts.st_uid != os.getuid() or stat.S_IMODE(facts.st_mode) & 0o077:
-        raise InitStartError(
-            f"{path} must be a directory of yours with mode 0700 (it is {stat.filemode(facts.st_mode)}, user {facts.st_uid}); remove it"
-        )
+        found = f"it is {stat.filemode(facts.st_mode)} and belongs to user {facts.st_uid}"
+        raise InitStartError(f"{path} must be a directory of yours with mode 0700, but {found}; remove it")
     return path
 
 

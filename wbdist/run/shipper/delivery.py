@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import logging
 import random
+from collections.abc import Callable, Mapping
 from enum import Enum
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 
@@ -24,6 +25,9 @@ from wbdist.protocol.attempts import FEATURE, BeginAttempt, Ended, StreamAnswer,
 from wbdist.run.journal import JournalReader
 from wbdist.run.shipper.lines import Translator
 from wbdist.run.shipper.remote import Answer, Remote, UnreachableError
+
+T = TypeVar("T")
+_NO_FEATURES: frozenset[str] = frozenset()
 
 MAX_LINES = 1000
 MAX_BYTES = 1 << 20
@@ -134,9 +138,6 @@ class Delivery:
             self._retry(now, error)
         except RefusedError as error:
             self._finish(State.FAILED, str(error))
-        except (ValueError, KeyError, TypeError) as error:
-            # Not the server's own words: a proxy's error page, or a server being replaced.
-            self._retry(now, RetryLaterError(f"{self.remote.base_url} gave an answer that is not understood: {error!r}"))
         except (JournalCorruptError, OSError) as error:
             self._finish(State.FAILED, f"the journal cannot be read: {error}")
 
@@ -213,16 +214,17 @@ class Delivery:
     def _open(self) -> None:
         """Makes the run known, begins the attempt, learns where to go on."""
         header = self.header
-        features = self._execute(operations.server_features(), lenient=True)
-        self._ours = features is not None and FEATURE in operations.read_server_features(features)
+        self._ours = FEATURE in self._ask_for(
+            operations.server_features(), operations.read_server_features, unknown=_NO_FEATURES
+        )
         if self._ours:
             # Without config and host: if this attempt turns out to be superseded, nothing of the newer one was overwritten.
             facts = {key: value for key, value in self._facts().items() if key in {"display_name", "group", "job_type"}}
-            upserted = operations.read_upserted(self._must(operations.upsert_run(**self._names(), **facts)))
+            upserted = self._ask_for(operations.upsert_run(**self._names(), **facts), operations.read_upserted)
             self._entity, self._project = upserted.entity, upserted.project
             begin = BeginAttempt(header.attempt, header.nonce, header.writer, header.base, header.cause)
-            begun = operations.read_begun(
-                self._must(operations.begin_attempt(self._entity, self._project, header.run_id, begin))
+            begun = self._ask_for(
+                operations.begin_attempt(self._entity, self._project, header.run_id, begin), operations.read_begun
             )
             self._base = dict(begun.lines)
             if not begun.accepted:
@@ -240,8 +242,9 @@ class Delivery:
     def _open_foreign(self) -> None:
         """W&B's own rule: lines are told by their offset. The first offset is kept beside the journal, so that sending
         everything again after a restart overwrites instead of appending."""
-        upserted = operations.read_upserted(
-            self._must(operations.upsert_run(**self._names(), **self._facts(), config=self._translator.wandb_config()))
+        upserted = self._ask_for(
+            operations.upsert_run(**self._names(), **self._facts(), config=self._translator.wandb_config()),
+            operations.read_upserted,
         )
         self._facts_sent = self._translator.facts_version
         self._entity, self._project = upserted.entity, upserted.project
@@ -280,7 +283,8 @@ class Delivery:
         translator = self._translator
         if translator.facts_version != self._facts_sent:
             version = translator.facts_version
-            self._must(operations.upsert_run(**self._names(), **self._facts(), config=translator.wandb_config()))
+            operation = operations.upsert_run(**self._names(), **self._facts(), config=translator.wandb_config())
+            self._ask_for(operation, operations.read_upserted)
             self._facts_sent = version
         while True:
             chunks, counts = self._batch()
@@ -390,28 +394,29 @@ class Delivery:
             return reply.wbdist
         raise self._problem("file_stream", answer, reply.error)
 
-    def _execute(self, operation: operations.Operation, *, lenient: bool = False) -> dict[str, Any] | None:
-        """The answer's `data`; None when `lenient` and the server does not know the operation."""
+    def _ask_for(
+        self, operation: operations.Operation, read: Callable[[Mapping[str, Any]], T], *, unknown: T | None = None
+    ) -> T:
+        """What `read` makes of the answer; `unknown` (if given) when the server does not know the operation."""
         answer = self.remote.post("/graphql", operation.body())
         message = operations.error_message(answer.body)
         if answer.ok and not message:
-            data = msgspec.json.decode(answer.body).get("data")
-            if isinstance(data, dict):
-                return data
-            message = "the answer has no data"
-        if lenient and (answer.ok or answer.status in {400, 404, 422}):
-            return None
-        if answer.status == 409 and operation.name == "UpsertBucket":
+            try:
+                return read(msgspec.json.decode(answer.body)["data"])
+            except (ValueError, KeyError, TypeError) as error:
+                # Not the server's own words: a proxy's error page, or a server being replaced.
+                raise RetryLaterError(
+                    f"{self.remote.base_url} answers {operation.name} with what is not understood: {error!r}"
+                ) from error
+        if unknown is not None and (answer.ok or answer.status in {400, 404, 422}):
+            return unknown
+        if answer.status == 409 and operation.name == operations.UPSERT_NAME:
             raise RetryLaterError(f"{operation.name}: {message}")
         raise self._problem(operation.name, answer, message)
 
-    def _must(self, operation: operations.Operation) -> dict[str, Any]:
-        data = self._execute(operation)
-        assert data is not None
-        return data
-
     def _problem(self, what: str, answer: Answer, message: str) -> Exception:
-        text = f"{self.remote.base_url} answers {what} with HTTP {answer.status}: {message or answer.body[:200].decode('utf-8', 'replace')}"
+        message = message or answer.body[:200].decode("utf-8", "replace")
+        text = f"{self.remote.base_url} answers {what} with HTTP {answer.status}: {message}"
         if answer.ok or not answer.retryable:
             if answer.status == 401 and not self.remote.api_key:
                 text += " (no API key is known for this server; run `wbdist login`, or set WANDB_API_KEY)"

@@ -162,7 +162,7 @@ class Service:
                     self._ignored.add(path)
                     self._log.warning("%s is ignored: %s", path, error)
                 continue
-            # Another host's locks cannot be asked reliably over every network file system: that host's shipper, or sync, has it.
+            # Not every network file system answers for another host's locks: such a journal is that host's, or for sync.
             if header.online and header.role == "run" and header.base_url and header.host in {"", self._host}:
                 self._add(path, header.base_url, None)
             else:
