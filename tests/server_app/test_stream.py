@@ -1,0 +1,196 @@
+"""file_stream: what is stored, what is answered, what state follows. In process, over a real store and a clock of our own."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from wbdist.core.position import CONSOLE, HISTORY, SUMMARY, Watermark
+from wbdist.core.states import RunState
+from wbdist.protocol.attempts import BeginAttempt, Ended, StreamStamp
+from wbdist.protocol.file_stream import FileChunk, StreamReply, StreamRequest
+from wbdist.server import silence, stream
+from wbdist.server.context import AppContext
+from wbdist.server.store.interface import RunFields, RunRow
+
+
+def rows(*steps: int) -> list[str]:
+    return [json.dumps({"_step": step, "_timestamp": 1.0 + step, "_runtime": float(step), "loss": step / 2}) for step in steps]
+
+
+class Job:
+    """One run with attempts, and its clients' requests."""
+
+    def __init__(self, ctx: AppContext, attempt: int | None = 1) -> None:
+        self.ctx = ctx
+        run, _ = ctx.store.upsert_run("local", "p", "r1", RunFields(), ctx.clock())
+        self.pk = run.pk
+        if attempt is not None:
+            self.begin(attempt)
+
+    def begin(self, attempt: int, base: Watermark | None = None, nonce: str = "") -> Any:
+        request = BeginAttempt(attempt=attempt, nonce=nonce or f"n{attempt}", writer="rank0", base=base)
+        return self.ctx.store.begin_attempt(self.pk, request, self.ctx.clock())
+
+    @property
+    def row(self) -> RunRow:
+        row = self.ctx.store.get_run_by_pk(self.pk)
+        assert row is not None
+        return row
+
+    @property
+    def steps(self) -> list[int]:
+        return [row["_step"] for row in self.ctx.store.history(self.pk)]
+
+    def send(
+        self, lines: list[str] | None = None, seq: int = 0, *, attempt: int = 1, ended: str = "", **fields: Any
+    ) -> tuple[int, StreamReply]:
+        """As our client: stamped."""
+        files = {} if lines is None else {HISTORY: FileChunk(content=lines, offset=seq)}
+        stamp = StreamStamp(
+            attempt=attempt,
+            nonce=f"n{attempt}",
+            writer="rank0",
+            seq={} if lines is None else {HISTORY: seq},
+            ended=Ended(cause=ended) if ended else None,
+        )
+        return stream.take(self.ctx, self.row, StreamRequest(files=files | fields.pop("files", {}), wbdist=stamp, **fields))
+
+    def send_plain(self, files: dict[str, tuple[int, list[str]]] | None = None, **fields: Any) -> tuple[int, StreamReply]:
+        """As W&B's client."""
+        chunks = {name: FileChunk(content=content, offset=offset) for name, (offset, content) in (files or {}).items()}
+        return stream.take(self.ctx, self.row, StreamRequest(files=chunks, **fields))
+
+
+def test_repeated_and_overlapping_lines_are_stored_once(ctx: AppContext) -> None:
+    """Proves that a request sent again, in whole or in part, changes nothing and is answered like the first."""
+    job = Job(ctx)
+    status, reply = job.send(rows(0, 1, 2))
+    assert (status, reply.wbdist and reply.wbdist.next) == (200, {HISTORY: 3})
+    assert job.send(rows(0, 1, 2)) == (status, reply)
+    assert job.send(rows(1, 2, 3), seq=1)[1].wbdist.next == {HISTORY: 4}  # type: ignore[union-attr]
+    assert job.steps == [0, 1, 2, 3]
+
+
+def test_a_gap_is_409_with_the_next_seq_and_stores_nothing(ctx: AppContext) -> None:
+    """Proves that our client learns from where to send again, and that no line jumps the queue."""
+    job = Job(ctx)
+    job.send(rows(0))
+    status, reply = job.send(rows(5, 6), seq=5, complete=True, exitcode=0)
+    assert status == 409
+    assert reply.wbdist is not None
+    assert (reply.wbdist.code, reply.wbdist.next[HISTORY]) == ("gap", 1)
+    assert reply.error
+    assert job.steps == [0]
+    assert job.row.state == RunState.RUNNING, "the end of a request that was refused must not count"
+
+
+def test_a_superseded_attempt_is_fenced_and_cannot_end_the_run(ctx: AppContext) -> None:
+    """Proves that late lines and the late end of an old attempt change neither history nor state."""
+    job = Job(ctx)
+    job.send(rows(0, 1, 2, 3))
+    job.begin(2, Watermark(attempt=1, counts={HISTORY: {"rank0": 2}}, step=1))
+    status, reply = job.send(rows(4), seq=4, attempt=1, complete=True, exitcode=1)
+    assert status == 409
+    assert reply.wbdist is not None
+    assert (reply.wbdist.code, reply.wbdist.attempt) == ("fenced", 2)
+    assert job.steps == [0, 1]
+    assert job.row.state == RunState.RUNNING
+    job.send(rows(2), seq=0, attempt=2)
+    assert job.steps == [0, 1, 2]
+
+
+@pytest.mark.parametrize(
+    ("requests", "state"),
+    [
+        ([{"complete": True, "exitcode": 0}], RunState.FINISHED),
+        ([{"complete": True, "exitcode": 3}], RunState.FAILED),
+        ([{"preempting": True}], RunState.PREEMPTING),
+        ([{"preempting": True}, {}], RunState.PREEMPTING),
+        ([{"preempting": True}, {"complete": True, "exitcode": 0}], RunState.FINISHED),
+        ([{"preempting": True}, {"complete": True, "exitcode": 75}], RunState.PREEMPTED),
+        ([{"preempting": True, "complete": True, "exitcode": 75}], RunState.PREEMPTED),
+        ([{"ended": "lost"}], RunState.CRASHED),
+        ([{"preempting": True}, {"ended": "lost"}], RunState.PREEMPTED),
+        ([{"ended": "preempted"}], RunState.PREEMPTED),
+        ([{"ended": "preempted", "complete": True, "exitcode": 75}], RunState.PREEMPTED),
+        ([{"ended": "exit", "complete": True, "exitcode": 0}], RunState.FINISHED),
+        ([{"ended": "lost"}, {}], RunState.RUNNING),
+        ([{"complete": True, "exitcode": 0}, {}], RunState.FINISHED),
+    ],
+)
+def test_states_follow_the_table(ctx: AppContext, requests: list[dict[str, Any]], state: RunState) -> None:
+    """Proves that marks, ends and the word of a witness lead where the state table says."""
+    job = Job(ctx)
+    for request in requests:
+        assert job.send(**request)[0] == 200
+    assert job.row.state == state
+
+
+def test_w_and_bs_client_appends_by_offset(ctx: AppContext) -> None:
+    """Proves that W&B's retries are no-ops and that bare NaN and Infinity in lines and summary survive."""
+    job = Job(ctx, attempt=None)
+    line = '{"_step":0,"loss":NaN,"best":-Infinity,"_timestamp":1.5}'
+    for _ in range(2):
+        status, _ = job.send_plain(
+            {HISTORY: (0, [line, *rows(1)]), SUMMARY: (0, ['{"loss":Infinity}']), CONSOLE: (0, ["a", "b"])}
+        )
+        assert status == 200
+    assert job.steps == [0, 1]
+    first = ctx.store.history(job.pk)[0]
+    assert first["loss"] != first["loss"]
+    assert first["best"] == float("-inf")
+    assert job.row.summary["loss"] == float("inf")
+    assert ctx.store.console(job.pk) == ["a", "b"]
+
+
+def test_w_and_bs_client_is_never_refused_for_a_gap(ctx: AppContext) -> None:
+    """Proves that lines ahead of ours are kept, once, in order: a 4xx would end that client's stream for good."""
+    job = Job(ctx, attempt=None)
+    job.send_plain({HISTORY: (0, rows(0, 1))})
+    for _ in range(2):
+        status, _ = job.send_plain({HISTORY: (10, rows(10, 11)), CONSOLE: (0, ["x"])}, complete=True, exitcode=0)
+        assert status == 200
+    assert job.steps == [0, 1, 10, 11]
+    assert ctx.store.console(job.pk) == ["x"]
+    assert job.row.state == RunState.FINISHED
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"ended": "eaten"}, "ended.cause"),
+        ({"files": {CONSOLE: FileChunk(content=["x"])}}, "seq lacks output.log"),
+        ({"lines": rows(0), "seq": -1}, "negative"),
+        ({"files": {SUMMARY: FileChunk(content=["[1]"])}}, "must be a JSON object"),
+    ],
+)
+def test_senseless_requests_are_named(ctx: AppContext, fields: dict[str, Any], message: str) -> None:
+    """Proves that a request that contradicts itself is refused as a whole, with a message that says why."""
+    job = Job(ctx)
+    with pytest.raises(ValueError, match=message):
+        job.send(**fields)
+    assert job.steps == []
+
+
+def test_silence_ends_runs_but_not_before_the_server_has_listened(ctx: AppContext, clock: Any) -> None:
+    """Proves the heartbeat rule to the second, for running and marked runs, and that a beat brings a crashed run back."""
+    job = Job(ctx)
+    started = clock.now
+    clock.now += 299
+    assert silence.sweep(ctx, started) == 0
+    job.send()
+    clock.now += 299
+    assert silence.sweep(ctx, started) == 0, "it spoke 299 s ago"
+    clock.now += 2
+    assert silence.sweep(ctx, clock.now - 10) == 0, "a server that just started has not listened long enough"
+    assert silence.sweep(ctx, started) == 1
+    assert job.row.state == RunState.CRASHED
+    job.send()
+    assert job.row.state == RunState.RUNNING
+    job.send(preempting=True)
+    clock.now += 301
+    silence.sweep(ctx, started)
+    assert job.row.state == RunState.PREEMPTED
