@@ -56,7 +56,7 @@ def writer_alive(journal: Path) -> bool:
 
 
 def find_journals(root: Path | str) -> list[Path]:
-    """The journals at `root`, sorted: the file itself, or those of a run directory, or of the run directories of a `wandb` one."""
+    """The journals at `root`, sorted: the file itself, or those of a run directory, or of all in a `wandb` one."""
     root = Path(root)
     if root.is_file():
         return [root] if root.suffix == SUFFIX else []
@@ -95,7 +95,7 @@ class JournalReader:
         return cls(path, fd, header, first)
 
     def read(self, max_bytes: int = READ_SIZE) -> list[Record]:
-        """The next records, about `max_bytes` of journal (at least one record when there is one); [] when no more verify yet."""
+        """The next records, about `max_bytes` of journal (at least one if there is one); [] when no more verify yet."""
         data = self._verifiable(self.offset, max_bytes)
         while True:
             records, used = self._decoder.decode(data)
