@@ -95,7 +95,11 @@ class Run:
                 # StepRule.accept(None, None), in line: the common call, and a call in Python costs a tenth of the budget.
                 rule = self._rule
                 step = rule.step
-                self._append_row(data, step=step, commit=True, time=time())
+                try:
+                    self._append_row(data, step=step, commit=True, time=time())
+                except AttributeError:
+                    _refuse_what_is_no_mapping(data)
+                    raise
                 rule.step = step + 1
                 rule.last_step = step
                 rule.rows += 1
@@ -120,8 +124,10 @@ class Run:
             return False
         try:
             self._append_row(data, step=accepted[0], commit=accepted[1], time=time())
-        except BaseException:
+        except BaseException as error:
             rule.step, rule.open, rule.rows, rule.last_step = before
+            if isinstance(error, AttributeError):
+                _refuse_what_is_no_mapping(data)
             raise
         return True
 
@@ -133,8 +139,8 @@ class Run:
         self._warned_at = now
         counted = f" ({self.dropped_rows} rows dropped so far)" if self.dropped_rows > 1 else ""
         self._say(
-            f"run {self.id}: log(step={step}) is dropped, the current step is {self._rule.step} and steps must be monotonically "
-            f"increasing{counted}; log another count as a metric of its own if you need it",
+            f"run {self.id}: log(step={step}) is dropped, the current step is {self._rule.step} and steps must be "
+            f"monotonically increasing{counted}; log another count as a metric of its own if you need it",
             warning=True,
         )
 
@@ -257,7 +263,7 @@ class Run:
         return self._state == "finished"
 
     def save(self) -> bool:
-        """Without arguments, as after renaming a run: everything set is durable already, True. Saving files is not built yet."""
+        """Without arguments, as after renaming a run: what was set is durable already; True. Saving files is not built yet."""
         self._check_usable("save()")
         return True
 
@@ -319,9 +325,9 @@ class Run:
     def _wait_for_server(self, shipping: Shipping) -> None:
         timeout = self.settings.finish_timeout
         outcome = shipping.flush(timeout)
-        if outcome.error == "fenced":
+        if outcome.error.startswith("fenced"):
             self._say(
-                f"run {self.id}: a newer attempt than {self.attempt} holds the run; what this one logged beyond its base is archived",
+                f"run {self.id}: a newer attempt than {self.attempt} holds the run; what this one logged is archived",
                 warning=True,
             )
         elif not outcome.acked:
@@ -398,8 +404,8 @@ class Run:
             )
         if self._state == "foreign":
             raise UsageError(
-                f"run {self.id} belongs to the parent process: {what} cannot be used in a forked child; open a run of the child's "
-                "own with init(), or send the values to the parent"
+                f"run {self.id} belongs to the parent process: {what} cannot be used in a forked child; open a run of "
+                "the child's own with init(), or send the values to the parent"
             )
 
     def _disown(self) -> None:
@@ -420,6 +426,12 @@ def _as_step(step: object) -> int:
         return operator.index(step)  # type: ignore[arg-type]  # takes numpy's integers, refuses floats and text
     except TypeError:
         raise TypeError(f"step must be an int, not {type(step).__name__} ({step!r})") from None
+
+
+def _refuse_what_is_no_mapping(data: object) -> None:
+    """Asked only when a row has failed: the check in front of every call would cost a twentieth of it."""
+    if not isinstance(data, Mapping):
+        raise TypeError(f"log() takes a dict of str -> value, not {type(data).__name__}") from None
 
 
 def _ignore_row(data: Mapping[str, Any], **_: Any) -> None:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import secrets
-import tempfile
 import threading
 import time
 from pathlib import Path
@@ -66,7 +64,7 @@ _current: Run | None = None
 
 def new_run_id() -> str:
     """8 characters of [a-z0-9], from the system's randomness (so `random.seed` does not repeat it)."""
-    return ids.id_from_entropy(secrets.token_bytes(16))
+    return ids.id_from_entropy(os.urandom(16))
 
 
 def open_run(spec: RunSpec) -> Run:
@@ -100,7 +98,7 @@ def open_run(spec: RunSpec) -> Run:
         project=spec.project,
         entity=spec.entity,
         attempt=spec.attempt,
-        nonce=spec.nonce or secrets.token_hex(8),
+        nonce=spec.nonce or os.urandom(8).hex(),
         writer=spec.writer,
         role=spec.role,
         base=spec.base.watermark if spec.base else None,
@@ -123,6 +121,8 @@ def open_run(spec: RunSpec) -> Run:
     run = Run(spec, journal=journal, shipping=shipping, directory=directory, opened_at=opened_at)
     try:
         journal.append(Kind.RUN, _facts(spec), time=opened_at)
+        # W&B's place for facts of each writer's machine.
+        journal.append(Kind.CONFIG, {"set": {"_wandb": {"e": {spec.writer: machine.environment()}}}}, time=opened_at)
         run.config.update(spec.config)
         if shipping is not None:
             _start(shipping, run, spec)
@@ -208,13 +208,12 @@ def _facts(spec: RunSpec) -> dict[str, Any]:
         "program": spec.settings.program or machine.program(),
         "commit": git.commit if git else None,
         "repo": git.remote if git else None,
-        "environment": machine.environment(),
     }
     return {name: value for name, value in facts.items() if value not in (None, "")}
 
 
 def _journal_root(settings: Settings) -> Path:
-    """`<root_dir>/wandb`, as W&B has it; when that cannot be written, with a warning, one below the system's temporary directory."""
+    """`<root_dir>/wandb`, as W&B has it; when that cannot be written, with a warning, one below the temporary directory."""
     root = Path(settings.root_dir) / "wandb"
     try:
         root.mkdir(parents=True, exist_ok=True)
@@ -223,6 +222,8 @@ def _journal_root(settings: Settings) -> Path:
         reason = "no permission to write"
     except OSError as error:
         reason = str(error)
+    import tempfile
+
     fallback = Path(tempfile.gettempdir()) / f"wbdist-{os.getuid()}" / "wandb"
     fallback.mkdir(parents=True, exist_ok=True, mode=0o700)
     settings.say(f"{root} cannot be used ({reason}); runs are kept in {fallback}", warning=True)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import re
-import socket
 import sys
 from pathlib import Path
 from typing import Any
@@ -30,7 +29,7 @@ def program() -> str:
 
 
 def host() -> str:
-    return socket.gethostname()
+    return os.uname().nodename
 
 
 def in_notebook() -> bool:

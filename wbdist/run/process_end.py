@@ -16,10 +16,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
-import dis
 import os
-import select
-import signal
 import sys
 import threading
 from collections.abc import Callable
@@ -155,6 +152,8 @@ def _main_ended_normally() -> bool | None:
     """Whether the main module's code returned; None when it is unknown or still on the stack."""
     if _main_frame is None:
         return None
+    import dis
+
     code = _main_frame.f_code.co_code
     last = _main_frame.f_lasti
     return 0 <= last < len(code) and dis.opname[code[last]].startswith("RETURN_")
@@ -165,6 +164,9 @@ def _probe() -> int | None:
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(Exception):  # a closed or odd stream: its buffer is empty or not ours to save
             stream.flush()
+    import select
+    import signal
+
     try:
         child = os.fork()
     except OSError:

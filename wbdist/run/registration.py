@@ -30,7 +30,7 @@ def register(server: Server, spec: RunSpec, timeout: float) -> UpsertedRun:
         if spec.must_be_new and _exists(connection, spec):
             raise UsageError(
                 f"run {spec.run_id!r} exists already in project {spec.project!r} of {server.base_url}. Logging to it again "
-                "would mix two histories, and resuming by id (resume=) is not built yet: leave `id` out, or choose another one. "
+                "would mix two histories, and resuming by id (resume=) is not built yet: leave `id` out, or choose another. "
                 "(A job with a checkpoint_dir continues its run by itself.)"
             )
         return operations.read_upserted(

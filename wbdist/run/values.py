@@ -42,8 +42,6 @@ def config_value(value: Any, where: str) -> Any:
 
 def flat_row(data: Mapping[Any, Any]) -> dict[str, Any]:
     """A row in plain form, nested dicts flattened to `a.b.c`. Raises TypeError naming what cannot be logged."""
-    if not isinstance(data, Mapping):
-        raise TypeError(f"log() takes a dict of str -> value, not {type(data).__name__}")
     row: dict[str, Any] = {}
     _flatten("", data, row)
     return row

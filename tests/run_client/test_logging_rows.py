@@ -1,0 +1,297 @@
+"""What `log` does: the step rule, values, positions, summary, threads, and its errors."""
+
+from __future__ import annotations
+
+import math
+import os
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import msgspec
+import numpy as np
+import pytest
+import torch
+
+import wbdist
+from wbdist.core.position import CONSOLE, HISTORY, RunPosition
+from wbdist.core.rows import RowAssembler
+from wbdist.run.handle import Run
+from wbdist.run.init import make_spec
+from wbdist.run.journal import JournalReader, Kind
+from wbdist.run.lifecycle import open_run
+from wbdist.settings import resolve
+
+pytestmark = pytest.mark.usefixtures("offline")
+
+
+def rows(run: Run) -> list[dict[str, Any]]:
+    """The history that a server will get from the run's journal."""
+    assert run.journal_path is not None
+    with JournalReader.open(run.journal_path) as reader:
+        header = reader.header
+        assembler = RowAssembler(starting_step=header.starting_step, created=header.created, runtime=header.runtime)
+        found: list[dict[str, Any]] = []
+        while records := reader.read():
+            for record in records:
+                if record.kind is Kind.ROW:
+                    found += assembler.add(record.data, record.step, record.commit, record.time)
+                elif record.kind in {Kind.COMMIT, Kind.END}:
+                    found += assembler.close()
+    return found
+
+
+def without_times(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{key: value for key, value in row.items() if key not in {"_timestamp", "_runtime"}} for row in found]
+
+
+def test_step_rule(capsys: pytest.CaptureFixture[str]) -> None:
+    """Proves W&B's rule: calls without a step commit, equal steps merge, a greater one closes, a smaller one is dropped and said."""
+    run = wbdist.init(project="p", settings={"quiet": True})
+    run.log({"a": 1})
+    run.log({"b": 2}, commit=False)
+    run.log({"c": 3})
+    run.log({"d": 4}, step=7)
+    run.log({"e": 5}, step=7)
+    run.log({"late": 1}, step=3)
+    run.log({"f": 6}, step=9, commit=True)
+    run.log({})
+    assert run.step == 11
+    assert run.dropped_rows == 1
+    run.finish()
+    assert without_times(rows(run)) == [
+        {"_step": 0, "a": 1},
+        {"_step": 1, "b": 2, "c": 3},
+        {"_step": 7, "d": 4, "e": 5},
+        {"_step": 9, "f": 6},
+        {"_step": 10},
+    ]
+    said = capsys.readouterr().err
+    assert "log(step=3)" in said
+    assert "current step is 7" in said
+
+
+def test_many_dropped_rows_are_one_warning(capsys: pytest.CaptureFixture[str]) -> None:
+    """Proves that a loop of late rows does not flood the terminal, and that the count is kept."""
+    run = wbdist.init(project="p", settings={"quiet": True})
+    run.log({"a": 1}, step=5)
+    for step in range(5):
+        run.log({"a": 1}, step=step)
+    assert capsys.readouterr().err.count("dropped") == 1
+    assert run.dropped_rows == 5
+
+
+def test_values_of_other_libraries_become_plain() -> None:
+    """Proves that nested dicts flatten and numpy and torch scalars become numbers, bit by bit, and reserved keys are dropped."""
+    run = wbdist.init(project="p")
+    value = np.float32(0.1)
+    run.log({"np": value, "int": np.int64(7), "torch": torch.tensor(0.25, requires_grad=True), "flag": np.bool_(True)})
+    run.log({"n": {"x": 1, "deep": {"y": torch.tensor([2])}}, "small": np.arange(3), "_step": 99, "none": None})
+    run.log({"nan": math.nan, "inf": -math.inf, "text": "é", "big": 2**70})
+    run.finish()
+    first, second, third = without_times(rows(run))
+    assert first == {"_step": 0, "np": float(value), "int": 7, "torch": 0.25, "flag": True}
+    assert [type(first[key]) for key in ("np", "int", "flag")] == [float, int, bool]
+    assert second == {"_step": 1, "n.x": 1, "n.deep.y": 2, "small": [0, 1, 2], "none": None}
+    assert math.isnan(third.pop("nan"))
+    assert third == {"_step": 2, "inf": -math.inf, "text": "é", "big": float(2**70)}
+
+
+@pytest.mark.parametrize(
+    ("data", "step", "named"),
+    [
+        ({"a": object()}, None, '"a"'),
+        ({1: 2}, None, "keys must be strings"),
+        ([1], None, "dict of str"),
+        ({"a": 1}, 1.5, "float"),
+        ({"a": 1}, "3", "str"),
+        ({"a": 1}, True, "bool"),
+        ({"a": np.zeros(33)}, None, "33 elements"),
+        ({"x": {"y": object()}}, 5, "x.y"),
+    ],
+)
+def test_what_cannot_be_logged_changes_nothing(data: Any, step: Any, named: str) -> None:
+    """Proves that a bad call is a TypeError naming the culprit, and leaves step, position and journal as they were."""
+    run = wbdist.init(project="p")
+    run.log({"a": 1.0}, step=2)
+    before = run.position()
+    with pytest.raises(TypeError, match=named):
+        run.log(data, step=step)
+    after = run.position()
+    assert (after.watermark, after.summary) == (before.watermark, before.summary)
+    run.log({"b": 1}, step=2)
+    run.finish()
+    assert without_times(rows(run)) == [{"_step": 2, "a": 1.0, "b": 1}]
+
+
+def test_summary_follows_rows_and_hands() -> None:
+    """Proves last values, manual sets, that a later log overwrites a manual set, and that None leaves the summary alone."""
+    run = wbdist.init(project="p")
+    run.log({"loss": 3.0, "acc": 0.1})
+    run.log({"loss": 2.0, "note": "x"})
+    run.log({"note": None})
+    run.summary["best"] = np.float64(0.5)
+    run.summary["loss"] = -1.0
+    assert dict(run.summary.items()) == {"loss": -1.0, "acc": 0.1, "note": "x", "best": 0.5}
+    run.log({"loss": 1.0})
+    assert run.summary.loss == 1.0
+    with pytest.raises(TypeError, match="bad"):
+        run.summary["bad"] = object()
+
+
+def test_position_counts_what_a_checkpoint_may_rely_on() -> None:
+    """Proves that a position counts closed rows and printed lines of this writer, and leaves the pending row out."""
+    run = wbdist.init(project="p")
+    assert run.position().watermark.step == -1
+    run.log({"a": 1}, step=4)
+    run.log({"a": 2}, step=9)
+    position = run.position()
+    assert position.watermark.step == 4
+    assert position.watermark.counts[HISTORY] == {"rank0": 1}
+    run.commit_row()
+    run.commit_row()
+    print("one line")
+    position = run.position()
+    assert (position.watermark.step, position.watermark.counts[HISTORY]) == (9, {"rank0": 2})
+    assert position.watermark.counts[CONSOLE] == {"rank0": 1}
+    assert position.summary["a"] == 2
+    assert msgspec.json.decode(msgspec.json.encode(position), type=RunPosition) == position
+
+
+def test_a_run_continues_from_its_base() -> None:
+    """Proves that step, summary and runtime go on from the base, so that the rows are those of a run never interrupted."""
+    spec = make_spec(resolve(None, {"project": "p", "run_id": "same"}))
+    with open_run(spec) as first:
+        for i in range(5):
+            first.log({"i": i})
+        base = first.position()
+        first.log({"i": 99})  # beyond the checkpoint
+    later = msgspec.structs.replace(base, runtime=100.0)
+    with open_run(msgspec.structs.replace(spec, attempt=2, base=later, cause="lost")) as second:
+        assert (second.step, second.starting_step, second.resumed) == (5, 5, True)
+        assert second.summary["i"] == 4
+        second.log({"i": 5})
+        assert second.position().runtime > 100.0
+        assert second.position().watermark.attempt == 2
+    (row,) = rows(second)
+    assert (row["_step"], row["i"]) == (5, 5)
+    assert row["_runtime"] >= 100.0
+    assert second.position().watermark.counts[HISTORY] == {"rank0": 1}
+
+
+def test_threads_lose_and_double_nothing() -> None:
+    """Proves that rows of 8 threads all arrive, each once, in one order of steps."""
+    run = wbdist.init(project="p")
+    start = threading.Barrier(8)
+
+    def work(thread: int) -> None:
+        start.wait(10)
+        for i in range(200):
+            run.log({"thread": thread, "i": i})
+
+    threads = [threading.Thread(target=work, args=(n,)) for n in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(20)
+    run.finish()
+    found = rows(run)
+    assert [row["_step"] for row in found] == list(range(1600))
+    for n in range(8):
+        assert [row["i"] for row in found if row["thread"] == n] == list(range(200))
+
+
+def test_nothing_is_taken_after_finish() -> None:
+    """Proves that a finished run refuses rows and changes, naming the run, that facts stay readable, and that finish is idempotent."""
+    run = wbdist.init(project="p", id="gone", config={"lr": 1})
+    run.log({"a": 1})
+    run.finish(3)
+    run.finish(0)
+    for act in (
+        lambda: run.log({"a": 2}),
+        lambda: run.config.update({"x": 1}),
+        lambda: run.summary.update({"x": 1}),
+        lambda: run.mark_preempting(),
+        lambda: setattr(run, "name", "x"),
+        run.commit_row,
+    ):
+        with pytest.raises(wbdist.ShutdownError, match="gone"):
+            act()
+    assert (run.step, run.summary["a"], run.config.lr) == (1, 1, 1)
+
+
+def test_disk_full_is_said_by_log_and_heals(script: Callable[..., Any]) -> None:
+    """Proves that a full disk raises DiskFullError from `log`, keeps all rows before it, and takes rows again when there is space."""
+    done = script(
+        """
+        import resource, signal, wbdist
+        from wbdist.errors import DiskFullError
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        run = wbdist.init(project="p")
+        hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, hard))
+        kept = 0
+        try:
+            while True:
+                run.log({"text": "x" * 5000, "i": kept})
+                kept += 1
+        except DiskFullError as error:
+            assert "safe" in str(error), error
+        assert run.step == kept, (run.step, kept)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+        run.log({"i": kept})
+        run.finish()
+        from wbdist.run.journal import JournalReader, Kind
+        reader = JournalReader.open(run.journal_path)
+        steps = []
+        while records := reader.read():
+            steps += [r.step for r in records if r.kind is Kind.ROW]
+        assert steps == list(range(kept + 1)), steps[-3:]
+        print("kept", kept)
+        """
+    )
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout.split()[-1]) > 50
+
+
+def test_a_forked_child_is_told(script: Callable[..., Any]) -> None:
+    """Proves that a forked child gets an error that names the run and the way out, may open its own run, and ends nobody else's."""
+    done = script(
+        """
+        import os, sys, wbdist
+        run = wbdist.init(project="p", id="parents")
+        run.log({"a": 1})
+        child = os.fork()
+        if child == 0:
+            assert wbdist.run is None
+            for use in (lambda: run.log({"a": 2}), lambda: run.finish(), lambda: run.config.update({"k": 1})):
+                try:
+                    use()
+                except wbdist.UsageError as error:
+                    assert "parents" in str(error) and "forked child" in str(error), error
+                else:
+                    sys.exit("the child used its parent's run")
+            with wbdist.init(project="p", id="childs") as own:
+                own.log({"a": 3})
+            sys.exit(0)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+        run.log({"a": 4})
+        run.finish()
+        """
+    )
+    assert done.returncode == 0, done.stderr
+    ends = {path.parent.name.rpartition("-")[2]: _end(path) for path in sorted(_journals())}
+    assert ends == {"parents": {"exit_code": 0, "cause": "exit"}, "childs": {"exit_code": 0, "cause": "exit"}}
+
+
+def _journals() -> list[Any]:
+    from wbdist.run.journal import find_journals
+
+    return find_journals(f"{os.getcwd()}/wandb")  # noqa: PTH109
+
+
+def _end(path: Any) -> Any:
+    with JournalReader.open(path) as reader:
+        while reader.read():
+            continue
+        return reader.ended
