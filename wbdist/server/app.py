@@ -27,8 +27,11 @@ _log = logging.getLogger(__name__)
 
 
 def version() -> str:
-    """The installed version of wbdist."""
-    return metadata.version("wbdist")
+    """The installed version of wbdist; `0+source` when it runs from a checkout that is not installed."""
+    try:
+        return metadata.version("wbdist")
+    except metadata.PackageNotFoundError:
+        return "0+source"
 
 
 def create_app(ctx: AppContext) -> Starlette:

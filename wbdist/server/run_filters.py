@@ -172,8 +172,8 @@ _REPEATS = {_constants.MAX_REPEAT, _constants.MIN_REPEAT, _constants.POSSESSIVE_
 def _refuse_explosive(items: Any, depth: int, seen: list[int]) -> None:
     """Python's matcher backtracks and holds the interpreter's lock, so one `(a+)+$` would stop the whole server.
 
-    A repetition inside a repetition is refused, and more than three in all: what is left takes milliseconds at most
-    on 256 characters.
+    A repetition or alternatives inside a repetition are refused, and more than three repetitions in all: what is left
+    takes milliseconds at most on 256 characters.
     """
     for operation, argument in items:
         if operation in _REPEATS:
@@ -186,6 +186,8 @@ def _refuse_explosive(items: Any, depth: int, seen: list[int]) -> None:
         elif operation is _constants.SUBPATTERN:
             _refuse_explosive(argument[3], depth, seen)
         elif operation is _constants.BRANCH:
+            if depth:
+                raise ValueError("$regex: alternatives inside a repetition are not allowed; use [ab] for single characters")
             for branch in argument[1]:
                 _refuse_explosive(branch, depth, seen)
         elif operation in {_constants.ASSERT, _constants.ASSERT_NOT}:

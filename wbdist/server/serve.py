@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
+import signal
 import socket
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import FrameType
 from urllib.parse import unquote, urlsplit
 
 import msgspec
@@ -60,6 +64,11 @@ def serve(options: ServeOptions, announce: Callable[[Announcement], None]) -> No
     DataDirInUseError, UsageError or EnvironmentFault before anything is served.
     """
     files = _files_folder(options)
+    with _handling_stops(_exit_quietly):
+        _serve_locked(options, files, announce)
+
+
+def _serve_locked(options: ServeOptions, files: Path, announce: Callable[[Announcement], None]) -> None:
     held = datadir.lock(options.data_dir)
     try:
         listener, port = listen(options.host, options.port)
@@ -105,9 +114,24 @@ def _run(
         timeout_graceful_shutdown=_GRACE,
         timeout_keep_alive=65,
         server_header=False,
-        h11_max_incomplete_event_size=64 * 2**10,
     )
-    _AnnouncingServer(config, listening).run(sockets=[listener])
+    # uvicorn stops on SIGTERM and SIGINT and then raises them again: being told to stop is no failure of a server.
+    with _handling_stops(lambda *_: None):
+        _AnnouncingServer(config, listening).run(sockets=[listener])
+
+
+@contextlib.contextmanager
+def _handling_stops(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    before = {number: signal.signal(number, handler) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, old in before.items():
+            signal.signal(number, old)
+
+
+def _exit_quietly(_number: int, _frame: FrameType | None) -> None:
+    sys.exit(0)
 
 
 class _AnnouncingServer(uvicorn.Server):

@@ -58,7 +58,8 @@ def routes(ctx: AppContext) -> list[BaseRoute]:
             return http.refusal(400, f"not a GraphQL request: {error}")
         document = documents.get(request.query)
         if isinstance(document, list):
-            return http.refusal(400, document[0].message)
+            # W&B's server quotes with ", and its client looks for `Cannot query field "x" on type "Y"` to fall back.
+            return http.refusal(400, document[0].message.replace("'", '"'))
         result = execute(
             schema,
             document,

@@ -1,0 +1,99 @@
+"""The real wandb SDK, in processes of its own, against a real server of ours."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+_spec = importlib.util.spec_from_file_location(
+    "wbdist_server_app_conftest", Path(__file__).parents[1] / "server_app" / "conftest.py"
+)
+assert _spec is not None
+assert _spec.loader is not None
+_server_app = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(_server_app)
+ServerProcess = _server_app.ServerProcess
+
+
+@pytest.fixture
+def wait_for() -> Any:
+    """Polls a condition until a deadline; see the other conftest."""
+    return _server_app.wait_for
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[Any]:
+    """A server that takes a second of silence for death."""
+    with ServerProcess(tmp_path / "server", "--silence-timeout", "1") as process:
+        yield process
+
+
+class Sdk:
+    """Runs scripts that use wandb, each in a process group of its own, so that killing one kills its wandb-core too."""
+
+    def __init__(self, server: Any, folder: Path) -> None:
+        self._folder = folder
+        folder.mkdir()
+        self._env = {
+            **os.environ,
+            "WANDB_BASE_URL": server.url,
+            "WANDB_API_KEY": server.key,
+            "WANDB_DIR": str(folder),
+            "WANDB_CACHE_DIR": str(folder / "cache"),
+            "WANDB_DATA_DIR": str(folder / "staging"),
+            "WANDB_CONFIG_DIR": str(folder / "config"),
+            "WANDB_SILENT": "true",
+            "PYTHONUNBUFFERED": "1",
+        }
+        self._processes: list[subprocess.Popen[bytes]] = []
+
+    def start(self, script: str) -> subprocess.Popen[bytes]:
+        log = (self._folder / f"{len(self._processes)}.log").open("w+b")
+        process = subprocess.Popen(
+            [sys.executable, "-c", script], cwd=self._folder, env=self._env, stdout=log, stderr=log, start_new_session=True
+        )
+        self._processes.append(process)
+        return process
+
+    def log(self, process: subprocess.Popen[bytes]) -> str:
+        return (self._folder / f"{self._processes.index(process)}.log").read_text(errors="replace")
+
+    def run(self, script: str, timeout: float = 60) -> str:
+        """Its output, once it ended with 0."""
+        process = self.start(script)
+        assert process.wait(timeout) == 0, self.log(process)
+        return self.log(process)
+
+    def read(self, expression: str) -> Any:
+        """The value of an expression over `api`, a wandb.Api()."""
+        script = f"import json, wandb; api = wandb.Api(); print('VALUE', json.dumps({expression}))"
+        line = next(line for line in self.run(script).splitlines() if line.startswith("VALUE "))
+        return json.loads(line.removeprefix("VALUE "))
+
+    def kill(self, process: subprocess.Popen[bytes]) -> None:
+        """SIGKILL to the script and everything it started, as a lost machine."""
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait(10)
+
+    def close(self) -> None:
+        for process in self._processes:
+            try:
+                self.kill(process)
+            except ProcessLookupError:
+                process.wait(10)
+
+
+@pytest.fixture
+def sdk(server: Any, tmp_path: Path) -> Iterator[Sdk]:
+    user = Sdk(server, tmp_path / "sdk")
+    yield user
+    user.close()
