@@ -45,8 +45,8 @@ def test_calls_become_rows(calls: list[Any], rows: list[dict[str, Any]]) -> None
 
 @given(calls=CALLS, start=st.integers(0, 5))
 def test_the_arithmetic_agrees_with_the_assembler(calls: list[tuple[int | None, bool | None]], start: int) -> None:
-    """Proves that `StepRule`, with which a client counts, numbers and counts the very rows that `RowAssembler` makes, that steps
-    only grow, and that feeding back the resolved (step, commit) changes nothing."""
+    """Proves that `StepRule`, with which a client counts, numbers and counts the very rows that `RowAssembler` makes, that
+    steps only grow, and that feeding back the resolved (step, commit) changes nothing."""
     rule = StepRule(start)
     assembler, resolved = RowAssembler(starting_step=start), RowAssembler(starting_step=start)
     rows: list[dict[str, Any]] = []
@@ -76,7 +76,7 @@ def test_time_fields() -> None:
 
 
 def test_summary_keeps_last_values() -> None:
-    """Proves that the summary has each key's last value, that None changes nothing, and that hand-made changes go between rows."""
+    """Proves that the summary has each key's last value, None changes nothing, hand-made changes go between rows."""
     tracker = SummaryTracker({"old": 1})
     tracker.add_row({"loss": 1.0, "n": {"a": 1, "b": None}, "_step": 0})
     tracker.change({"best": 0.5, "loss": 9.0})

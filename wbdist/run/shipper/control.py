@@ -43,7 +43,7 @@ class Reply(msgspec.Struct, omit_defaults=True):
 def runtime_directory() -> Path:
     """A directory of this user alone, made on first use. Raises InitStartError when somebody else's lies there."""
     temporary = tempfile.gettempdir()
-    path = Path(temporary if len(temporary) <= _SHORT else "/tmp") / f"wbdist-{os.getuid()}"  # noqa: S108
+    path = Path(temporary if len(temporary) <= _SHORT else "/tmp") / f"wbdist-shipper-{os.getuid()}"  # noqa: S108
     path.mkdir(mode=0o700, exist_ok=True)
     facts = path.lstat()
     if not stat.S_ISDIR(facts.st_mode) or facts.st_uid != os.getuid() or stat.S_IMODE(facts.st_mode) & 0o077:

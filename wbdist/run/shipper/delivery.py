@@ -87,6 +87,10 @@ class Delivery:
         """Everything that was in the journal when this flush was asked for is acknowledged."""
         self.caught_up = False
         """Everything readable was acknowledged at least once: a newer attempt of the run may begin."""
+        self.delivered = 0
+        """Requests the server took: grows as long as there is progress."""
+        self.trouble = ""
+        """Why the last step has to be repeated; '' when it has not."""
         self.writer_lives = True
         self.due = 0.0
         """When `step` has something to do next."""
@@ -133,7 +137,7 @@ class Delivery:
             self._step(now)
             if self._tries:
                 self._log.info("%s: the server is back after %d failed tries", self.path.name, self._tries)
-            self._tries = 0
+            self._tries, self.trouble = 0, ""
         except (UnreachableError, RetryLaterError) as error:
             self._retry(now, error)
         except RefusedError as error:
@@ -391,6 +395,7 @@ class Delivery:
         answer = self.remote.post(target, file_stream.encode_request(request))
         reply = file_stream.decode_reply(answer.body)
         if answer.ok or (answer.status == 409 and reply.wbdist is not None and reply.wbdist.code in {"gap", "fenced"}):
+            self.delivered += 1
             return reply.wbdist
         raise self._problem("file_stream", answer, reply.error)
 
@@ -401,6 +406,7 @@ class Delivery:
         answer = self.remote.post("/graphql", operation.body())
         message = operations.error_message(answer.body)
         if answer.ok and not message:
+            self.delivered += 1
             try:
                 return read(msgspec.json.decode(answer.body)["data"])
             except (ValueError, KeyError, TypeError) as error:
@@ -425,6 +431,7 @@ class Delivery:
 
     def _retry(self, now: float, error: UnreachableError | RetryLaterError) -> None:
         self._tries += 1
+        self.trouble = str(error)
         longest = self._pace.retry_max if self._ours or self.state is State.OPENING else self._pace.retry_max_foreign
         wait = min(longest, self._pace.retry_min * 2 ** min(self._tries - 1, 20)) * random.uniform(1.0, 1.25)
         asked = getattr(error, "wait", None)

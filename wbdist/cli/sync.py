@@ -1,0 +1,75 @@
+"""`wbdist sync`: bring journals to their server, once, in the foreground."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import click
+
+from wbdist.errors import EXIT_FAILED_FOR_GOOD, EXIT_RETRYABLE, Error
+from wbdist.run import backend, credentials
+from wbdist.run.journal import JournalHeader, find_journals
+from wbdist.run.shipper.oneshot import Synced, ship
+from wbdist.run.shipper.remote import Remote
+from wbdist.settings import resolve
+
+
+@click.command("sync", epilog="Example: wbdist sync wandb/offline-run-20260102_030405-abc123")
+@click.argument("paths", nargs=-1, type=click.Path(path_type=Path))
+@click.option("--base-url", metavar="URL", help="The server. Default: the one each run was made for, else the configured one.")
+@click.option("--timeout", default=60.0, show_default=True, help="Seconds without progress after which a journal is left.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object a journal.")
+def command(paths: tuple[Path, ...], base_url: str | None, timeout: float, as_json: bool) -> None:
+    """Send runs to their server: offline ones, and what a shipper could not deliver.
+
+    PATH is a journal, a run directory, or a directory of runs; without one, ./wandb. Repeating it changes nothing: what
+    the server has is not sent again. Exit code 0: all is there; 70: something is not, try again; 65: refused for good.
+    """
+    journals: list[Path] = []
+    for path in paths or (Path("wandb"),):
+        found = find_journals(path)
+        if not found:
+            click.echo(f"wbdist sync: no journal at {path}; give a run directory (wandb/run-...), or a .wbdj file", err=True)
+            sys.exit(EXIT_FAILED_FOR_GOOD)
+        journals += found
+    worst = 0
+    try:
+        for result in ship(
+            [path.resolve() for path in journals], _remotes(base_url), timeout, logging.getLogger("wbdist.sync")
+        ):
+            worst = max(worst, {"failed": 2, "fenced": 1}.get(result.outcome, 0))
+            click.echo(_as_json(result) if as_json else _as_text(result))
+    except Error as error:
+        click.echo(f"wbdist sync: {error}", err=True)
+        sys.exit(error.exit_code)
+    if worst == 2:
+        sys.exit(EXIT_RETRYABLE)
+
+
+def _remotes(base_url: str | None) -> Callable[[JournalHeader], Remote]:
+    settings = resolve(None, {"base_url": base_url} if base_url else {})
+
+    def remote_for(header: JournalHeader) -> Remote:
+        if not base_url and header.base_url:
+            embedded = backend.running(Path(settings.data_dir)) == header.base_url
+            return Remote(header.base_url, credentials.find(settings, header.base_url, embedded=embedded))
+        server = backend.server_for(settings)
+        return Remote(server.base_url, server.api_key)
+
+    return remote_for
+
+
+def _as_json(result: Synced) -> str:
+    header = result.header
+    names = {} if header is None else {"run": header.run_id, "project": header.project, "attempt": header.attempt}
+    return json.dumps({"journal": str(result.journal), **names, "outcome": result.outcome, "error": result.error})
+
+
+def _as_text(result: Synced) -> str:
+    header = result.header
+    name = str(result.journal) if header is None else f"{header.project}/{header.run_id} attempt {header.attempt}"
+    return f"{name}: {result.outcome}" + (f" ({result.error})" if result.error else "")

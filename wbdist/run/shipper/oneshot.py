@@ -1,0 +1,74 @@
+"""Shipping journals once, in the foreground, with the shipper's own deliveries: what `wbdist sync` does."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from time import monotonic, sleep, time
+
+import msgspec
+
+from wbdist.errors import JournalCorruptError
+from wbdist.run.journal import JournalHeader, JournalReader
+from wbdist.run.shipper.delivery import Delivery, Pace, State
+from wbdist.run.shipper.remote import Remote
+
+_LONGEST_NAP = 0.5
+
+
+class Synced(msgspec.Struct, frozen=True):
+    """What became of one journal. `outcome`: "complete" (its end included), "current" (its writer lives: everything so
+    far), "fenced", "failed", "skipped"; `error` says why not."""
+
+    journal: Path
+    header: JournalHeader | None
+    outcome: str
+    error: str = ""
+
+
+def ship(
+    journals: Sequence[Path], remote_for: Callable[[JournalHeader], Remote], timeout: float, log: logging.Logger
+) -> Iterator[Synced]:
+    """Delivers `journals`, a run's attempts in their order; yields each as it is done.
+
+    Idempotent: lines the server has are not sent again. A server that stays away fails a journal after `timeout` seconds
+    without progress. Raises what `remote_for` raises.
+    """
+    found: list[tuple[Path, JournalHeader]] = []
+    for path in journals:
+        try:
+            with JournalReader.open(path) as reader:
+                found.append((path, reader.header))
+        except (JournalCorruptError, OSError) as error:
+            yield Synced(path, None, "failed", str(error))
+    found.sort(key=lambda pair: (pair[1].entity, pair[1].project, pair[1].run_id, pair[1].attempt, pair[1].writer))
+    for path, header in found:
+        if header.role == "feed":
+            yield Synced(path, header, "skipped", "a rank's feed: its rows are in the journal of the run's aggregator")
+            continue
+        yield _ship_one(path, header, remote_for(header), timeout, log)
+
+
+def _ship_one(path: Path, header: JournalHeader, remote: Remote, timeout: float, log: logging.Logger) -> Synced:
+    try:
+        delivery = Delivery(path, remote, log, Pace(poll=0.0, ours=0.0, foreign=0.0))
+    except (JournalCorruptError, OSError) as error:
+        return Synced(path, header, "failed", str(error))
+    try:
+        ticket = delivery.ask()
+        progressed, before = monotonic(), -1
+        while not delivery.finished and delivery.flushed < ticket:
+            delivery.step(time())
+            if delivery.delivered != before:
+                progressed, before = monotonic(), delivery.delivered
+            if monotonic() - progressed > timeout:
+                return Synced(
+                    path, header, "failed", f"no progress within {timeout:g} s: {delivery.trouble or 'nothing came back'}"
+                )
+            sleep(min(_LONGEST_NAP, max(0.0, delivery.due - time())))
+    finally:
+        delivery.close()
+        remote.close()
+    outcome = {State.DONE: "complete", State.FENCED: "fenced", State.FAILED: "failed"}.get(delivery.state, "current")
+    return Synced(path, header, outcome, delivery.error)
