@@ -1,13 +1,13 @@
 """Many ranks' values of one step, made one: exact, and the same whatever order they arrived in.
 
-| op         | numbers                                     | anything else      | why                                           |
-|------------|---------------------------------------------|--------------------|-----------------------------------------------|
-| `mean`     | math.fsum / n, always a float               | as `first`         | correctly rounded sum: no order dependence    |
-| `sum`      | math.fsum; ints stay ints                   | as `first`         |                                               |
-| `min, max` | of all; ints stay ints                      | as `first`         | NaN wins: Python's min() depends on the order |
-| `first`    | the lowest rank's                           | the lowest rank's  | for what is alike on all ranks, such as `lr`  |
-| `last`     | the highest rank's                          | the highest rank's |                                               |
-| `per_rank` | `<key>/rank<k>` for each                    | same               |                                               |
+| op         | numbers                       | anything else      | why                                           |
+|------------|-------------------------------|--------------------|-----------------------------------------------|
+| `mean`     | math.fsum / n, always a float | as `first`         | correctly rounded sum: no order dependence    |
+| `sum`      | math.fsum; ints stay ints     | as `first`         |                                               |
+| `min, max` | of all; ints stay ints        | as `first`         | NaN wins: Python's min() depends on the order |
+| `first`    | the lowest rank's             | the lowest rank's  | for what is alike on all ranks, such as `lr`  |
+| `last`     | the highest rank's            | the highest rank's |                                               |
+| `per_rank` | `<key>/rank<k>` for each      | same               |                                               |
 
 NaN propagates. None counts as not logged, unless no rank logged anything else. A bool is a number (the mean of a flag
 is the share of ranks that set it), except to `min` and `max`, which return one of the bools.
@@ -32,8 +32,8 @@ Ops = Mapping[str, str]
 def reduce_rows(rows: Sequence[tuple[int, Mapping[str, Any], Ops]]) -> dict[str, Any]:
     """One row of all ranks' rows of a step: (rank, data, that rank's ops), at least one, in rank order.
 
-    A key is reduced over the ranks that logged it, by the op that the lowest of them gave. Keys keep the order in which the ranks, lowest
-    first, bring them up.
+    A key is reduced over the ranks that logged it, by the op that the lowest of them gave. Keys keep the order in which the
+    ranks, lowest first, bring them up.
     """
     first = rows[0][1]
     out: dict[str, Any] = {}

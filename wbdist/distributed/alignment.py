@@ -36,9 +36,9 @@ class StepAligner:
         """Every step below this is complete."""
         return min(self._next)
 
-    def behind(self, step: int) -> list[int]:
-        """The ranks that may still add to `step`."""
-        return [rank for rank, open_step in enumerate(self._next) if open_step <= step]
+    def next_of(self, rank: int) -> int:
+        """The lowest step that `rank` may still add to."""
+        return self._next[rank]
 
     def add(self, rank: int, step: int, row: dict[str, Any], ops: Mapping[str, str]) -> None:
         """A finished row; the rank has passed its step. Rows of steps that were complete before are ignored (a replay)."""
@@ -53,8 +53,7 @@ class StepAligner:
 
     def passed(self, rank: int, step: int) -> None:
         """The rank will add to `step` at the lowest."""
-        if step > self._next[rank]:
-            self._next[rank] = step
+        self._next[rank] = max(self._next[rank], step)
 
     def leave(self, rank: int) -> None:
         """The rank ended or is lost: it adds nothing more."""

@@ -39,7 +39,7 @@ def launch(fn: Callable[..., Any], nprocs: int = 1, args: Sequence[Any] = (), kw
     check_main_guard("wbdist.launch()")
     if not callable(fn):
         raise UsageError(f"launch() needs a function to run on every rank; got {type(fn).__name__}")
-    if isinstance(nprocs, bool) or not isinstance(nprocs, int) or nprocs < 1:
+    if type(nprocs) is not int or nprocs < 1:
         raise UsageError(f"nprocs={nprocs!r} must be a whole number, 1 or more")
     if "RANK" in os.environ or nprocs == 1:
         fn(*args, **(kwargs or {}))

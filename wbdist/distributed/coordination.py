@@ -23,16 +23,13 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, Protocol, Self, TypeVar
 
 import msgspec
 
 from wbdist.core.coordination import Coordinator
 from wbdist.distributed.identity import RankIdentity
 from wbdist.errors import DeadlineError, PeerLostError, UsageError
-
-if TYPE_CHECKING:
-    from torch.distributed import Store
 
 T = TypeVar("T")
 
@@ -42,6 +39,18 @@ LINGER = 2.0
 """Seconds that the rank which hosts the store waits, when it closes, for the others to have closed."""
 STORE_TIMEOUT = timedelta(seconds=30)
 """For single requests to the store (never for waiting on peers, which always has the caller's deadline)."""
+
+
+class Store(Protocol):
+    """What is used of a c10d store (torch's own annotations say `str` for values that may be bytes)."""
+
+    def set(self, key: str, value: bytes | str) -> None: ...
+    def get(self, key: str) -> bytes: ...
+    def check(self, keys: list[str]) -> bool: ...
+    def compare_set(self, key: str, expected: str, desired: bytes | str) -> bytes: ...
+    def multi_get(self, keys: list[str]) -> list[bytes]: ...
+    def set_timeout(self, timeout: timedelta) -> None: ...
+    def clone(self) -> Self: ...
 
 
 def connect(
@@ -91,7 +100,7 @@ def init_process_group(
     try:
         dist.init_process_group(
             backend,
-            store=_prefixed(f"wbdist/{name}/group", store),
+            store=_c10d().PrefixStore(f"wbdist/{name}/group", store),
             rank=identity.rank,
             world_size=identity.world_size,
             timeout=timedelta(seconds=left),
@@ -115,15 +124,14 @@ def _open_store(identity: RankIdentity, env: Mapping[str, str], timeout: float) 
     dist: Any = sys.modules.get("torch.distributed")
     if dist is not None and dist.is_available() and dist.is_initialized():
         # Whatever it was initialised with (tcp://, file://, a store): it reaches all ranks.
-        return dist.distributed_c10d._get_default_store().clone(), False  # noqa: SLF001  (no public way)
-    from torch.distributed import TCPStore
-
+        default: Store = dist.distributed_c10d._get_default_store()  # noqa: SLF001  (no public way)
+        return default.clone(), False
     host, port = store_address(identity, env)
     agent_hosts = env.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     hosting = identity.rank == 0 and not agent_hosts
     try:
         # multi_tenant: a later env:// rendezvous of the script on the same port joins this server instead of failing.
-        store = TCPStore(
+        store: Store = _c10d().TCPStore(
             host,
             port,
             identity.world_size,
@@ -135,7 +143,7 @@ def _open_store(identity: RankIdentity, env: Mapping[str, str], timeout: float) 
     except RuntimeError as error:
         role = "torchrun's agent" if agent_hosts else "rank 0"
         raise PeerLostError(
-            f"rank {identity.rank} could not reach the store of {role} at {host}:{port} within {timeout:.0f} s: {error}"
+            f"rank {identity.rank} could not reach the store of {role} at {host}:{port} in {timeout:.0f} s: {error}"
         ) from error
     store.set_timeout(STORE_TIMEOUT)
     if hosting:
@@ -154,8 +162,8 @@ def store_address(identity: RankIdentity, env: Mapping[str, str]) -> tuple[str, 
         port = port or str(15000 + (job * 7 + step) % 10000)
     if not host or not port:
         raise UsageError(
-            f"rank {identity.rank} of {identity.world_size} ({identity.source}: {identity.reason}) does not know where its peers "
-            "meet: set MASTER_ADDR and MASTER_PORT, the same on all ranks"
+            f"rank {identity.rank} of {identity.world_size} ({identity.source}: {identity.reason}) does not know where "
+            "its peers meet: set MASTER_ADDR and MASTER_PORT, the same on all ranks"
         )
     if not port.isdigit() or not 0 < int(port) < 65536:
         raise UsageError(f"MASTER_PORT={port!r} is not a port number")
@@ -174,25 +182,24 @@ def _agree_on_incarnation(store: Store, identity: RankIdentity, env: Mapping[str
     place = _prefixed("wbdist/meet/" + "/".join(facts), store)
     if identity.rank == 0:
         name = secrets.token_hex(8)
-        _asking(place, lambda: place.set("announced", name))
+        _write(place, "announced", name)
         nonces: dict[str, str] = {}
         for rank in range(1, identity.world_size):
             key = f"{name}/nonce/{rank}"
             if not _wait(place, [key], deadline - time.monotonic()):
                 raise PeerLostError(f"rank {rank} did not join rank 0 to agree on the incarnation in time; did it start?")
-            nonces[str(rank)] = _asking(place, lambda key=key: place.get(key)).decode()  # type: ignore[misc]
-        _asking(place, lambda: place.set(f"{name}/confirmed", msgspec.json.encode(nonces).decode()))
+            nonces[str(rank)] = _read(place, key).decode()
+        _write(place, f"{name}/confirmed", msgspec.json.encode(nonces))
         return name
     nonce, answered = secrets.token_hex(8), ""
     while time.monotonic() < deadline:
-        announced = _asking(place, lambda: place.get("announced").decode() if place.check(["announced"]) else "")
+        announced = _read(place, "announced").decode()
         if announced and announced != answered:
             answered = announced
-            _asking(place, lambda: place.set(f"{answered}/nonce/{identity.rank}", nonce))
+            _write(place, f"{answered}/nonce/{identity.rank}", nonce)
         if answered:
-            key = f"{answered}/confirmed"
-            confirmed = _asking(place, lambda: place.get(key) if place.check([key]) else b"{}")
-            if msgspec.json.decode(confirmed, type=dict[str, str]).get(str(identity.rank)) == nonce:
+            confirmed = msgspec.json.decode(_read(place, f"{answered}/confirmed") or b"{}", type=dict[str, str])
+            if confirmed.get(str(identity.rank)) == nonce:
                 return answered
         time.sleep(0.01)
     raise PeerLostError(f"rank 0 did not confirm the incarnation to rank {identity.rank} in time; did it start, or die?")
@@ -201,10 +208,15 @@ def _agree_on_incarnation(store: Store, identity: RankIdentity, env: Mapping[str
 # Talking to a c10d store --------------------------------------------------------------------------------
 
 
-def _prefixed(prefix: str, store: Store) -> Store:
-    from torch.distributed import PrefixStore
+def _c10d() -> Any:
+    import torch.distributed
 
-    return PrefixStore(prefix, store)
+    return torch.distributed
+
+
+def _prefixed(prefix: str, store: Store) -> Store:
+    prefixed: Store = _c10d().PrefixStore(prefix, store)
+    return prefixed
 
 
 def _asking(store: Store, request: Callable[[], T]) -> T:
@@ -213,6 +225,15 @@ def _asking(store: Store, request: Callable[[], T]) -> T:
         return request()
     except RuntimeError as error:
         raise PeerLostError(f"the store that joins the ranks is gone (the process that hosted it ended): {error}") from error
+
+
+def _read(store: Store, key: str) -> bytes:
+    """The value now, empty when there is none."""
+    return _asking(store, lambda: bytes(store.get(key)) if store.check([key]) else b"")
+
+
+def _write(store: Store, key: str, value: bytes | str) -> None:
+    _asking(store, lambda: store.set(key, value))
 
 
 def _wait(store: Store, keys: list[str], timeout: float, lock: contextlib.AbstractContextManager[Any] | None = None) -> bool:
@@ -255,9 +276,8 @@ class StoreCoordinator(Coordinator):
 
     def put(self, key: str, value: bytes) -> None:
         store = self._open()
-        # The binding takes bytes for text; its annotation does not say so.
         with self._lock:
-            _asking(store, lambda: store.set(f"k/{key}", MARK + value))  # type: ignore[arg-type]
+            _asking(store, lambda: store.set(f"k/{key}", MARK + value))
 
     def get(self, key: str, timeout: float) -> bytes:
         if not self._wait([f"k/{key}"], timeout):
@@ -273,7 +293,7 @@ class StoreCoordinator(Coordinator):
     def claim(self, key: str, value: bytes) -> bytes:
         store = self._open()
         with self._lock:
-            stands = _asking(store, lambda: store.compare_set(f"k/{key}", "", MARK + value))  # type: ignore[arg-type]
+            stands = _asking(store, lambda: store.compare_set(f"k/{key}", "", MARK + value))
         return bytes(stands)[len(MARK) :]
 
     def agree(self, name: str, value: bytes | None, timeout: float) -> bytes:

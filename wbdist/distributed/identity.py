@@ -2,14 +2,14 @@
 
 The sources are asked in this order, and the first that speaks decides:
 
-| source          | asked for                                           | why before the next                                       |
-|-----------------|-----------------------------------------------------|-----------------------------------------------------------|
-| `launcher`      | RANK and WBDIST_INCARNATION                         | our own launcher made exactly this process                |
-| `torchrun`      | RANK and TORCHELASTIC_RESTART_COUNT                 | inside srun there is one torchrun a node: RANK is finer   |
-| `environment`   | RANK (and WORLD_SIZE)                               | torch's `env://` convention, set by hand or by a platform |
-| `process_group` | an initialised default group, torch loaded already  | somebody gave rank and size in code                       |
-| `slurm`         | SLURM_STEP_ID, SLURM_PROCID, SLURM_STEP_NUM_TASKS   | a task of srun; absent in the batch script itself         |
-| `alone`         | nothing                                             |                                                           |
+| source          | asked for                                         | why before the next                               |
+|-----------------|---------------------------------------------------|---------------------------------------------------|
+| `launcher`      | RANK and WBDIST_INCARNATION                       | our own launcher made exactly this process        |
+| `torchrun`      | RANK and TORCHELASTIC_RESTART_COUNT               | there may be one torchrun per srun task: finer    |
+| `environment`   | RANK (and WORLD_SIZE)                             | torch's `env://`, set by hand or by a platform    |
+| `process_group` | an initialised default group, torch loaded before | somebody gave rank and size in code               |
+| `slurm`         | SLURM_STEP_ID, SLURM_PROCID, SLURM_STEP_NUM_TASKS | a task of srun; absent in the batch script itself |
+| `alone`         | nothing                                           |                                                   |
 
 A process group that is initialised must agree with whatever the environment says: contradictions are refused.
 """

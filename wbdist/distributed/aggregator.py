@@ -1,0 +1,420 @@
+"""Strategy rank0: the process beside rank 0 that makes one run of all ranks' feeds.
+
+It takes each rank's journal in order, aligns the rows by step, reduces the steps that all ranks have passed, and writes the
+one run's journal; the shipper of that journal does the rest. It holds no state that is not in journals: a successor replays
+the feeds from their first byte, and leaves out the steps that its predecessors' journals hold. A journal is never opened
+again for writing, so a successor is a new writer of the same attempt, `rank0.1` after `rank0`, with a sequence of its own.
+
+A thread a connection reads, one thread does all the work. A rank that is killed, or stopped in the middle of a message,
+holds up its own reader only. Local ranks are known to be dead when the lock of their journal is free (a socket may be held open
+by forked data workers); what they had not sent is read from their journal.
+
+Started by rank 0 with a `Plan` on stdin; answers on stdout with one `Started` in JSON. Imports no torch.
+"""
+
+from __future__ import annotations
+
+import os
+import queue
+import signal
+import sys
+import threading
+import time
+from multiprocessing.connection import Connection, Listener
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from wbdist.core.reducers import reduce_rows
+from wbdist.core.rows import RowAssembler
+from wbdist.distributed import channel
+from wbdist.distributed.alignment import StepAligner
+from wbdist.distributed.channel import Address, Drained, Hello, Message
+from wbdist.distributed.coordination import name_ranks
+from wbdist.distributed.cut import PositionCursor
+from wbdist.errors import EXIT_RETRYABLE, Error, JournalCorruptError
+from wbdist.run.handle import Run
+from wbdist.run.journal import FrameDecoder, JournalReader, JournalWriter, Kind, Record, writer_alive
+from wbdist.run.lifecycle import RunSpec, open_run
+
+TICK = 0.25
+"""Seconds between two looks for dead ranks."""
+LINGER = 10.0
+"""Seconds that the other ranks have, after rank 0 ended or was lost, to end too; and a remote rank to connect again."""
+HANDSHAKE = 5.0
+FAREWELL = 2.0
+"""Seconds for the feeders to hang up after FINISHED."""
+INBOX = 64
+"""Messages read ahead of the work; beyond, the sockets fill and the feeders' cursors lag."""
+
+MARKS = frozenset({Kind.ROW, Kind.COMMIT, Kind.END})
+"""What makes rows; everything else of rank 0 is passed on."""
+
+
+class Plan(msgspec.Struct, frozen=True, kw_only=True):
+    """What rank 0 tells its aggregator."""
+
+    spec: RunSpec
+    world_size: int
+    key: bytes
+    host: str
+    """To listen on."""
+    generation: int = 0
+    earlier: tuple[str, ...] = ()
+    """Journals of this attempt's earlier aggregators, oldest first."""
+
+
+class Started(msgspec.Struct, frozen=True, kw_only=True):
+    """Its answer: where it listens, or why it cannot."""
+
+    address: Address = ("", 0)
+    journal: str = ""
+    url: str | None = None
+    name: str | None = None
+    entity: str = ""
+    project: str = ""
+    error: str = ""
+    error_class: str = ""
+
+
+class Rank:
+    """One rank as the aggregator knows it."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+        self.decoder = FrameDecoder()
+        self.rows: RowAssembler | None = None
+        self.received = 0
+        """Bytes of its journal taken, counted from the first frame."""
+        self.promise = (0, 0)
+        """(offset, step): with the journal taken up to `offset`, the rank adds nothing below `step`."""
+        self.ops: dict[str, str] = {}
+        self.connection: Connection | None = None
+        self.disconnected = 0.0
+        self.local: Path | None = None
+        """Its journal, when we can read it."""
+        self.ended: dict[str, Any] | None = None
+        self.lost_at: int | None = None
+        """The step it had not passed when it was lost."""
+
+    @property
+    def gone(self) -> bool:
+        return self.ended is not None or self.lost_at is not None
+
+
+class Aggregator:
+    """The work; `serve` runs it to its end."""
+
+    def __init__(self, plan: Plan, run: Run, listener: Listener) -> None:
+        journal = run._journal  # noqa: SLF001  (rows carry rank 0's times; `Run.log` would stamp its own)
+        assert journal is not None
+        self._run = run
+        self._journal: JournalWriter = journal
+        self._listener = listener
+        self._key = plan.key
+        self._ranks = [Rank(number) for number in range(plan.world_size)]
+        self._aligner = StepAligner(plan.world_size, journal.header.starting_step)
+        self._own_records = journal.seq + 1
+        self._passed_on = 0
+        """Records of rank 0, from its first, that the predecessors passed on."""
+        earlier = [Path(path) for path in plan.earlier]
+        self._cursor = PositionCursor([*earlier, journal.path])
+        self._continue_after(earlier)
+        self._inbox: queue.Queue[tuple[Connection, bytes | None]] = queue.Queue(INBOX)
+        self._drains: dict[int, Connection] = {}
+        self._rank0_gone_at: float | None = None
+        self._machine = channel.this_machine()
+
+    def _continue_after(self, earlier: list[Path]) -> None:
+        """What the predecessors wrote is not written again."""
+        for path in earlier:
+            with JournalReader.open(path) as reader:
+                others = 0
+                while records := reader.read():
+                    for record in records:
+                        if record.kind is Kind.ROW:
+                            assert record.step is not None  # our rows always name it
+                            self._aligner.skip_to(record.step + 1)
+                        elif record.kind not in MARKS:
+                            others += 1
+                self._passed_on += max(0, others - self._own_records)
+
+    # Listening ------------------------------------------------------------------------------------------
+
+    def serve(self) -> int:
+        """Until the run has ended; the exit code. Without END in the journal when rank 0 was lost."""
+        threading.Thread(target=self._accept, name="accept", daemon=True).start()
+        looked = time.monotonic()
+        while True:
+            self._take_messages()
+            self._write_complete_steps()
+            now = time.monotonic()
+            if now - looked >= TICK:
+                looked = now
+                self._look_for_dead(now)
+            self._answer_drains()
+            if all(rank.gone for rank in self._ranks) or (
+                self._rank0_gone_at is not None and now - self._rank0_gone_at > LINGER
+            ):
+                return self._end()
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                connection = self._listener.accept()
+            except OSError:  # one client's fault, such as a reset before it was accepted
+                continue
+            threading.Thread(target=self._read, args=(connection,), name="read", daemon=True).start()
+
+    def _read(self, connection: Connection) -> None:
+        """One connection: prove the key both ways, then its messages, one at a time."""
+        from multiprocessing.connection import answer_challenge, deliver_challenge
+
+        try:
+            channel.patience(connection, HANDSHAKE)
+            deliver_challenge(connection, self._key)
+            answer_challenge(connection, self._key)
+            channel.patience(connection, 0)
+            channel.without_delay(connection)
+            while True:
+                self._inbox.put((connection, connection.recv_bytes()))
+        except channel.BROKEN:
+            self._inbox.put((connection, None))
+
+    def _take_messages(self) -> None:
+        try:
+            connection, message = self._inbox.get(timeout=TICK)
+            for _ in range(INBOX):
+                self._handle(connection, message)
+                connection, message = self._inbox.get_nowait()
+            self._handle(connection, message)
+        except queue.Empty:
+            return
+
+    def _handle(self, connection: Connection, message: bytes | None) -> None:
+        rank = next((rank for rank in self._ranks if rank.connection is connection), None)
+        if message is None:
+            connection.close()
+            if rank is not None:
+                rank.connection = None
+                rank.disconnected = time.monotonic()
+            return
+        kind, payload = channel.split(message)
+        if kind is Message.HELLO:
+            self._greet(connection, msgspec.msgpack.decode(payload, type=Hello))
+        elif rank is None:
+            return  # replaced by a later connection of its rank
+        elif kind is Message.FRAMES:
+            offset, frames = channel.split_number(payload)
+            self._take_frames(rank, offset, frames)
+        elif kind is Message.PASSED:
+            step, rest = channel.split_number(payload)
+            rank.promise = (channel.split_number(rest)[0], step)
+            self._keep_promise(rank)
+        elif kind is Message.DRAIN:
+            self._drains[channel.split_number(payload)[0]] = connection
+
+    def _greet(self, connection: Connection, hello: Hello) -> None:
+        rank = self._ranks[hello.rank]
+        header = hello.header
+        rank.connection = connection
+        if rank.rows is None:
+            rank.rows = RowAssembler(starting_step=header.starting_step, created=header.created, runtime=header.runtime)
+            if hello.machine == self._machine and Path(hello.path).exists():
+                rank.local = Path(hello.path)
+        self._tell(rank, Message.NEXT, rank.received)
+        if rank.ended is not None:
+            self._tell(rank, Message.RECEIVED)
+
+    def _tell(self, rank: Rank, kind: Message, number: int = 0, payload: bytes = b"") -> None:
+        """Best effort: a broken connection is noticed by its reader."""
+        if rank.connection is None:
+            return
+        try:
+            channel.send_numbered(rank.connection, kind, number, payload)
+        except channel.BROKEN:
+            return
+
+    # Taking rows ----------------------------------------------------------------------------------------
+
+    def _take_frames(self, rank: Rank, offset: int, frames: bytes | memoryview) -> None:
+        skip = rank.received - offset
+        if skip < 0:
+            self._tell(rank, Message.NEXT, rank.received)
+            return
+        if skip >= len(frames) or rank.rows is None or rank.gone:
+            return
+        records, end = rank.decoder.decode(frames, skip)
+        rank.received = offset + end
+        if end < len(frames):  # not a boundary of our frames: let the feeder slice anew
+            self._tell(rank, Message.NEXT, rank.received)
+        for record in records:
+            self._take_record(rank, rank.rows, record)
+
+        self._keep_promise(rank)
+
+    def _keep_promise(self, rank: Rank) -> None:
+        """A rank's PASSED counts once everything it sent before is here."""
+        offset, step = rank.promise
+        if rank.received >= offset:
+            self._aligner.passed(rank.number, step)
+
+    def _take_record(self, rank: Rank, rows: RowAssembler, record: Record) -> None:
+        if record.kind is Kind.ROW:
+            self._add_rows(rank, rows.add(record.data, record.step, record.commit, record.time))
+            if record.step is not None:
+                self._aligner.passed(rank.number, record.step)
+        elif record.kind is Kind.COMMIT:
+            self._add_rows(rank, rows.close())
+        elif record.kind is Kind.END:
+            self._add_rows(rank, rows.close())
+            self._leave(rank, record.data)
+            self._tell(rank, Message.RECEIVED)
+        elif record.kind is Kind.DEFINE and "reduce" in record.data:
+            rank.ops = {**rank.ops, **record.data["reduce"]}  # a new dict: rows that wait keep the old one
+        elif rank.number == 0:
+            self._pass_on(record)
+
+    def _add_rows(self, rank: Rank, finished: list[dict[str, Any]]) -> None:
+        for row in finished:
+            step = row.pop("_step")
+            del row["_runtime"]
+            self._aligner.add(rank.number, step, row, rank.ops)
+
+    def _pass_on(self, record: Record) -> None:
+        if self._passed_on:
+            self._passed_on -= 1
+        elif record.kind is Kind.PREEMPTING:
+            self._run.mark_preempting()
+        else:
+            self._journal.append(record.kind, record.data, record.time)
+
+    def _write_complete_steps(self) -> None:
+        append_row = self._journal.append_row
+        for step, entries in self._aligner.complete():
+            times = [row.pop("_timestamp") for _, row, _ in entries]
+            append_row(reduce_rows(entries), step=step, commit=True, time=times[0])
+
+    # Ranks that leave -----------------------------------------------------------------------------------
+
+    def _leave(self, rank: Rank, end: dict[str, Any] | None) -> None:
+        if end is None:
+            rank.lost_at = self._aligner.next_of(rank.number)
+        rank.ended = end
+        self._aligner.leave(rank.number)
+        if rank.number == 0:
+            self._rank0_gone_at = time.monotonic()
+
+    def _look_for_dead(self, now: float) -> None:
+        for rank in self._ranks:
+            if rank.gone or rank.rows is None:
+                continue
+            if rank.local is not None:
+                dead = not writer_alive(rank.local)
+            else:
+                dead = rank.connection is None and now - rank.disconnected > LINGER
+            if dead:
+                self._bury(rank)
+
+    def _bury(self, rank: Rank) -> None:
+        """The rest of a dead rank's journal; ended when END is in there, else lost."""
+        if rank.local is not None:
+            try:
+                with JournalReader.open(rank.local) as reader:
+                    while True:
+                        frames, _ = reader.frames(reader.first + rank.received)
+                        if not frames:
+                            break
+                        self._take_frames(rank, rank.received, frames)
+            except (OSError, JournalCorruptError) as error:
+                self._run.settings.say(f"rank {rank.number}: the rest of its journal cannot be read: {error}", warning=True)
+        if not rank.gone:
+            self._run.settings.say(f"rank {rank.number} was lost; the run goes on with the others", warning=True)
+            self._leave(rank, None)
+
+    def _answer_drains(self) -> None:
+        for step, connection in list(self._drains.items()):
+            lost = [rank.number for rank in self._ranks if rank.lost_at is not None and rank.lost_at <= step]
+            if lost:
+                answer = Drained(step, error=f"{name_ranks(lost)} died before step {step} was complete on all ranks")
+            elif self._aligner.frontier > step:
+                self._journal.sync()
+                answer = Drained(step, position=self._cursor.position(step))
+            else:
+                continue
+            del self._drains[step]
+            try:
+                channel.send(connection, Message.DRAINED, channel.encode(answer))
+            except channel.BROKEN:
+                continue  # asked again over the next connection
+
+    # The end --------------------------------------------------------------------------------------------
+
+    def _end(self) -> int:
+        for rank in self._ranks:
+            if not rank.gone:
+                self._bury(rank)
+        self._write_complete_steps()
+        self._answer_drains()
+        first = self._ranks[0]
+        if first.ended is None:
+            # No END: the shipper sees the lock freed without one, and reports the run lost.
+            self._journal.sync()
+            return EXIT_RETRYABLE
+        codes = [rank.ended.get("exit_code") if rank.ended else None for rank in self._ranks]
+        code = next((code for code in codes if code), EXIT_RETRYABLE if None in codes else 0)
+        self._run.finish(code, cause=str(first.ended.get("cause", "exit")))
+        for rank in self._ranks:
+            self._tell(rank, Message.FINISHED)
+        deadline = time.monotonic() + FAREWELL
+        while any(rank.connection is not None for rank in self._ranks) and time.monotonic() < deadline:
+            self._take_messages()
+        return 0
+
+
+def main() -> None:
+    """Entry of the process. Ends by itself: with the run, or after rank 0 is gone."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
+        # A warning of preemption reaches every process of a job step; the ranks still have rows to send after it.
+        signal.signal(number, signal.SIG_IGN)
+    plan = msgspec.msgpack.decode(sys.stdin.buffer.read(), type=Plan)
+    try:
+        run = open_run(plan.spec)
+        listener = Listener((plan.host, 0), backlog=plan.world_size)
+        aggregator = Aggregator(plan, run, listener)
+    except Error as error:
+        _answer(Started(error=str(error), error_class=type(error).__name__))
+        raise SystemExit(error.exit_code) from None
+    port = listener.address[1]
+    assert isinstance(port, int)
+    _answer(
+        Started(
+            address=(plan.host, port),
+            journal=str(run.journal_path),
+            url=run.url,
+            name=run.name,
+            entity=run.entity,
+            project=run.project,
+        )
+    )
+    try:
+        code = aggregator.serve()
+    except Error as error:
+        plan.spec.settings.say(f"the aggregator of run {plan.spec.run_id} ends: {error}", warning=True)
+        code = error.exit_code
+    # Not through atexit, which would finish a run that was lost.
+    os._exit(code)
+
+
+def _answer(started: Started) -> None:
+    sys.stdout.buffer.write(msgspec.json.encode(started))
+    sys.stdout.flush()
+    # The reader waits for the end of the pipe.
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, 1)
+    os.close(null)
+
+
+if __name__ == "__main__":
+    main()
