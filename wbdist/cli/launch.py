@@ -1,0 +1,82 @@
+"""`wbdist launch`: supervised ranks of one script on this host."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+from typing import Literal
+
+import click
+
+from wbdist.launch.output import CommandRanks
+from wbdist.launch.supervisor import LaunchSpec, supervise
+
+
+@click.command(context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})
+@click.option("--nproc", default=1, show_default=True, type=click.IntRange(1), help="Ranks to start on this host.")
+@click.option("--nnodes", default="1", help="Only 1: for several hosts use torchrun, see below.")
+@click.option(
+    "--max-restarts", default=3, show_default=True, type=click.IntRange(0), help="Restarts in a row without a new checkpoint."
+)
+@click.option(
+    "--grace", default=30.0, show_default=True, type=click.FloatRange(0), help="Seconds the ranks have after a signal."
+)
+@click.option(
+    "--on-preempt",
+    default="exit",
+    show_default=True,
+    type=click.Choice(["exit", "relaunch"]),
+    help="After a preemption: leave with code 75 for the scheduler to requeue, or start again here.",
+)
+@click.option(
+    "--log-dir", type=click.Path(path_type=Path, file_okay=False), help="Also write each rank's output to files here."
+)
+@click.option("--dry-run", is_flag=True, help="Print what each rank would run, and stop.")
+@click.option("-m", "as_module", is_flag=True, help="SCRIPT is a module's name, as in python -m.")
+@click.argument("script")
+@click.argument("args", nargs=-1, type=click.UNPROCESSED)
+def command(  # noqa: PLR0917  (click passes by name)
+    nproc: int,
+    nnodes: str,
+    max_restarts: int,
+    grace: float,
+    on_preempt: Literal["exit", "relaunch"],
+    log_dir: Path | None,
+    dry_run: bool,
+    as_module: bool,
+    script: str,
+    args: tuple[str, ...],
+) -> None:
+    """Run SCRIPT on several ranks of this host, keep it alive, and leave nothing behind.
+
+    \b
+    Example:
+        wbdist launch --nproc 2 train.py --lr 0.1
+        wbdist launch --nproc 8 --on-preempt relaunch --log-dir logs train.py
+
+    A crash restarts all ranks from the last committed checkpoint, with a pause that grows while nothing new is committed.
+    SIGTERM, SIGINT (Ctrl-C), SIGUSR2 and SIGHUP reach every rank, which has the whole grace to save.
+
+    \b
+    Exit codes: 0 finished; 75 preempted and saved, run the same command to continue; 70 failed, a retry may help;
+    65 failed for good; 69 another job owns the run; 128+signal stopped before anything could be saved.
+    """
+    if nnodes != "1":
+        line = f"torchrun --nnodes {nnodes} --nproc-per-node {nproc} --rdzv-backend c10d --rdzv-endpoint HOST:PORT {script}"
+        raise click.UsageError(f"--nnodes {nnodes}: wbdist launch supervises one host. On every host run: {line}")
+    if not as_module and not Path(script).is_file():
+        raise click.UsageError(f"there is no script {script!r}; give the path of a Python file, or -m and a module's name")
+    rank_command = [sys.executable, "-m", "wbdist.launch.worker", *(["-m"] if as_module else []), script, *args]
+    if dry_run:
+        for rank in range(nproc):
+            click.echo(f"RANK={rank} LOCAL_RANK={rank} WORLD_SIZE={nproc} {shlex.join(rank_command)}")
+        return
+    ranks = CommandRanks(rank_command, log_dir)
+    code = supervise(LaunchSpec(nprocs=nproc, max_restarts=max_restarts, grace=grace, on_preempt=on_preempt), ranks.start)
+    ranks.close()
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    command()

@@ -1,0 +1,18 @@
+"""A preemption notice: somebody says that this job has to stop soon."""
+
+from __future__ import annotations
+
+import msgspec
+
+
+class Notice(msgspec.Struct, frozen=True):
+    """Where it came from, why, and how long is left."""
+
+    source: str
+    """Which source heard it: 'signal', 'file', 'peer', ..."""
+    reason: str
+    """For people: 'SIGTERM', the content of a file, ..."""
+    received: float
+    """time.monotonic() of this process when it arrived."""
+    deadline: float | None = None
+    """time.monotonic() by which everything must be done; None when the source does not say."""
