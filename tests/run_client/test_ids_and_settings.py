@@ -51,7 +51,7 @@ def test_projects_and_tags_are_checked() -> None:
 
 
 def test_sources_win_in_order(tmp_path: Path) -> None:
-    """Proves the order: defaults < files < setup() < WANDB_* < WBDIST_* < settings= < arguments, and that the result is frozen."""
+    """Proves the order files < setup() < WANDB_* < WBDIST_* < settings= < arguments; and that the result is frozen."""
     (tmp_path / "wandb").mkdir()
     (tmp_path / "wandb" / "settings").write_text(
         "[default]\nproject = file\nrun_group = file\nentity = file\nsomebody_elses = 1\n"

@@ -46,7 +46,7 @@ def without_times(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def test_step_rule(capsys: pytest.CaptureFixture[str]) -> None:
-    """Proves W&B's rule: calls without a step commit, equal steps merge, a greater one closes, a smaller one is dropped and said."""
+    """Proves W&B's rule: no step commits, equal steps merge, a greater one closes, a smaller one is dropped and said."""
     run = wbdist.init(project="p", settings={"quiet": True})
     run.log({"a": 1})
     run.log({"b": 2}, commit=False)
@@ -82,7 +82,7 @@ def test_many_dropped_rows_are_one_warning(capsys: pytest.CaptureFixture[str]) -
 
 
 def test_values_of_other_libraries_become_plain() -> None:
-    """Proves that nested dicts flatten and numpy and torch scalars become numbers, bit by bit, and reserved keys are dropped."""
+    """Proves that nested dicts flatten and numpy and torch scalars become numbers, exactly; reserved keys are dropped."""
     run = wbdist.init(project="p")
     value = np.float32(0.1)
     run.log({"np": value, "int": np.int64(7), "torch": torch.tensor(0.25, requires_grad=True), "flag": np.bool_(True)})
@@ -202,7 +202,7 @@ def test_threads_lose_and_double_nothing() -> None:
 
 
 def test_nothing_is_taken_after_finish() -> None:
-    """Proves that a finished run refuses rows and changes, naming the run, that facts stay readable, and that finish is idempotent."""
+    """Proves that a finished run refuses rows and changes, naming the run; facts stay readable; finish is idempotent."""
     run = wbdist.init(project="p", id="gone", config={"lr": 1})
     run.log({"a": 1})
     run.finish(3)
@@ -211,7 +211,7 @@ def test_nothing_is_taken_after_finish() -> None:
         lambda: run.log({"a": 2}),
         lambda: run.config.update({"x": 1}),
         lambda: run.summary.update({"x": 1}),
-        lambda: run.mark_preempting(),
+        run.mark_preempting,
         lambda: setattr(run, "name", "x"),
         run.commit_row,
     ):
@@ -221,7 +221,7 @@ def test_nothing_is_taken_after_finish() -> None:
 
 
 def test_disk_full_is_said_by_log_and_heals(script: Callable[..., Any]) -> None:
-    """Proves that a full disk raises DiskFullError from `log`, keeps all rows before it, and takes rows again when there is space."""
+    """Proves that a full disk raises DiskFullError from `log`, keeps all rows before it, and later takes rows again."""
     done = script(
         """
         import resource, signal, wbdist
@@ -255,7 +255,7 @@ def test_disk_full_is_said_by_log_and_heals(script: Callable[..., Any]) -> None:
 
 
 def test_a_forked_child_is_told(script: Callable[..., Any]) -> None:
-    """Proves that a forked child gets an error that names the run and the way out, may open its own run, and ends nobody else's."""
+    """Proves that a forked child gets an error naming the run and the way out, and may open its own run."""
     done = script(
         """
         import os, sys, wbdist

@@ -3,11 +3,12 @@
 `atexit` finishes what is open, and these tell it the exit code:
 
 - `sys.excepthook` (chained) sees every uncaught exception except SystemExit: 1, KeyboardInterrupt 255 (W&B's number).
-- `sys.exit` (wrapped) remembers its code. A remembered code counts only if the main module did not run to its end, which
-  its frame tells: a SystemExit that somebody caught is no exit.
-- `raise SystemExit(n)` reaches neither. CPython has forgotten the exception when `atexit` runs, but holds the code on its
-  C stack; a forked copy of the process, left to exit, reports it. Rejected: replacing `builtins.SystemExit` (then
-  `except SystemExit` misses the interpreter's own), and a trace function (every call pays).
+- `sys.exit` (wrapped) raises a SystemExit whose `code` notes when the interpreter itself asks for it, which it does only
+  when nobody has caught the exception.
+- `raise SystemExit(n)` reaches neither. The main module's frame tells that it did not run to its end; CPython has
+  forgotten the exception by then, but holds the code on its C stack: a forked copy of the process, left to exit, reports
+  it. Rejected: replacing `builtins.SystemExit` (then `except SystemExit` misses the interpreter's own), a trace function
+  (every call pays), and forking for every exit (the usual `sys.exit(main())` of a large process should not pay).
 
 Installed with the first run, in the process that opens it; a forked child starts without.
 """
@@ -29,7 +30,7 @@ PROBE_SECONDS = 2.0
 _lock = threading.Lock()
 _finishers: set[Any] = set()
 _installed_in = 0
-_remembered: int | None = None
+_noted: int | None = None
 _uncaught: int | None = None
 _main_frame: FrameType | None = None
 
@@ -52,7 +53,7 @@ def code_of_exit_argument(argument: object) -> int:
 
 def finish_at_exit(run: Any) -> None:
     """`run._finish_at_exit(code)` is called when this process ends, newest run first, unless `forget(run)` came before."""
-    global _installed_in, _main_frame, _remembered, _uncaught  # noqa: PLW0603  (process-wide by nature)
+    global _installed_in, _main_frame, _noted, _uncaught  # noqa: PLW0603  (process-wide by nature)
     with _lock:
         _finishers.add(run)
         if _installed_in == os.getpid():
@@ -61,7 +62,7 @@ def finish_at_exit(run: Any) -> None:
         if inherited:
             _finishers.intersection_update({run})
         _installed_in = os.getpid()
-        _remembered = _uncaught = None
+        _noted = _uncaught = None
         _main_frame = _find_main_frame()
         _hook_multiprocessing()
         if not inherited:  # a fork inherits the hooks, which look at _installed_in
@@ -99,16 +100,30 @@ def _find_main_frame() -> FrameType | None:
     return None
 
 
+class _NotedExit(SystemExit):
+    """What our `sys.exit` raises; called SystemExit in tracebacks, and caught as one."""
+
+    @property
+    def code(self) -> Any:  # type: ignore[override]  # a property where the base has a slot: reading is all that happens to it
+        global _noted  # noqa: PLW0603
+        argument = self.args[0] if self.args else None
+        if sys._getframe().f_back is None:  # noqa: SLF001  (no Python code asks: it is the interpreter, on its way out)
+            _noted = code_of_exit_argument(argument)
+        return argument
+
+
+_NotedExit.__name__ = _NotedExit.__qualname__ = "SystemExit"
+
+
 def _wrap_sys_exit() -> None:
     original = sys.exit
 
-    def remembering_exit(status: Any = None, /) -> NoReturn:
-        global _remembered  # noqa: PLW0603
-        if threading.current_thread() is threading.main_thread():  # elsewhere it ends a thread, not the process
-            _remembered = code_of_exit_argument(status)
-        original(status)
+    def noted_exit(status: Any = None, /) -> NoReturn:
+        if threading.current_thread() is not threading.main_thread():  # it ends a thread, not the process
+            original(status)
+        raise _NotedExit(status)
 
-    sys.exit = remembering_exit
+    sys.exit = noted_exit
 
 
 def _chain_excepthook() -> None:
@@ -136,11 +151,11 @@ def exit_code() -> int:
     """The code this ending process ends with; only meaningful inside `atexit`."""
     if _uncaught is not None:
         return _uncaught
+    if _noted is not None:
+        return _noted
     ended = _main_ended_normally()
     if ended:
         return 0
-    if _remembered is not None:
-        return _remembered
     if ended is None:  # no main module to look at (embedded interpreter, notebook): nothing speaks against 0
         return 0
     found = _probe()
