@@ -36,6 +36,10 @@ ABANDON_AFTER = 5.0
 """Seconds that leaving the `with` block by an error waits for a save in the background: its peers may be gone."""
 
 
+GRACE = 2.0
+"""Seconds that a blocking save waits beyond its timeout for the background to say what was missing."""
+
+
 class PendingSave:
     """A save under way, or done. Any thread may ask."""
 
@@ -235,7 +239,8 @@ class Checkpointer:
             pending._raised = True  # noqa: SLF001  (raised right here)
             raise error
         if block:
-            pending.wait(max(0.0, started + timeout - time.monotonic()))
+            # Longer than the save may take, so that its own error is heard, which names the rank.
+            pending.wait(max(0.0, started + timeout - time.monotonic()) + GRACE)
         return pending
 
     def wait(self, timeout: float) -> None:

@@ -218,7 +218,7 @@ def _commit(layer: FileLayer, request: SaveRequest, temporary: Path, reports: li
         per_rank=request.per_rank,
         files={name: entry for report in reports for name, entry in report.files.items()},
         created=time.time(),
-        torch=torch.__version__,
+        torch=str(torch.__version__),
         reason=request.reason,
         config_hash=request.config_hash,
         host=socket.gethostname(),

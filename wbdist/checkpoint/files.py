@@ -17,6 +17,8 @@ from typing_extensions import Buffer
 
 from wbdist.checkpoint.manifest import FileEntry
 
+_BUFFER = 1 << 18
+
 
 class DigestStream(io.RawIOBase):
     """An append-only file that hashes what passes through. Not seekable: a digest of rewritten bytes would be wrong."""
@@ -28,18 +30,40 @@ class DigestStream(io.RawIOBase):
         self._fd = layer.create(path)
         self._hash = xxhash.xxh3_128()
         self._size = 0
+        self._buffer = bytearray()
+        """Small writes, gathered: torch's file format makes a dozen for each tensor."""
+        self.failure: OSError | None = None
+        """The first write that failed: torch's C++ writer does not pass it on, but reports an internal error of its own."""
 
     def writable(self) -> bool:
         return True
 
     def write(self, data: Buffer, /) -> int:
         view = memoryview(data).cast("B")
-        written = 0
-        while written < len(view):
-            written += self._layer.write(self._fd, view[written:])
-        self._hash.update(view)
+        if len(view) < _BUFFER:
+            self._buffer += view
+            if len(self._buffer) >= _BUFFER:
+                self._flush()
+        else:
+            self._flush()
+            self._write(view)
         self._size += len(view)
         return len(view)
+
+    def _flush(self) -> None:
+        with memoryview(self._buffer) as view:
+            self._write(view)
+        self._buffer.clear()
+
+    def _write(self, view: memoryview) -> None:
+        written = 0
+        try:
+            while written < len(view):
+                written += self._layer.write(self._fd, view[written:])
+        except OSError as error:
+            self.failure = self.failure or error
+            raise
+        self._hash.update(view)
 
     def tell(self) -> int:
         return self._size
@@ -48,13 +72,14 @@ class DigestStream(io.RawIOBase):
         return self._fd
 
     def entry(self) -> FileEntry:
-        """Size and digest of what was written so far."""
+        """Size and digest of the whole file, once it is closed."""
         return FileEntry(self._size, self._hash.hexdigest())
 
     def close(self) -> None:
         """Makes the file durable, then closes it. Idempotent."""
         if not self.closed:
             try:
+                self._flush()
                 self._layer.sync_file(self._fd)
             finally:
                 self.abandon()
@@ -103,6 +128,9 @@ class FileLayer:
         stream = DigestStream(self, path)
         try:
             yield stream
-            stream.close()
+            if stream.failure is None:
+                stream.close()
         finally:
             stream.abandon()
+            if stream.failure is not None:
+                raise stream.failure
