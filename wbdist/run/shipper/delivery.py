@@ -149,10 +149,10 @@ class Delivery:
         ticket = self.asked
         translator = self._translator
         alive = self._reader.writer_alive()  # before reading: what a dying writer wrote last is then read
-        grew = False
-        if not translator.pending() and translator.end is None:
+        grew, at_end = False, translator.end is not None
+        if not translator.pending() and not at_end:
             records = self._reader.read()
-            grew = bool(records)
+            grew, at_end = bool(records), not records
             self._behind = self._behind and grew
             translator.feed(records)
         self.writer_lives = alive
@@ -167,19 +167,18 @@ class Delivery:
             self._archive(grew)
             return
         ended = translator.end is not None
-        lost = not alive and not ended and not grew and not translator.pending()
+        lost = not alive and not ended and at_end
         if lost:
             translator.close_row()
-        last_read = ended or not grew
         if self._must_send(now, ticket, grew, ended or lost):
-            self._send(now, end=(ended or lost) and last_read)
+            self._send(now, end=ended or lost)
             if self.finished:
                 return
-        self._settle(now, ticket, grew)
+        self._settle(now, ticket, at_end)
 
-    def _settle(self, now: float, ticket: int, grew: bool) -> None:
-        """What is reached, and when to come back."""
-        if self._translator.pending() or grew:
+    def _settle(self, now: float, ticket: int, at_end: bool) -> None:
+        """What is reached, and when to come back. `at_end`: this step looked into the journal and found nothing more."""
+        if self._translator.pending() or not at_end:
             pause = 0.0 if self._behind or self._full() else self._pace.poll
             self._last_look = now
         else:
