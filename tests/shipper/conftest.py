@@ -3,12 +3,23 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
+import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
 import pytest
+
+from wbdist.run.journal import JournalHeader, JournalWriter, journal_name
+from wbdist.run.shipper.control import Request, call, instance_lock_path, socket_path
+
+ROOT = Path(__file__).resolve().parents[2]
 
 STREAMS = ("wandb-history.jsonl", "wandb-events.jsonl", "output.log")
 
@@ -79,6 +90,9 @@ class LoopbackServer:
             daemon_threads = True
             allow_reuse_address = True
 
+            def handle_error(self, request: Any, client_address: Any) -> None:
+                """A killed client: not worth a traceback."""
+
         self._http = Server(("127.0.0.1", self.port), Handler)
         self.port = self._http.server_address[1]
         threading.Thread(target=self._http.serve_forever, args=(0.02,), daemon=True).start()
@@ -106,7 +120,11 @@ class LoopbackServer:
             self.facts.update({key: value for key, value in variables.items() if key != "config"})
             if "config" in variables:
                 self.config = json.loads(variables["config"])
-            project = {"id": "P", "name": variables["project"], "entity": {"id": "E", "name": variables.get("entity") or "team"}}
+            project = {
+                "id": "P",
+                "name": variables["project"],
+                "entity": {"id": "E", "name": variables.get("entity") or "team"},
+            }
             count = 0 if self.ours else len(self.offsets)
             bucket = {"id": "S", "name": variables["name"], "displayName": "d", "historyLineCount": count, "project": project}
             return 200, {"data": {"upsertBucket": {"bucket": bucket, "inserted": True}}}
@@ -120,7 +138,9 @@ class LoopbackServer:
             for (attempt, writer, stream), lines in self.lines.items():
                 if attempt == self.attempt:
                     expected.setdefault(stream, {})[writer] = len(lines)
-            return 200, {"data": {"beginAttempt": {"attempt": self.attempt, "accepted": accepted, "next": expected, "lines": {}}}}
+            return 200, {
+                "data": {"beginAttempt": {"attempt": self.attempt, "accepted": accepted, "next": expected, "lines": {}}}
+            }
         return 400, {"errors": [{"message": f"unknown operation {name}"}]}
 
     def stream(self, body: Any) -> tuple[int, Any]:
@@ -175,3 +195,75 @@ def foreign() -> Iterator[LoopbackServer]:
     server.start()
     yield server
     server.stop()
+
+
+def wait_for(what: str, condition: Callable[[], Any], timeout: float = 20.0) -> Any:
+    """Polls until `condition` holds; fails naming `what`."""
+    deadline = time.monotonic() + timeout
+    while True:
+        if value := condition():
+            return value
+        assert time.monotonic() < deadline, f"waited {timeout} s for {what}"
+        time.sleep(0.01)
+
+
+class Wandb:
+    """A `wandb` directory with journals in it, and the shippers started for it."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.wait_for = wait_for
+        self.writers: list[JournalWriter] = []
+        self.processes: list[subprocess.Popen[bytes]] = []
+        root.mkdir()
+
+    def journal(
+        self, url: str = "", *, run_id: str = "r1", attempt: int = 1, writer: str = "rank0", **facts: Any
+    ) -> JournalWriter:
+        directory = self.root / f"run-{run_id}-{attempt}"
+        directory.mkdir(exist_ok=True)
+        values: dict[str, Any] = {"nonce": f"n{attempt}", "created": time.time(), "online": bool(url), "base_url": url, **facts}
+        header = JournalHeader(run_id=run_id, project="p", entity="", attempt=attempt, writer=writer, **values)
+        made = JournalWriter.create(directory / journal_name(writer, attempt), header)
+        self.writers.append(made)
+        return made
+
+    def rows(self, writer: JournalWriter, first: int, last: int) -> None:
+        for step in range(first, last):
+            writer.append_row({"i": step, "loss": 1 / (step + 1)}, step=step, commit=True, time=time.time())
+
+    def shipper(self, *options: str, **popen: Any) -> subprocess.Popen[bytes]:
+        command = [sys.executable, "-m", "wbdist.run.shipper", "--root", str(self.root), "--linger", "0.2", *options]
+        popen.setdefault("start_new_session", True)
+        process = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": str(ROOT), "WANDB_API_KEY": "k" * 40}, **popen)
+        self.processes.append(process)
+        return process
+
+    def pid(self) -> int:
+        """Of the shipper that serves, 0 when none does."""
+        try:
+            return call(self.root, Request("ping"), 5.0).pid
+        except OSError:
+            return 0
+
+    def log(self) -> str:
+        path = self.root / "logs" / "shipper.log"
+        return path.read_text() if path.exists() else ""
+
+    def clean(self) -> None:
+        for writer in self.writers:
+            writer.close(0)
+        if pid := self.pid():
+            os.kill(pid, signal.SIGKILL)
+        for process in self.processes:
+            process.kill()
+            process.wait(10)
+        socket_path(self.root).unlink(missing_ok=True)
+        instance_lock_path(self.root).unlink(missing_ok=True)
+
+
+@pytest.fixture
+def wandb(tmp_path: Path) -> Iterator[Wandb]:
+    made = Wandb(tmp_path / "wandb")
+    yield made
+    made.clean()

@@ -27,7 +27,7 @@ def command(paths: tuple[Path, ...], base_url: str | None, timeout: float, as_js
     """Send runs to their server: offline ones, and what a shipper could not deliver.
 
     PATH is a journal, a run directory, or a directory of runs; without one, ./wandb. Repeating it changes nothing: what
-    the server has is not sent again. Exit code 0: all is there; 70: something is not, try again; 65: refused for good.
+    the server has is not sent again. Exit code 0: all is there; 70: something is not; 65: nothing to send at a PATH.
     """
     journals: list[Path] = []
     for path in paths or (Path("wandb"),):
