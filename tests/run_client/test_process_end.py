@@ -119,7 +119,7 @@ def test_children_of_multiprocessing_end_their_runs(
 
 
 def test_a_killed_process_leaves_all_rows_and_no_end(tmp_path: Path) -> None:
-    """Proves that SIGKILL right after the last `log` loses no row, and that the journal tells of a writer gone without a word."""
+    """Proves that SIGKILL right after the last `log` loses no row, and the journal tells of a writer gone without a word."""
     root = Path(__file__).resolve().parents[2]
     source = (
         "import os, signal, wbdist\n"

@@ -308,17 +308,17 @@ class Run:
         with self._lock:
             if self._state != "open":
                 return
-            try:
-                console.detach(self._keep_line)
-                if self._journal is not None:
-                    self._journal.close(code, cause)
-            finally:
-                # Also when the disk failed at the end: the journal is closed, and saying so again helps nobody.
-                self._state = "finished"
-                self._append_row = self._refuse_row
-                process_end.forget(self)
-                for callback in self._on_finish:
-                    callback()
+            console.detach(self._keep_line)
+            self._state = "finished"
+            self._append_row = self._refuse_row
+        process_end.forget(self)
+        try:
+            if self._journal is not None:
+                self._journal.close(code, cause)
+        finally:
+            # Also when the disk fails at the end. Not under the lock: a callback may wait for other processes.
+            for callback in self._on_finish:
+                callback()
         if self._journal is not None and self._shipping is not None:
             self._wait_for_server(self._shipping)
 
@@ -383,7 +383,7 @@ class Run:
     def _keep_line(self, text: str, stream: str) -> None:
         """One printed line -> the journal. A failing journal must not break `print`: it is said once, and rows raise it."""
         journal = self._journal
-        if journal is None or self._state != "open":
+        if journal is None:
             return
         try:
             # Not under our lock, which a thread that prints a warning of ours holds: lines come one at a time anyway.

@@ -132,7 +132,7 @@ def open_run(spec: RunSpec) -> Run:
     run.url = placed.url
     if spec.role == "run":
         _announce(run, placed)
-    if spec.capture_console and spec.role == "run":
+    if spec.capture_console:
         run.capture_console()
     return _enlist(run)
 
