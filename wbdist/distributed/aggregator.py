@@ -5,9 +5,9 @@ one run's journal; the shipper of that journal does the rest. It holds no state 
 the feeds from their first byte, and leaves out the steps that its predecessors' journals hold. A journal is never opened
 again for writing, so a successor is a new writer of the same attempt, `rank0.1` after `rank0`, with a sequence of its own.
 
-A thread a connection reads, one thread does all the work. A rank that is killed, or stopped in the middle of a message,
-holds up its own reader only. Local ranks are known to be dead when the lock of their journal is free (a socket may be held open
-by forked data workers); what they had not sent is read from their journal.
+A thread a connection reads, one thread does all the work: a rank that is killed, or stopped in the middle of a message,
+holds up its own reader only. Rank 0 is dead when it is our parent no more, other local ranks when the lock of their journal
+is free (a socket may be held open by forked data workers); what they had not sent is read from their journal.
 
 Started by rank 0 with a `Plan` on stdin; answers on stdout with one `Started` in JSON. Imports no torch.
 """
@@ -57,10 +57,11 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
 
     spec: RunSpec
     world_size: int
+    parent: int
+    """Rank 0's pid."""
     key: bytes
     host: str
     """To listen on."""
-    generation: int = 0
     earlier: tuple[str, ...] = ()
     """Journals of this attempt's earlier aggregators, oldest first."""
 
@@ -125,6 +126,7 @@ class Aggregator:
         self._drains: dict[int, Connection] = {}
         self._rank0_gone_at: float | None = None
         self._machine = channel.this_machine()
+        self._parent = plan.parent
 
     def _continue_after(self, earlier: list[Path]) -> None:
         """What the predecessors wrote is not written again."""
@@ -308,9 +310,13 @@ class Aggregator:
 
     def _look_for_dead(self, now: float) -> None:
         for rank in self._ranks:
-            if rank.gone or rank.rows is None:
+            if rank.gone:
                 continue
-            if rank.local is not None:
+            if rank.number == 0:
+                dead = os.getppid() != self._parent
+            elif rank.rows is None:
+                continue
+            elif rank.local is not None:
                 dead = not writer_alive(rank.local)
             else:
                 dead = rank.connection is None and now - rank.disconnected > LINGER

@@ -35,6 +35,7 @@ class AggregatorProcess:
         self._key = secrets.token_bytes(32)
         self._host = "127.0.0.1" if alone_on_host else reachable_address()
         self._journals: list[str] = []
+        self._starts = 0
         self._process: subprocess.Popen[bytes] | None = None
 
     @property
@@ -48,17 +49,20 @@ class AggregatorProcess:
         return self._start(0, timeout)
 
     def restart(self, generation: int, timeout: float) -> Meeting:
-        """Starts the next one when the one before has ended. Raises InitStartError when there were too many already."""
-        if generation > MAX_RESTARTS:
-            raise InitStartError(f"it was lost {generation} times")
+        """Starts the next one when the one before has ended. Blocks at most `timeout` seconds a try. Raises InitStartError when
+        MAX_RESTARTS are used up."""
         if self._process is not None:
             # Its connection broke: if it lives all the same it must not write beside its successor.
             self._process.kill()
             self._process.wait()
-        log.warning(
-            "the aggregator of run %s was lost; starting it again (%d of %d)", self._spec.run_id, generation, MAX_RESTARTS
-        )
-        return self._start(generation, timeout)
+        problem = f"it was lost {self._starts} times"
+        while self._starts <= MAX_RESTARTS:
+            log.warning("the aggregator of run %s was lost; start %d of %d", self._spec.run_id, self._starts, MAX_RESTARTS)
+            try:
+                return self._start(generation, timeout)
+            except InitStartError as error:
+                problem = str(error)
+        raise InitStartError(problem)
 
     def wait(self, timeout: float) -> None:
         """Reaps it when it ends within `timeout` seconds."""
@@ -70,18 +74,20 @@ class AggregatorProcess:
 
     def _start(self, generation: int, timeout: float) -> Meeting:
         spec = self._spec
-        writer = f"rank0.{generation}" if generation else "rank0"
+        # One that died before it listened has a journal too, so every start is a writer of its own.
+        writer = f"rank0.{self._starts}" if self._starts else "rank0"
+        self._starts += 1
         plan = Plan(
             spec=msgspec.structs.replace(
-                spec, writer=writer, capture_console=False, must_be_new=spec.must_be_new and generation == 0
+                spec, writer=writer, capture_console=False, must_be_new=spec.must_be_new and not self._journals
             ),
             world_size=self._world_size,
+            parent=os.getpid(),
             key=self._key,
             host=self._host,
-            generation=generation,
             earlier=tuple(self._journals),
         )
-        # A session of its own: Ctrl-C and a signal to the job's process group are for the ranks; it still takes their last rows.
+        # A session of its own: Ctrl-C and signals to the job's process group are for the ranks; it takes their last rows.
         process = subprocess.Popen(
             [sys.executable, "-m", "wbdist.distributed.aggregator"],
             stdin=subprocess.PIPE,

@@ -8,13 +8,17 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pickle import PicklingError
 from typing import Any
 
 from wbdist.distributed.processes import SpawnedProcess, inheriting, start_spawned
 from wbdist.errors import EXIT_FAILED_FOR_GOOD, Error, MainGuardError, UsageError
+from wbdist.launch.worker import tie_to_parent
 
 SPAWNED = "WBDIST_SPAWNED"
-"""Set in the environment of ranks that `launch` spawned: the pid of the process that did."""
+"""Set in the environment of ranks that `launch` spawned."""
+LAUNCHER_PID = "WBDIST_LAUNCHER_PID"
+"""Whose death ends a rank."""
 
 GUARD_MESSAGE = """\
 {what} ran while this process was only loading the script {script}: it is a child that re-executes the script to find its
@@ -48,9 +52,16 @@ def launch(fn: Callable[..., Any], nprocs: int = 1, args: Sequence[Any] = (), kw
 
     def start_ranks(environments: Sequence[Mapping[str, str]]) -> list[SpawnedProcess]:
         started: list[SpawnedProcess] = []
-        for number, environment in enumerate(environments):
-            with _environment({**environment, SPAWNED: str(os.getpid())}), _interrupts_held():
-                started.append(start_spawned(_run_rank, (fn, tuple(args), dict(kwargs or {})), f"wbdist-rank-{number}"))
+        try:
+            for number, environment in enumerate(environments):
+                with _environment({**environment, SPAWNED: "1", LAUNCHER_PID: str(os.getpid())}), _interrupts_held():
+                    started.append(start_spawned(_run_rank, (fn, tuple(args), dict(kwargs or {})), f"wbdist-rank-{number}"))
+        except BaseException as error:
+            for rank in started:
+                rank.kill()
+            if isinstance(error, (PicklingError, TypeError)):
+                raise UsageError(f"the function or its arguments cannot be sent to another process: {error}") from error
+            raise
         return started
 
     code = supervise(LaunchSpec(nprocs=nprocs), start_ranks)
@@ -80,26 +91,18 @@ def _main_script() -> str:
 
 def _run_rank(fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Body of a spawned rank: `fn`, and the exit code that its end means."""
-    _die_with_parent()
+    tie_to_parent()
+    # Its own session, so that the supervisor alone passes on Ctrl-C, and can kill the rank with all its helpers.
+    os.setsid()
     try:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})  # a Ctrl-C during start-up arrives here
         fn(*args, **kwargs)
     except KeyboardInterrupt:
-        # The supervisor speaks for all ranks; a traceback from each would bury what it says.
+        # The supervisor speaks for all ranks; a traceback from each would bury it.
         raise SystemExit(128 + signal.SIGINT) from None
     except Error as error:
         traceback.print_exc()
         raise SystemExit(error.exit_code) from None
-
-
-def _die_with_parent() -> None:
-    """SIGTERM when the spawning process is gone, however it ended: no orphans, and a job may still save."""
-    import ctypes
-
-    pr_set_pdeathsig = 1
-    ctypes.CDLL(None, use_errno=True).prctl(pr_set_pdeathsig, signal.SIGTERM)
-    if os.getppid() != int(os.environ.get(SPAWNED, os.getppid())):  # it ended before prctl
-        os.kill(os.getpid(), signal.SIGTERM)
 
 
 @contextmanager

@@ -56,11 +56,14 @@ class Feeder:
         self._drains: dict[int, _Drain] = {}
         self._fault = ""
         self._abandoned = False
+        self._ready = threading.Event()
         self._done = threading.Event()
         self._wake_read, self._wake_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         self._offset = self._reader.first
         self._thread = threading.Thread(target=self._run, name="wbdist-feeder", daemon=True)
         self._thread.start()
+        # Known from the start: whose journal the aggregator has never heard of, nobody can miss when it dies.
+        self._ready.wait(HANDSHAKE)
 
     def drain(self, step: int, timeout: float) -> RunPosition:
         """Rank 0, any thread: the run's position after `step`, once all ranks' rows up to it are fsynced in the run's journal.
@@ -152,6 +155,7 @@ class Feeder:
         if not connection.poll(HANDSHAKE):
             raise TimeoutError(f"no answer within {HANDSHAKE:.0f} s")
         self._hear(connection)
+        self._ready.set()
         told = -1
         last_row = time.monotonic()
         for asked in self._drains.values():

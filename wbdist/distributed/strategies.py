@@ -21,7 +21,7 @@ import wbdist.errors
 from wbdist.core import ids
 from wbdist.core.coordination import Coordinator
 from wbdist.core.position import RunPosition
-from wbdist.core.reducers import DEFAULT, check_op
+from wbdist.core.reducers import DEFAULT, NAMES
 from wbdist.distributed.aggregator import LINGER
 from wbdist.distributed.aggregator_process import AggregatorProcess
 from wbdist.distributed.channel import Meeting
@@ -243,12 +243,11 @@ class SharedRun(RankRun):
 
     def _declare(self, data: Mapping[str, Any], reduce: str | Mapping[str, str]) -> None:
         """Journals what is new in how keys are reduced, before the row that needs it. Each is said once."""
+        _check_reduce(reduce)
         if isinstance(reduce, str):
-            check_op(reduce)
             nested = any(isinstance(value, Mapping) for value in data.values())
             wanted = dict.fromkeys(flat_row(data) if nested else data, reduce)
         else:
-            _check_reduce(reduce)
             wanted = {key: reduce.get(key, DEFAULT) for key in data} | dict(reduce)
         changed = {key: op for key, op in wanted.items() if self._ops.get(key, DEFAULT) != op}
         if changed:
@@ -320,11 +319,10 @@ def _error_of(name: str) -> type[Error]:
 
 
 def _check_reduce(reduce: str | Mapping[str, str]) -> None:
-    if isinstance(reduce, Mapping):
-        for key, op in reduce.items():
-            check_op(op, key)
-    else:
-        check_op(reduce)
+    for key, op in reduce.items() if isinstance(reduce, Mapping) else [("", reduce)]:
+        if op not in NAMES:
+            where = f" for {key!r}" if key else ""
+            raise UsageError(f"reduce={op!r}{where} is not known; choose one of: {', '.join(NAMES)}")
 
 
 def _on_one_host(identity: RankIdentity) -> bool:

@@ -1,0 +1,89 @@
+"""One rank that logs rows and does as told: `rank.py ROOT RANK WORLD_SIZE '{"strategy", "steps", ...}'`. Prints JSON lines.
+
+orders: strategy, steps; gate: {rank: step}: before that step wait for ROOT/open; kill_self: {rank: step}; silent: ranks that
+log nothing; drain: step to drain at the end (rank order: all); base: a position to continue from; id.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+import msgspec
+from file_coordinator import FileCoordinator
+
+from wbdist.core.position import RunPosition
+from wbdist.distributed import strategies
+from wbdist.distributed.identity import RankIdentity
+from wbdist.run.init import make_spec
+from wbdist.settings import resolve
+
+
+def say(**facts: object) -> None:
+    print(json.dumps(facts), flush=True)
+
+
+def wait_for(path: Path) -> None:
+    deadline = time.monotonic() + 30
+    while not path.exists():
+        assert time.monotonic() < deadline, f"{path} did not appear"
+        time.sleep(0.005)
+
+
+def main() -> None:
+    root, rank, size, orders = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), json.loads(sys.argv[4])
+    identity = RankIdentity(rank=rank, world_size=size, local_rank=rank, local_world_size=size, source="test")
+    peers = FileCoordinator(root / "keys", rank, size)
+    settings = resolve(
+        {"mode": "offline", "root_dir": str(root), "project": "p", "run_id": "job", "console": "off", "quiet": True}
+    )
+    spec = make_spec(settings, config={"lr": 0.5})
+    base = orders.get("base")
+    spec = msgspec.structs.replace(
+        spec,
+        nonce="n",
+        name=orders.get("name"),
+        attempt=orders.get("attempt", 1),
+        base=None if base is None else msgspec.convert(base, RunPosition),
+    )
+    runs = strategies.open_runs(orders["strategy"], identity, peers, spec)
+    aggregator = getattr(runs, "_aggregator", None)
+    say(
+        event="open",
+        rank=rank,
+        run=runs.run.id,
+        journal=str(runs.run.journal_path),
+        aggregator=aggregator.pid if aggregator else 0,
+    )
+    first = runs.run.starting_step
+    gate = orders.get("gate", {}).get(str(rank))
+    kill = orders.get("kill_self", {}).get(str(rank))
+    for step in range(first, first + orders["steps"]):
+        if step == gate:
+            say(event="gate", rank=rank)
+            wait_for(root / "open")
+        if step == kill:
+            os.kill(os.getpid(), signal.SIGKILL)
+        if rank not in orders.get("silent", []):
+            runs.log({"loss": 0.1 * step + rank, "step_again": step}, step=step)
+            runs.log({"count": rank + 1}, step=step, reduce="sum")
+            runs.log({"lo": rank, "hi": rank, "who": rank}, step=step, reduce={"lo": "min", "hi": "max", "who": "per_rank"})
+        runs.commit_row()
+    if rank == 0:
+        runs.run.summary["weights"] = "abc"
+    if "drain" in orders:
+        try:
+            position = runs.drain(orders["drain"], orders.get("drain_timeout", 20))
+            say(event="drained", rank=rank, position=msgspec.to_builtins(position))
+        except Exception as error:  # noqa: BLE001
+            say(event="drained", rank=rank, error=f"{type(error).__name__}: {error}")
+    runs.finish(orders.get("exit", {}).get(str(rank), 0))
+    say(event="finished", rank=rank)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,214 @@
+"""Strategy rank0 with real processes: exact reduction, and no loss or hang when any of them is killed."""
+
+from __future__ import annotations
+
+import math
+import signal
+from typing import Any
+
+import pytest
+from support.feeding import Ranks, records_of, rows_of, wait_until
+
+from wbdist.run.journal import JournalReader, Kind, find_journals
+
+
+def expected(steps: range, ranks: range) -> list[dict[str, Any]]:
+    """What the rows of programs/rank.py become."""
+    rows = []
+    for step in steps:
+        losses = [0.1 * step + rank for rank in ranks]
+        row: dict[str, Any] = {
+            "loss": math.fsum(losses) / len(losses),
+            "step_again": float(step),
+            "count": sum(rank + 1 for rank in ranks),
+        }
+        row |= {"lo": min(ranks), "hi": max(ranks)} | {f"who/rank{rank}": rank for rank in ranks}
+        rows.append(row | {"_step": step})
+    return rows
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_one_run_of_all_ranks(ranks: Ranks, size: int) -> None:
+    """Proves that N ranks make one run: every step once, in order, reduced as asked, with rank 0's config and summary, and
+    the same position on every rank."""
+    ranks.start(size, strategy="rank0", steps=50, drain=49)
+    assert ranks.wait() == [0] * size, ranks.errors()
+    assert ranks.rows() == expected(range(50), range(size))
+    (journal,) = ranks.journals()
+    with JournalReader.open(journal) as reader:
+        assert (reader.header.run_id, reader.header.writer, reader.header.attempt) == ("job", "rank0", 1)
+    assert records_of(journal, Kind.CONFIG)[-1] == {"set": {"lr": 0.5}}
+    assert {"set": {"weights": "abc"}} in records_of(journal, Kind.SUMMARY)
+    assert records_of(journal, Kind.END) == [{"exit_code": 0, "cause": "exit"}]
+    positions = [event["position"] for event in ranks.events("drained")]
+    assert all(position == positions[0] for position in positions)
+    assert positions[0]["watermark"] == {
+        "attempt": 1,
+        "counts": {"wandb-history.jsonl": {"rank0": 50}, "output.log": {"rank0": 0}},
+        "step": 49,
+    }
+    assert positions[0]["summary"]["count"] == sum(range(1, size + 1))
+
+
+def test_skew_blocks_nobody_and_changes_nothing(ranks: Ranks) -> None:
+    """Proves that a rank which is far ahead neither waits nor spoils the rows, and that a rank which logs nothing does not
+    hold the others' rows back."""
+    ranks.start(3, strategy="rank0", steps=400, gate={"1": 100}, silent=[2])
+    ranks.until("gate", 1)
+    journal = ranks.journals()[0]
+    # Rank 0 wrote all its rows, rank 2 said that it adds nothing; only rank 1 keeps steps from 100 on open.
+    wait_until(lambda: len(rows_of(journal)) == 100, "the rows below the slow rank's step")
+    assert not ranks.events("finished") or 1 not in {event["rank"] for event in ranks.events("finished")}
+    ranks.open_gate()
+    assert ranks.wait() == [0, 0, 0], ranks.errors()
+    assert ranks.rows() == expected(range(400), range(2))
+
+
+def test_position_is_of_the_step_not_of_the_moment(ranks: Ranks) -> None:
+    """Proves that drain(step) answers for `step` although all ranks have logged further."""
+    ranks.start(2, strategy="rank0", steps=30, drain=9)
+    assert ranks.wait() == [0, 0], ranks.errors()
+    for event in ranks.events("drained"):
+        assert event["position"]["watermark"]["counts"]["wandb-history.jsonl"] == {"rank0": 10}
+        assert event["position"]["watermark"]["step"] == 9
+        assert event["position"]["summary"]["_step"] == 9
+
+
+def test_continues_from_a_position(ranks: Ranks) -> None:
+    """Proves that a new attempt opened at a position starts behind its step, and carries its summary."""
+    base = {
+        "run_id": "job",
+        "project": "p",
+        "entity": "",
+        "watermark": {"attempt": 1, "counts": {"wandb-history.jsonl": {"rank0": 10}}, "step": 9},
+        "summary": {"old": 1},
+        "runtime": 5.0,
+    }
+    ranks.start(2, strategy="rank0", steps=5, drain=14, base=base, attempt=2)
+    assert ranks.wait() == [0, 0], ranks.errors()
+    assert [row["_step"] for row in ranks.rows()] == list(range(10, 15))
+    position = ranks.events("drained")[0]["position"]
+    assert position["watermark"]["attempt"] == 2
+    assert position["watermark"]["counts"]["wandb-history.jsonl"] == {"rank0": 5}
+    assert position["summary"]["old"] == 1
+    assert position["runtime"] > 5.0
+
+
+def test_killed_producer_loses_nothing_and_holds_up_nobody(ranks: Ranks) -> None:
+    """Proves that a SIGKILLed rank's rows are all there, that the others' go on without it, and that drain names it."""
+    ranks.start(3, strategy="rank0", steps=200, kill_self={"1": 120}, drain=199)
+    codes = ranks.wait()
+    assert codes == [0, -signal.SIGKILL, 0], ranks.errors()
+    assert ranks.rows() == expected(range(120), range(3)) + _without_rank1(range(120, 200))
+    for event in ranks.events("drained"):
+        assert event["error"].startswith("PeerLostError: rank 1 died before step 199")
+    assert records_of(ranks.journals()[0], Kind.END)[0]["exit_code"] == 70, "a run that lost a rank did not succeed"
+
+
+def _without_rank1(steps: range) -> list[dict[str, Any]]:
+    rows = []
+    for step in steps:
+        row: dict[str, Any] = {
+            "loss": math.fsum([0.1 * step, 0.1 * step + 2]) / 2,
+            "step_again": float(step),
+            "count": 4,
+            "lo": 0,
+            "hi": 2,
+        }
+        rows.append(row | {"who/rank0": 0, "who/rank2": 2, "_step": step})
+    return rows
+
+
+def test_killed_rank0_ends_the_aggregator_without_an_end(ranks: Ranks) -> None:
+    """Proves that the aggregator ends soon after rank 0 was killed, keeps every row, and leaves no END, so that the shipper
+    reports the run lost."""
+    ranks.start(2, strategy="rank0", steps=100, kill_self={"0": 60})
+    ranks.until("open", 2)
+    aggregator = ranks.aggregator()
+    assert ranks.wait()[0] == -signal.SIGKILL
+    aggregator.wait(15)
+    (journal,) = ranks.journals()
+    assert records_of(journal, Kind.END) == []
+    assert rows_of(journal)[:60] == expected(range(60), range(2))
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_killed_aggregator_loses_nothing(ranks: Ranks, times: int) -> None:
+    """Proves that after a SIGKILL of the aggregator its successor, a new writer of the same attempt, continues the run with 0
+    rows lost and 0 doubled, and that the position counts both writers' rows."""
+    ranks.start(2, strategy="rank0", steps=300, gate={"0": 150, "1": 155}, drain=299)
+    ranks.until("gate", 2)
+    for number in range(times):
+        if number == 0:
+            wait_until(lambda: len(ranks.rows()) == 150, "the rows before the gate")
+        _running_aggregator(ranks).kill()
+        wait_until(lambda count=number + 2: len(ranks.journals()) == count, "the successor's journal")
+    ranks.open_gate()
+    assert ranks.wait() == [0, 0], ranks.errors()
+    assert ranks.rows() == expected(range(300), range(2))
+    counts = ranks.events("drained")[0]["position"]["watermark"]["counts"]["wandb-history.jsonl"]
+    writers = ["rank0", "rank0.1", "rank0.2"][: times + 1]
+    assert list(counts) == writers
+    assert counts["rank0"] == 150
+    assert sum(counts.values()) == 300
+    summaries = [data for path in ranks.journals() for data in records_of(path, Kind.SUMMARY)]
+    assert summaries == [{"set": {"weights": "abc"}}], "what rank 0 had passed on is not passed on again"
+
+
+def _running_aggregator(ranks: Ranks) -> Any:
+    import psutil
+
+    (found,) = (
+        child
+        for child in psutil.Process(ranks.processes[0].pid).children()
+        if child.status() != psutil.STATUS_ZOMBIE and "wbdist.distributed.aggregator" in child.cmdline()
+    )
+    return found
+
+
+def test_stopped_rank_does_not_stop_the_others(ranks: Ranks) -> None:
+    """Proves that a rank that is stopped (SIGSTOP) holds up only the steps it has not passed: the others go on logging, and
+    when it goes on too the rows are complete."""
+    ranks.start(2, strategy="rank0", steps=200, gate={"1": 50})
+    ranks.until("gate", 1)
+    journal = ranks.journals()[0]
+    wait_until(lambda: len(rows_of(journal)) == 50, "the rows that both passed")
+    ranks.processes[1].send_signal(signal.SIGSTOP)
+    with JournalReader.open(
+        next(path for path in find_journals(ranks.root / "wandb") if path.name.startswith("feed0"))
+    ) as feed:
+        wait_until(lambda: len(list(feed.read(1 << 22))) >= 0 and len(rows_of(feed.path)) == 200, "rank 0's own rows")
+    ranks.open_gate()
+    ranks.processes[1].send_signal(signal.SIGCONT)
+    assert ranks.wait() == [0, 0], ranks.errors()
+    assert ranks.rows() == expected(range(200), range(2))
+
+
+def test_failing_rank_decides_the_exit_code(ranks: Ranks) -> None:
+    """Proves that the run ends with the code of the rank that failed, not with rank 0's."""
+    ranks.start(2, strategy="rank0", steps=5, exit={"1": 3})
+    assert ranks.wait() == [0, 0], ranks.errors()
+    assert records_of(ranks.journals()[0], Kind.END)[0]["exit_code"] == 3
+
+
+def test_per_rank_runs_share_a_group(ranks: Ranks) -> None:
+    """Proves that strategy per_rank gives every rank a run of its own: id, name, group, job type and rank in the config."""
+    ranks.start(2, strategy="per_rank", steps=20, drain=9, name="net")
+    assert ranks.wait() == [0, 0], ranks.errors()
+    for rank, path in enumerate(ranks.journals()):
+        with JournalReader.open(path) as reader:
+            assert (reader.header.run_id, reader.header.writer) == (f"job-r{rank}", f"rank{rank}")
+        facts = records_of(path, Kind.RUN)[0]
+        assert (facts["group"], facts["job_type"], facts["display_name"]) == (
+            "job",
+            ["main", "worker"][rank],
+            f"net-rank{rank}",
+        )
+        config = {key: value for data in records_of(path, Kind.CONFIG) for key, value in data["set"].items()}
+        assert (config["rank"], config["world_size"], config["local_rank"], config["lr"]) == (rank, 2, rank, 0.5)
+        rows = rows_of(path)
+        assert [row["_step"] for row in rows] == list(range(20))
+        assert rows[7]["who"] == rank
+        position = ranks.events("drained")[rank]["position"]
+        assert position["run_id"] == f"job-r{rank}"
+        assert position["watermark"]["counts"]["wandb-history.jsonl"] == {f"rank{rank}": 10}

@@ -1,0 +1,110 @@
+"""Ranks as real processes, and what they left behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from wbdist.core.rows import RowAssembler
+from wbdist.run.journal import JournalReader, Kind, find_journals
+
+PROGRAMS = Path(__file__).parents[1] / "distributed" / "programs"
+REPOSITORY = Path(__file__).parents[2]
+
+
+class Ranks:
+    """The processes of one trial in `root`."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        (root / "keys").mkdir(parents=True)
+        self.processes: list[subprocess.Popen[str]] = []
+
+    def start(self, size: int, **orders: Any) -> None:
+        environment = {**os.environ, "PYTHONPATH": f"{REPOSITORY}{os.pathsep}{PROGRAMS}"}
+        for rank in range(size):
+            command = [sys.executable, str(PROGRAMS / "rank.py"), str(self.root), str(rank), str(size), json.dumps(orders)]
+            output = (self.root / f"rank{rank}.out").open("w")
+            errors = (self.root / f"rank{rank}.err").open("w")
+            self.processes.append(subprocess.Popen(command, stdout=output, stderr=errors, env=environment, text=True))
+
+    def events(self, name: str) -> list[dict[str, Any]]:
+        lines = [
+            line for rank in range(len(self.processes)) for line in (self.root / f"rank{rank}.out").read_text().splitlines()
+        ]
+        return [event for event in map(json.loads, filter(lambda line: line.endswith("}"), lines)) if event["event"] == name]
+
+    def until(self, name: str, count: int, seconds: float = 20) -> list[dict[str, Any]]:
+        wait_until(lambda: len(self.events(name)) >= count, f"{count} x {name}: {self.errors()}", seconds)
+        return self.events(name)
+
+    def open_gate(self) -> None:
+        (self.root / "open").touch()
+
+    def wait(self, seconds: float = 30) -> list[int]:
+        """Exit codes by rank."""
+        deadline = time.monotonic() + seconds
+        return [process.wait(max(0.1, deadline - time.monotonic())) for process in self.processes]
+
+    def errors(self) -> str:
+        return "".join((self.root / f"rank{rank}.err").read_text() for rank in range(len(self.processes)))
+
+    def aggregator(self) -> psutil.Process:
+        return psutil.Process(self.events("open")[0]["aggregator"])
+
+    def journals(self) -> list[Path]:
+        """Of the run or runs, not the feeds; oldest first."""
+        found = []
+        for path in find_journals(self.root / "wandb"):
+            with JournalReader.open(path) as reader:
+                if reader.header.role == "run":
+                    found.append((reader.header.writer, path))
+        return [path for _, path in sorted(found)]
+
+    def rows(self) -> list[dict[str, Any]]:
+        return [row for path in self.journals() for row in rows_of(path)]
+
+    def stop(self) -> None:
+        self.open_gate()
+        for process in self.processes:
+            if process.poll() is None:
+                process.send_signal(signal.SIGKILL)
+            process.wait(10)
+
+
+def rows_of(path: Path) -> list[dict[str, Any]]:
+    """History rows of a journal, as the shipper makes them, without times."""
+    rows = []
+    with JournalReader.open(path) as reader:
+        assembler = RowAssembler(starting_step=reader.header.starting_step, created=reader.header.created)
+        while records := reader.read():
+            for record in records:
+                if record.kind is Kind.ROW:
+                    rows += assembler.add(record.data, record.step, record.commit, record.time)
+                elif record.kind in (Kind.COMMIT, Kind.END):
+                    rows += assembler.close()
+    return [{key: value for key, value in row.items() if key not in ("_timestamp", "_runtime")} for row in rows]
+
+
+def records_of(path: Path, kind: Kind) -> list[dict[str, Any]]:
+    with JournalReader.open(path) as reader:
+        found = []
+        while records := reader.read():
+            found += [record.data for record in records if record.kind is kind]
+        return found
+
+
+def wait_until(condition: Callable[[], bool], what: str, seconds: float = 20) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"still waiting for {what}"
+        time.sleep(0.01)
