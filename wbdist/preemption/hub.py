@@ -17,8 +17,9 @@ log = logging.getLogger("wbdist.preemption")
 class NoticeSource(Protocol):
     """Something that may say that the job must stop."""
 
-    def start(self, tell: Callable[[Notice], None]) -> None:
-        """Begins to listen. `tell` may be called from any thread, any number of times."""
+    def start(self, tell: Callable[[Notice], bool]) -> None:
+        """Begins to listen. `tell` may be called from any thread of the source (never from a signal handler: it takes a
+        lock), any number of times; it returns False when nobody listens any more."""
         ...
 
     def close(self) -> None:
@@ -38,7 +39,7 @@ class NoticeHub:
 
     @property
     def notice(self) -> Notice | None:
-        """The notice in force, None before there is one."""
+        """The notice in force, None before there is one: the first, with the earliest deadline that any has named."""
         return self._notice
 
     def start(self) -> None:
@@ -49,36 +50,39 @@ class NoticeHub:
                 source.start(self.tell)
                 started.append(source)
         except BaseException:
-            for source in started:
+            for source in reversed(started):
                 source.close()
             raise
 
-    def tell(self, notice: Notice) -> None:
-        """Any thread, never a signal handler: gives the hub a notice."""
+    def tell(self, notice: Notice) -> bool:
+        """Any thread, never a signal handler: gives the hub a notice. False when the hub is closed: it was not taken."""
         with self._lock:
             if self._closed:
-                return
+                return False
             first = self._notice is None
             if self._notice is None:
                 self._notice = notice
             elif notice.deadline is not None and (self._notice.deadline is None or notice.deadline < self._notice.deadline):
                 self._notice = msgspec.structs.replace(self._notice, deadline=notice.deadline)
-            listeners = list(self._listeners)
+            listeners = list(self._listeners) if first else []
         if first:
             log.warning("preemption notice from %s: %s", notice.source, notice.reason)
-            for listener in listeners:
-                listener(notice)
+        for listener in listeners:
+            listener(notice)
+        return True
 
     def on_notice(self, listener: Callable[[Notice], None]) -> None:
-        """`listener` is called once, on the thread of the source that spoke first; at once when there is a notice already."""
+        """`listener` is called once, on the thread of the source that spoke first; at once when there is a notice already.
+        It must not block: the source cannot hear while it runs."""
         with self._lock:
-            self._listeners.append(listener)
             notice = self._notice
+            if notice is None:
+                self._listeners.append(listener)
         if notice is not None:
             listener(notice)
 
     def close(self) -> None:
-        """Closes the sources. Idempotent."""
+        """Closes the sources, the last started first. Idempotent; within a second a source."""
         with self._lock:
             if self._closed:
                 return

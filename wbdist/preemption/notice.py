@@ -15,4 +15,4 @@ class Notice(msgspec.Struct, frozen=True):
     received: float
     """time.monotonic() of this process when it arrived."""
     deadline: float | None = None
-    """time.monotonic() by which everything must be done; None when the source does not say."""
+    """Unix time by which everything must be done, since other ranks and hosts must understand it; None when nobody says."""

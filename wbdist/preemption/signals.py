@@ -1,16 +1,19 @@
 """POSIX signals as preemption notices.
 
-The handler only writes one byte into a pipe; a thread reads it and tells the hub. A Python handler runs between
-bytecodes of the main thread, which may sit in a collective for minutes, so even that would come too late: the signal's
-number reaches the pipe through `signal.set_wakeup_fd`, which the interpreter's C-level handler writes at once, and the
-Python handler has nothing left to do (the rejected alternatives: work in the handler, as Lightning does, which hangs when it
-broadcasts; polling a flag, which costs every step). The pipe is inherited by forked DataLoader workers, whose signals
-would then read as ours: the byte consumer cannot tell them apart, so a fork hook takes the pipe away from children.
+A Python handler runs between bytecodes of the main thread, which may sit in a collective for minutes. So the signal's
+number goes through `signal.set_wakeup_fd`: the interpreter's C-level handler writes it into a pipe at once, and a thread reads
+it and tells the hub. The Python handler only repeats that byte (somebody may have replaced the wakeup descriptor since) and
+lets a second Ctrl-C through. Rejected: work in the handler, as Lightning does it (it broadcasts there, and hangs unless every
+rank gets the signal); polling a flag, which costs every step and is not seen inside a step.
+
+Forked children (DataLoader workers) inherit pipe and handlers: a signal sent to them would read as ours. A fork hook takes
+both from them. SIGTERM gets back what it did before, because that is how multiprocessing ends its workers; the others are
+ignored there, so that a Ctrl-C at the terminal, or a scheduler that signals every process, does not take away the workers that
+the last steps before the save still need.
 """
 
 from __future__ import annotations
 
-import contextlib
 import os
 import signal
 import threading
@@ -24,33 +27,47 @@ from wbdist.preemption.notice import Notice
 
 DEFAULT_SIGNALS = (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT)
 """SIGUSR2 rather than SIGUSR1: NCCL may catch USR1 (submitit's experience). SIGINT: Ctrl-C is one clean stop."""
+UNCATCHABLE = (signal.SIGKILL, signal.SIGSTOP)
+STOP = 0
+"""Byte that ends the reading thread; no signal has this number."""
 
 
 class SignalSource:
-    """Turns the first SIGTERM, SIGUSR2 or SIGINT into a notice; further ones change nothing, but a second SIGINT raises
-    KeyboardInterrupt in the main thread: the person insists.
+    """Turns SIGTERM, SIGUSR2 or SIGINT into a notice. Repeating one changes nothing (Slurm under torchrun sends each twice),
+    but a second SIGINT raises KeyboardInterrupt in the main thread: the person insists.
+
+    A handler that was there before is called too, after ours; whoever installed it and requeues the job by itself
+    should leave these signals out here.
     """
 
     def __init__(self, signals: Sequence[signal.Signals] = DEFAULT_SIGNALS, grace: float | None = None) -> None:
         """`grace`: seconds from the signal until the process is killed, when whoever sends it says so."""
-        if signal.SIGUSR1 in signals:
-            raise UsageError(
-                "SIGUSR1 cannot be a preemption signal: NCCL may catch it and the notice is lost; use SIGUSR2 or SIGTERM"
-            )
+        for number in signals:
+            if number == signal.SIGUSR1:
+                raise UsageError(
+                    "SIGUSR1 cannot be a preemption signal: NCCL may catch it, and the notice would be lost; "
+                    "let the scheduler send SIGUSR2 or SIGTERM (wbdist launch passes SIGUSR1 on as SIGTERM)"
+                )
+            if number in UNCATCHABLE:
+                raise UsageError(f"{signal.Signals(number).name} cannot be caught; use SIGTERM or SIGUSR2")
         self._signals = tuple(signals)
         self._grace = grace
         self._previous: dict[int, Any] = {}
         self._read = self._write = -1
         self._old_wakeup = -1
         self._thread: threading.Thread | None = None
-        self._tell: Callable[[Notice], None] | None = None
+        self._tell: Callable[[Notice], bool] | None = None
         self._interrupts = 0
+        self._taken: set[int] = set()
+        self._untaken: set[int] = set()
         self._pid = 0
 
-    def start(self, tell: Callable[[Notice], None]) -> None:
-        """Main thread only. Raises UsageError elsewhere, since Python cannot set handlers there."""
+    def start(self, tell: Callable[[Notice], bool]) -> None:
+        """Main thread only: raises UsageError elsewhere, since Python cannot set handlers there, and when started already."""
         if threading.current_thread() is not threading.main_thread():
             raise UsageError("preemption signals can only be watched from the main thread; enter the job there")
+        if self._write != -1:
+            raise UsageError("this SignalSource was started before; make another")
         self._tell = tell
         self._pid = os.getpid()
         self._read, self._write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
@@ -58,52 +75,86 @@ class SignalSource:
         self._old_wakeup = signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
         for number in self._signals:
             self._previous[number] = signal.signal(number, self._handle)
-        os.register_at_fork(after_in_child=self._leave_in_child)
+        _started.append(self)
         self._thread = threading.Thread(target=self._listen, name="wbdist-signals", daemon=True)
         self._thread.start()
 
-    def _handle(self, number: int, _frame: FrameType | None) -> None:
-        # The byte is in the pipe already. Only the insisting Ctrl-C acts here, on the main thread, as Python's own does.
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if os.getpid() != self._pid:
+            return
+        self._repeat(self._write, number)
         if number == signal.SIGINT:
             self._interrupts += 1
             if self._interrupts > 1:
                 raise KeyboardInterrupt
+        previous = self._previous.get(number)
+        if callable(previous) and previous is not signal.default_int_handler:
+            previous(number, frame)
 
     def _listen(self) -> None:
+        assert self._tell is not None
         while True:
-            try:
-                numbers = os.read(self._read, 64)
-            except OSError:
-                return
-            if not numbers or 0 in numbers:
-                return
-            for number in numbers:
-                if number in self._signals and self._tell is not None:
-                    now = time.monotonic()
-                    deadline = None if self._grace is None else now + self._grace
-                    self._tell(Notice("signal", signal.Signals(number).name, now, deadline))
+            for number in os.read(self._read, 64):
+                if number == STOP:
+                    return
+                if self._old_wakeup != -1:
+                    self._repeat(self._old_wakeup, number)  # whoever had the descriptor before us (asyncio) still hears
+                if number not in self._signals:
+                    continue
+                deadline = None if self._grace is None else time.time() + self._grace
+                taken = self._tell(Notice("signal", signal.Signals(number).name, time.monotonic(), deadline))
+                (self._taken if taken else self._untaken).add(number)
+
+    @staticmethod
+    def _repeat(descriptor: int, number: int) -> None:
+        try:
+            os.write(descriptor, bytes([number]))
+        except (BlockingIOError, BrokenPipeError):
+            return  # full of unread signals, of which one is enough; or nobody reads any more
 
     def _leave_in_child(self) -> None:
-        if self._write == -1 or os.getpid() == self._pid:
+        """In a forked child, which has only its main thread."""
+        if self._write == -1:
             return
-        with contextlib.suppress(ValueError, OSError):
-            signal.set_wakeup_fd(-1)
+        signal.set_wakeup_fd(-1)
         for number, previous in self._previous.items():
-            with contextlib.suppress(ValueError, OSError, TypeError):
-                signal.signal(number, previous)
-        self._tell = None
-
-    def close(self) -> None:
-        """Main thread: restores handlers and wakeup descriptor. Idempotent."""
-        if self._write == -1 or os.getpid() != self._pid:
-            return
-        for number, previous in self._previous.items():
-            signal.signal(number, previous if previous is not None else signal.SIG_DFL)
-        self._previous.clear()
-        signal.set_wakeup_fd(self._old_wakeup)
-        os.write(self._write, b"\0")
-        if self._thread is not None:
-            self._thread.join(1.0)
+            own = signal.SIG_DFL if previous is None else previous
+            signal.signal(number, own if number == signal.SIGTERM else signal.SIG_IGN)
         os.close(self._read)
         os.close(self._write)
         self._read = self._write = -1
+
+    def close(self) -> None:
+        """Main thread: gives back handlers and wakeup descriptor. Idempotent; within a second.
+
+        A signal that came too late to be taken by the hub is raised again, for whoever listens now: swallowed, it would leave
+        a process that its scheduler thinks warned.
+        """
+        if self._write == -1 or os.getpid() != self._pid:
+            return
+        _started.remove(self)
+        for number, previous in self._previous.items():
+            # None: a handler that was not installed from Python, and cannot be from here.
+            signal.signal(number, signal.SIG_DFL if previous is None else previous)
+        signal.set_wakeup_fd(self._old_wakeup)
+        os.set_blocking(self._write, True)
+        os.write(self._write, bytes([STOP]))
+        assert self._thread is not None
+        self._thread.join()
+        os.close(self._read)
+        os.close(self._write)
+        self._read = self._write = -1
+        for number in self._untaken - self._taken:
+            signal.raise_signal(number)
+
+
+_started: list[SignalSource] = []
+"""Those of this process, in order: a fork hook cannot be taken back, so there is one for all."""
+
+
+def _leave_in_child() -> None:
+    while _started:
+        _started.pop()._leave_in_child()  # noqa: SLF001  (same module)
+
+
+os.register_at_fork(after_in_child=_leave_in_child)
