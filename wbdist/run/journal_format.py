@@ -37,7 +37,8 @@ BODY_HEAD: Final = struct.Struct("<IB")
 FRAME_OVERHEAD: Final = FRAME_HEAD.size + BODY_HEAD.size
 PACKED_HEAD: Final = struct.Struct("<IBHId")
 """seq, kind, schema, step, time: then the values."""
-_PACKED_FIELDS: Final = struct.Struct("<HId")
+_FRAME: Final = struct.Struct("<III")
+"""length, check, seq"""
 
 
 class Kind(IntEnum):
@@ -166,12 +167,12 @@ class Schema:
                 fixed.append(value)
         return self.pack(seq, kind, self.number, step, time, *fixed) + b"".join(tail)
 
-    def decode(self, payload: memoryview) -> dict[str, Any]:
-        """The row's data; `payload` starts behind the time."""
-        fixed = self.unpack.unpack_from(payload)
+    def decode(self, frames: memoryview, at: int) -> dict[str, Any]:
+        """The row's data; its values begin at `at`."""
+        fixed = self.unpack.unpack_from(frames, at)
         if self.plain:
             return dict(zip(self.keys, fixed, strict=True))
-        at = self.unpack.size
+        at += self.unpack.size
         values = iter(fixed)
         data: dict[str, Any] = {}
         for key, code in zip(self.keys, self.codes, strict=True):
@@ -179,7 +180,7 @@ class Schema:
                 data[key] = None
             elif code == "s":
                 size = next(values)
-                data[key] = str(payload[at : at + size], "utf-8")
+                data[key] = str(frames[at : at + size], "utf-8")
                 at += size
             else:
                 data[key] = next(values)
@@ -225,15 +226,14 @@ def verified_end(data: bytes | memoryview, at: int, seq: int) -> Iterator[tuple[
     size = len(data)
     view = memoryview(data)
     while at + FRAME_OVERHEAD <= size:
-        length, check = FRAME_HEAD.unpack_from(view, at)
-        start = at + FRAME_HEAD.size
-        end = start + length
-        if length < BODY_HEAD.size or length > MAX_FRAME or end > size or zlib.crc32(view[start:end], length) != check:
+        length, check, found = _FRAME.unpack_from(view, at)
+        start = at + 8
+        at = start + length
+        if length < 5 or length > MAX_FRAME or at > size or found != seq & 0xFFFFFFFF:
             return
-        if BODY_HEAD.unpack_from(view, start)[0] != seq & 0xFFFFFFFF:
+        if zlib.crc32(view[start:at], length) != check:
             return
-        yield start, end
-        at = end
+        yield start, at
         seq += 1
 
 
@@ -249,20 +249,24 @@ class FrameDecoder:
         """The records of the verified frames from `at`, and where the first unverified byte lies."""
         records: list[Record] = []
         view = memoryview(frames)
+        schemas = self._schemas
         for start, end in verified_end(view, at, self.seq):
-            self._add(view[start:end], records)
+            number = view[start + 4]
+            if number == _COMMITTED or number == _OPEN:  # noqa: SIM109, PLR1714  (the common case, and faster so)
+                seq, _, schema, step, time = PACKED_HEAD.unpack_from(view, start)
+                data = schemas[schema].decode(view, start + PACKED_HEAD.size)
+                records.append(Record(seq, Kind.ROW, time, step, number == _COMMITTED, data))
+            else:
+                self._add(view[start:end], records)
             self.seq += 1
             at = end
         return records, at
 
     def _add(self, body: memoryview, records: list[Record]) -> None:
+        """A record of any kind but a packed row."""
         seq, number = BODY_HEAD.unpack_from(body)
         payload = body[BODY_HEAD.size :]
-        if number in (Kind.ROW_PACKED, Kind.ROW_PACKED_COMMIT):
-            schema, step, time = _PACKED_FIELDS.unpack_from(payload)
-            data = self._schemas[schema].decode(payload[_PACKED_FIELDS.size :])
-            records.append(Record(seq, Kind.ROW, time, step, number == Kind.ROW_PACKED_COMMIT, data))
-        elif number == Kind.SCHEMA:
+        if number == Kind.SCHEMA:
             parsed = Schema.parse(payload)
             self._schemas[parsed.number] = parsed
         elif number == Kind.ROW:
@@ -274,3 +278,5 @@ class FrameDecoder:
 
 
 _KNOWN: Final = frozenset(int(kind) for kind in Kind)
+_OPEN: Final = int(Kind.ROW_PACKED)
+_COMMITTED: Final = int(Kind.ROW_PACKED_COMMIT)

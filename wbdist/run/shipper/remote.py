@@ -7,7 +7,6 @@ import http.client
 from email.utils import parsedate_to_datetime
 from time import time
 from urllib.parse import urlsplit
-from urllib.request import getproxies, proxy_bypass
 
 import msgspec
 
@@ -86,14 +85,12 @@ class Remote:
         return Answer(response.status, data, _seconds(response.getheader("Retry-After")))
 
     def _connect(self) -> http.client.HTTPConnection:
-        proxy = (
-            None
-            if proxy_bypass(self._host) or is_loopback(self._host)
-            else getproxies().get("https" if self._https else "http")
-        )
         if not self._https:
-            # A plain-HTTP proxy would need absolute targets; servers outside the local network speak HTTPS.
+            # Never through a proxy, which would need absolute targets: servers beyond the local network speak HTTPS.
             return http.client.HTTPConnection(self._host, self._port, timeout=TIMEOUT)
+        from urllib.request import getproxies, proxy_bypass  # 1 MiB that a local server does not need
+
+        proxy = None if is_loopback(self._host) or proxy_bypass(self._host) else getproxies().get("https")
         if proxy is None:
             return http.client.HTTPSConnection(self._host, self._port, timeout=TIMEOUT)
         via = urlsplit(proxy if "//" in proxy else f"//{proxy}")
