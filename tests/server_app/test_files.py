@@ -10,9 +10,14 @@ from typing import Any
 
 import pytest
 import requests
+from starlette.applications import Starlette
+from starlette.testclient import TestClient
 
 from wbdist.protocol import operations
+from wbdist.server import transfers
+from wbdist.server.context import AppContext
 from wbdist.server.files import FileStore, normal_name
+from wbdist.server.store.interface import RunFields
 
 FILES = """
 query RunFiles($names: [String], $pattern: String) { project(name: "files", entityName: "local") { run(name: "r") {
@@ -60,6 +65,7 @@ def test_addresses_are_good_for_one_thing(server: Any, slots: Any) -> None:
     url = slots("one.txt")["one.txt"]
     assert requests.put(url, data=b"1", timeout=10).status_code == 200
     assert requests.get(url, timeout=10).status_code == 403
+    assert requests.get(url.replace("method=PUT", "method=GET"), timeout=10).status_code == 403
     assert requests.put(url.replace("one.txt", "two.txt"), data=b"1", timeout=10).status_code == 403
     assert requests.put(url.replace("until=", "until=9"), data=b"1", timeout=10).status_code == 403
     assert requests.put(url.replace("until=", "until=x"), data=b"1", timeout=10).status_code == 403
@@ -96,6 +102,16 @@ def test_names_that_are_none(name: str) -> None:
     """Proves that escaping and empty names are refused."""
     with pytest.raises(ValueError, match="file"):
         normal_name(name)
+
+
+def test_an_address_ends(ctx: AppContext, clock: Any) -> None:
+    """Proves that a signed address works until its time and not after."""
+    run, _ = ctx.store.upsert_run("local", "p", "r", RunFields(), clock.now)
+    url = transfers.transfer_url(ctx, "", run, "x", "PUT")
+    client = TestClient(Starlette(routes=transfers.routes(ctx)))
+    assert client.put(url, content=b"1").status_code == 200
+    clock.now += ctx.settings.transfer_seconds + 1
+    assert client.put(url, content=b"2").status_code == 403
 
 
 def test_case_and_nesting_need_no_rule(tmp_path: Path) -> None:

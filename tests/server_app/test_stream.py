@@ -118,6 +118,9 @@ def test_a_superseded_attempt_is_fenced_and_cannot_end_the_run(ctx: AppContext) 
         ([{"ended": "preempted", "complete": True, "exitcode": 75}], RunState.PREEMPTED),
         ([{"ended": "exit", "complete": True, "exitcode": 0}], RunState.FINISHED),
         ([{"ended": "lost"}, {}], RunState.RUNNING),
+        ([{"ended": "exit"}], RunState.FINISHED),
+        ([{"ended": "exception"}], RunState.FAILED),
+        ([{"ended": "exception", "complete": True, "exitcode": 1}], RunState.FAILED),
         ([{"complete": True, "exitcode": 0}, {}], RunState.FINISHED),
     ],
 )
@@ -161,7 +164,6 @@ def test_w_and_bs_client_is_never_refused_for_a_gap(ctx: AppContext) -> None:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"ended": "eaten"}, "ended.cause"),
         ({"files": {CONSOLE: FileChunk(content=["x"])}}, "seq lacks output.log"),
         ({"lines": rows(0), "seq": -1}, "negative"),
         ({"files": {SUMMARY: FileChunk(content=["[1]"])}}, "must be a JSON object"),

@@ -29,7 +29,6 @@ from wbdist.server.store.interface import Appended, RunFields, RunRow
 _log = logging.getLogger(__name__)
 
 Lines = dict[str, tuple[int, list[str]]]
-_CAUSES = frozenset({"exit", "lost", "preempted"})
 
 
 def take(ctx: AppContext, run: RunRow, request: StreamRequest) -> tuple[int, StreamReply]:
@@ -39,8 +38,6 @@ def take(ctx: AppContext, run: RunRow, request: StreamRequest) -> tuple[int, Str
 
 def _take_stamped(ctx: AppContext, run: RunRow, request: StreamRequest, stamp: StreamStamp) -> tuple[int, StreamReply]:
     now = ctx.clock()
-    if stamp.ended is not None and stamp.ended.cause not in _CAUSES:
-        raise ValueError(f"wbdist.ended.cause must be one of {sorted(_CAUSES)}, not {stamp.ended.cause!r}")
     summary = _summary(request)
     lines: Lines = {}
     for stream in STREAMS:
@@ -114,17 +111,20 @@ def _summary(request: StreamRequest) -> dict[str, object] | None:
 def _mark(
     ctx: AppContext, run: RunRow, request: StreamRequest, now: float, *, attempt: int | None = None, cause: str = ""
 ) -> None:
-    """The events of a request, in the order in which they can have happened: alive, preempting, ended."""
+    """The events of a request, in the order in which they can have happened: alive, preempting, ended.
+
+    `cause` is `lost` (a witness speaks), `preempted`, or any other word of the writer's own about its end.
+    """
     events: list[tuple[RunEvent, int | None]] = []
     ends = request.complete or bool(cause)
-    if not ends or cause == "exit":
+    if cause not in {"lost", "preempted"}:
         events.append((RunEvent.BEAT, None))
     if request.preempting or cause == "preempted":
         events.append((RunEvent.PREEMPT, None))
     if cause == "lost":
         events.append((RunEvent.LOST, None))
     elif ends:
-        code = request.exitcode if request.exitcode is not None else int(cause == "preempted")
+        code = request.exitcode if request.exitcode is not None else int(cause not in {"", "exit"})
         events.append((RunEvent.EXIT_ZERO if code == 0 else RunEvent.EXIT_NONZERO, code))
     for event, exit_code in events:
         ctx.store.record_event(
