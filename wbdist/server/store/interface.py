@@ -129,7 +129,9 @@ class Store(Protocol):
         stores nothing. attempt None (plain SDK): the current attempt, and the seq is the W&B offset."""
         ...
 
-    def record_event(self, pk: int, event: RunEvent, now: float, *, attempt: int | None = None, exit_code: int | None = None, cause: str = "") -> RunRow:
+    def record_event(
+        self, pk: int, event: RunEvent, now: float, *, attempt: int | None = None, exit_code: int | None = None, cause: str = ""
+    ) -> RunRow:
         """Runs the state table; also closes the attempt on an ending event. Ignored when `attempt` is superseded."""
         ...
 

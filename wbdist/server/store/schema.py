@@ -1,0 +1,113 @@
+"""The tables, the same on SQLite and PostgreSQL. Alembic (`migrations/`) creates and changes them; nothing here does."""
+
+from __future__ import annotations
+
+import sqlalchemy as sa
+
+metadata = sa.MetaData()
+
+projects = sa.Table(
+    "projects",
+    metadata,
+    sa.Column("entity", sa.Text, primary_key=True),
+    sa.Column("project", sa.Text, primary_key=True),
+    sa.Column("created_at", sa.Double, nullable=False),
+    sa.Column("runs", sa.Integer, nullable=False),
+)
+
+runs = sa.Table(
+    "runs",
+    metadata,
+    sa.Column("pk", sa.Integer, primary_key=True),
+    sa.Column("entity", sa.Text, nullable=False),
+    sa.Column("project", sa.Text, nullable=False),
+    sa.Column("run_id", sa.Text, nullable=False),
+    sa.Column("display_name", sa.Text, nullable=False),
+    sa.Column("state", sa.Text, nullable=False),
+    sa.Column("config", sa.Text, nullable=False),
+    sa.Column("summary", sa.Text, nullable=False),
+    sa.Column("run_group", sa.Text, nullable=False),
+    sa.Column("job_type", sa.Text, nullable=False),
+    sa.Column("notes", sa.Text, nullable=False),
+    sa.Column("tags", sa.Text, nullable=False),
+    sa.Column("host", sa.Text, nullable=False),
+    sa.Column("program", sa.Text, nullable=False),
+    sa.Column("git_commit", sa.Text, nullable=False),
+    sa.Column("repo", sa.Text, nullable=False),
+    sa.Column("created_at", sa.Double, nullable=False),
+    sa.Column("heartbeat_at", sa.Double, nullable=False),
+    sa.Column("attempt", sa.Integer, nullable=False),
+    sa.Column("line_counts", sa.Text, nullable=False),
+    sa.Column("last_step", sa.BigInteger, nullable=False),
+    sa.Column("metrics", sa.Text, nullable=False),
+    sa.Column("version", sa.BigInteger, nullable=False),
+    sa.UniqueConstraint("entity", "project", "run_id"),
+    sa.Index("runs_by_group", "entity", "project", "run_group"),
+    sa.Index("runs_by_beat", "state", "heartbeat_at"),
+)
+
+attempts = sa.Table(
+    "attempts",
+    metadata,
+    sa.Column("run_pk", sa.Integer, sa.ForeignKey("runs.pk"), primary_key=True),
+    sa.Column("attempt", sa.Integer, primary_key=True),
+    sa.Column(
+        "nonce", sa.Text, nullable=False
+    ),  # '' for a placeholder: an attempt that a later one is based on, not heard of yet
+    sa.Column("base_run", sa.Integer),  # for forks: the run whose attempt `base` counts in; NULL is this run
+    sa.Column("base", sa.Text),  # Watermark as JSON; NULL is a start from nothing
+    sa.Column("started_at", sa.Double, nullable=False),
+    sa.Column("ended_at", sa.Double),
+    sa.Column("cause", sa.Text, nullable=False),
+    sa.Column("end_cause", sa.Text, nullable=False),
+    sa.Column("exit_code", sa.Integer),
+)
+
+cursors = sa.Table(
+    "cursors",
+    metadata,
+    sa.Column("run_pk", sa.Integer, sa.ForeignKey("runs.pk"), primary_key=True),
+    sa.Column("attempt", sa.Integer, primary_key=True),
+    sa.Column("lane", sa.Text, primary_key=True),  # '' for the attempt's own nonce; a rival's nonce for what it sent
+    sa.Column("stream", sa.Text, primary_key=True),
+    sa.Column("writer", sa.Text, primary_key=True),
+    sa.Column("next", sa.BigInteger, nullable=False),
+)
+
+chunks = sa.Table(
+    "chunks",
+    metadata,
+    sa.Column("pk", sa.Integer, primary_key=True),
+    sa.Column("run_pk", sa.Integer, sa.ForeignKey("runs.pk"), nullable=False),
+    sa.Column("attempt", sa.Integer, nullable=False),
+    sa.Column("lane", sa.Text, nullable=False),
+    sa.Column("stream", sa.Text, nullable=False),
+    sa.Column("writer", sa.Text, nullable=False),
+    sa.Column("seq_lo", sa.BigInteger, nullable=False),
+    sa.Column("seq_hi", sa.BigInteger, nullable=False),  # exclusive
+    sa.Column("step_lo", sa.BigInteger, nullable=False),
+    sa.Column("step_hi", sa.BigInteger, nullable=False),  # inclusive; -1 when no row has a step
+    sa.Column("level", sa.Integer, nullable=False),  # 0: one append, the blob holds the rows; 1: packed, `columns` holds them
+    sa.Column("keys", sa.Text, nullable=False),  # {key: numeric?}
+    sa.Column("blob", sa.LargeBinary),
+    sa.UniqueConstraint("run_pk", "attempt", "lane", "stream", "writer", "seq_lo"),
+)
+
+columns = sa.Table(
+    "columns",
+    metadata,
+    sa.Column("chunk_pk", sa.Integer, sa.ForeignKey("chunks.pk"), primary_key=True),
+    sa.Column("key", sa.Text, primary_key=True),
+    sa.Column("blob", sa.LargeBinary, nullable=False),
+)
+
+console_lines = sa.Table(
+    "console_lines",
+    metadata,
+    sa.Column("run_pk", sa.Integer, sa.ForeignKey("runs.pk"), primary_key=True),
+    sa.Column("attempt", sa.Integer, primary_key=True),
+    sa.Column("lane", sa.Text, primary_key=True),
+    sa.Column("writer", sa.Text, primary_key=True),
+    sa.Column("seq", sa.BigInteger, primary_key=True),
+    sa.Column("line", sa.Text, nullable=False),
+)
