@@ -25,7 +25,7 @@ from typing import Self
 
 import msgspec
 
-from wbdist.core.ids import generate_id
+from wbdist.core.ids import id_from_entropy
 from wbdist.errors import CheckpointError, JobAlreadyRunningError
 
 
@@ -62,7 +62,15 @@ class Claim:
 
     @classmethod
     def take(
-        cls, directory: Path, *, run_id: str | None, project: str, entity: str, name: str | None, cause: str = "", timeout: float = 30.0
+        cls,
+        directory: Path,
+        *,
+        run_id: str | None,
+        project: str,
+        entity: str,
+        name: str | None,
+        cause: str = "",
+        timeout: float = 30.0,
     ) -> Self:
         """Rank 0 only. Waits up to `timeout` seconds for a previous attempt that is still dying.
 
@@ -73,10 +81,14 @@ class Claim:
             (directory / "attempts").mkdir(parents=True, exist_ok=True)
             lock = os.open(directory / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         except OSError as error:
-            raise CheckpointError(f"checkpoint_dir {str(directory)!r} cannot be used: {error}. Give a writable directory.") from error
+            raise CheckpointError(
+                f"checkpoint_dir {str(directory)!r} cannot be used: {error}. Give a writable directory."
+            ) from error
         try:
             _lock_within(lock, directory, timeout)
-            job = _identity(directory, JobIdentity(run_id or generate_id(), project, entity, name, time.time()))
+            job = _identity(
+                directory, JobIdentity(run_id or id_from_entropy(os.urandom(16)), project, entity, name, time.time())
+            )
             if run_id is not None and job.run_id != run_id:
                 raise CheckpointError(
                     f"checkpoint_dir {str(directory)!r} belongs to run {job.run_id!r}, but run {run_id!r} was asked for. "
@@ -127,7 +139,9 @@ def _identity(directory: Path, ours: JobIdentity) -> JobIdentity:
         _write_durably(path, msgspec.json.encode(ours))
         return ours
     except (msgspec.ValidationError, msgspec.DecodeError) as error:
-        raise CheckpointError(f"{path} does not say which run the directory belongs to: {error}. Move the directory away to start anew.") from error
+        raise CheckpointError(
+            f"{path} does not say which run the directory belongs to: {error}. Move the directory away to start anew."
+        ) from error
 
 
 def _next_attempt(directory: Path, cause: str) -> Attempt:

@@ -7,6 +7,7 @@
 | `min, max` | of all; ints stay ints        | as `first`         | NaN wins: Python's min() depends on the order |
 | `first`    | the lowest rank's             | the lowest rank's  | for what is alike on all ranks, such as `lr`  |
 | `last`     | the highest rank's            | the highest rank's |                                               |
+| `sum53`    | ints, modulo 2**53            | as `first`         | fingerprints: exact in a float64, any split   |
 | `per_rank` | `<key>/rank<k>` for each      | same               |                                               |
 
 NaN propagates. None counts as not logged, unless no rank logged anything else. A bool is a number (the mean of a flag
@@ -19,8 +20,6 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from fractions import Fraction
 from typing import Any, Final
-
-from wbdist.errors import UsageError
 
 DEFAULT: Final = "mean"
 PER_RANK: Final = "per_rank"
@@ -54,14 +53,6 @@ def reduce_rows(rows: Sequence[tuple[int, Mapping[str, Any], Ops]]) -> dict[str,
         else:
             out[key] = _OPS[op]([row[key] for _, row, _ in having])
     return out
-
-
-def check_op(op: object, key: str | None = None) -> str:
-    """`op` when it is one of the table's, else UsageError naming them."""
-    if isinstance(op, str) and op in NAMES:
-        return op
-    where = f" for {key!r}" if key is not None else ""
-    raise UsageError(f"reduce={op!r}{where} is not known; choose one of: {', '.join(NAMES)}")
 
 
 def mean(values: Sequence[Any]) -> Any:
@@ -99,6 +90,13 @@ def _beyond_floats(numbers: Sequence[Any], count: int) -> float:
         return float(exact)
     except OverflowError:
         return math.inf if exact > 0 else -math.inf
+
+
+def fingerprint(values: Sequence[Any]) -> Any:
+    numbers = _numbers(values)
+    if not numbers or not all(isinstance(value, int) for value in numbers):
+        return values[0]
+    return sum(numbers) % 2**53
 
 
 def smallest(values: Sequence[Any]) -> Any:
@@ -139,6 +137,7 @@ def _numbers(values: Sequence[Any]) -> Sequence[Any]:
 _OPS: Final[dict[str, Callable[[Sequence[Any]], Any]]] = {
     "mean": mean,
     "sum": total,
+    "sum53": fingerprint,
     "min": smallest,
     "max": largest,
     "first": first,
