@@ -8,10 +8,9 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pickle import PicklingError
 from typing import Any
 
-from wbdist.distributed.processes import SpawnedProcess, inheriting, start_spawned
+from wbdist.distributed.processes import SpawnedProcess, inheriting, packed, start_spawned, unpacked
 from wbdist.errors import EXIT_FAILED_FOR_GOOD, Error, MainGuardError, UsageError
 from wbdist.launch.worker import tie_to_parent
 
@@ -21,8 +20,9 @@ LAUNCHER_PID = "WBDIST_LAUNCHER_PID"
 """Whose death ends a rank."""
 
 GUARD_MESSAGE = """\
-{what} ran while this process was only loading the script {script}: it is a child that re-executes the script to find its
-function, and without a guard it would start children itself, without end. Put what starts the work under a guard:
+{what} ran while this process was only loading {script}.
+It is a child that re-executes the script to find its function; without a guard it would start children itself, without end.
+Put what starts the work under a guard:
 
     if __name__ == "__main__":
         wbdist.launch(train, nprocs=2)
@@ -50,17 +50,17 @@ def launch(fn: Callable[..., Any], nprocs: int = 1, args: Sequence[Any] = (), kw
         return
     from wbdist.launch.supervisor import LaunchSpec, supervise
 
+    call = packed(fn, tuple(args), dict(kwargs or {}))
+
     def start_ranks(environments: Sequence[Mapping[str, str]]) -> list[SpawnedProcess]:
         started: list[SpawnedProcess] = []
         try:
             for number, environment in enumerate(environments):
                 with _environment({**environment, SPAWNED: "1", LAUNCHER_PID: str(os.getpid())}), _interrupts_held():
-                    started.append(start_spawned(_run_rank, (fn, tuple(args), dict(kwargs or {})), f"wbdist-rank-{number}"))
-        except BaseException as error:
+                    started.append(start_spawned(_run_rank, (call,), f"wbdist-rank-{number}"))
+        except BaseException:
             for rank in started:
                 rank.kill()
-            if isinstance(error, (PicklingError, TypeError)):
-                raise UsageError(f"the function or its arguments cannot be sent to another process: {error}") from error
             raise
         return started
 
@@ -89,20 +89,21 @@ def _main_script() -> str:
     return str(getattr(sys.modules.get("__mp_main__") or sys.modules.get("__main__"), "__file__", None) or sys.argv[0] or "?")
 
 
-def _run_rank(fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Body of a spawned rank: `fn`, and the exit code that its end means."""
+def _run_rank(call: bytes) -> None:
+    """Body of a spawned rank: the function, and the exit code that its end means."""
     tie_to_parent()
     # Its own session, so that the supervisor alone passes on Ctrl-C, and can kill the rank with all its helpers.
     os.setsid()
     try:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})  # a Ctrl-C during start-up arrives here
+        fn, args, kwargs = unpacked(call)
         fn(*args, **kwargs)
     except KeyboardInterrupt:
         # The supervisor speaks for all ranks; a traceback from each would bury it.
         raise SystemExit(128 + signal.SIGINT) from None
-    except Error as error:
+    except Exception as error:  # noqa: BLE001  (as the interpreter ends a script: traceback, code)
         traceback.print_exc()
-        raise SystemExit(error.exit_code) from None
+        raise SystemExit(error.exit_code if isinstance(error, Error) else 1) from None
 
 
 @contextmanager

@@ -7,9 +7,12 @@ process of the other raises, or hangs at exit), so everything of ours that makes
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
+
+from wbdist.errors import UsageError
 
 if TYPE_CHECKING:
     from multiprocessing.context import SpawnContext
@@ -26,12 +29,35 @@ def spawn_context() -> SpawnContext:
 def start_spawned(target: Callable[..., None], args: tuple[Any, ...], name: str) -> SpawnedProcess:
     """Starts `target(*args)` in a fresh interpreter with this process's environment as it is now.
 
-    Main thread, under a `__main__` guard. Raises UsageError's cousin of pickling (PicklingError, TypeError) when `target` or
-    `args` cannot be sent.
+    Main thread, under a `__main__` guard. `args` must be plain; send anything else as the bytes of `packed`.
     """
     process = spawn_context().Process(target=target, args=args, name=name)
     process.start()
     return SpawnedProcess(process)
+
+
+def packed(fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> bytes:
+    """A call as bytes for `unpacked` in a spawned child. Raises UsageError when some of it cannot be sent.
+
+    A function of the main script goes by name, so that in the child it shares the script's globals and classes. Anything
+    else of `__main__` (lambdas, closures, a notebook's functions) goes by value, with the globals it uses: they may have
+    been made under the guard, where the child does not look.
+    """
+    from multiprocess.reduction import ForkingPickler
+
+    main = sys.modules["__main__"]
+    by_name = hasattr(main, "__file__") and getattr(main, getattr(fn, "__name__", ""), None) is fn
+    try:
+        return bytes(ForkingPickler.dumps((fn, args, kwargs), recurse=not by_name, byref=by_name))
+    except Exception as error:  # dill raises whatever an object's own __reduce__ raises
+        raise UsageError(f"the function or its arguments cannot be sent to another process: {error}") from error
+
+
+def unpacked(call: bytes) -> tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]:
+    from multiprocess.reduction import ForkingPickler
+
+    fn, args, kwargs = ForkingPickler.loads(call)
+    return fn, args, kwargs
 
 
 class SpawnedProcess:
@@ -58,8 +84,6 @@ class SpawnedProcess:
 
     def send_signal(self, number: int) -> None:
         """No-op when the process has ended: its pid may belong to somebody else by now."""
-        import os
-
         if self.poll() is None:
             os.kill(self.pid, number)
 

@@ -18,7 +18,6 @@ from typing import Any, Literal, Protocol
 import msgspec
 
 import wbdist.errors
-from wbdist.core import ids
 from wbdist.core.coordination import Coordinator
 from wbdist.core.position import RunPosition
 from wbdist.core.reducers import DEFAULT, NAMES
@@ -105,7 +104,7 @@ def per_rank_spec(spec: RunSpec, identity: RankIdentity) -> RunSpec:
     """The spec of this rank's own run, of the job's."""
     rank = identity.rank
     try:
-        run_id = ids.run_id(f"{spec.run_id}-r{rank}")
+        run_id = names.run_id(f"{spec.run_id}-r{rank}")
     except UsageError as error:
         raise UsageError(f"strategy per_rank adds -r{rank} to the run id: {error}") from error
     return msgspec.structs.replace(

@@ -1,0 +1,223 @@
+"""Coordination over a real c10d store: a thread a rank for breadth, torchrun for reality."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.feeding import PROGRAMS, REPOSITORY
+
+from wbdist.core.coordination import Coordinator
+from wbdist.distributed.coordination import AloneCoordinator, StoreCoordinator, connect, first_host, store_address
+from wbdist.distributed.identity import RankIdentity
+from wbdist.errors import DeadlineError, PeerLostError, UsageError
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def env_of(port: int, **more: str) -> dict[str, str]:
+    return {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), **more}
+
+
+def me(rank: int, size: int) -> RankIdentity:
+    return RankIdentity(rank=rank, world_size=size, source="environment")
+
+
+def on_every_rank(size: int, work: Callable[[Coordinator], Any], **environment: str) -> list[Any]:
+    """`work` on a coordinator for each rank, at once."""
+    env = env_of(free_port(), **environment)
+
+    def rank(number: int) -> Any:
+        peers = connect(me(number, size), timeout=15, env=env)
+        try:
+            return work(peers)
+        finally:
+            peers.close()
+
+    with ThreadPoolExecutor(size) as pool:
+        return list(pool.map(rank, range(size)))
+
+
+@pytest.mark.parametrize("size", [1, 2, 8])
+def test_the_contract(size: int) -> None:
+    """Proves the Coordinator's contract for a process alone and over the store: last put stands, first claim stands, agree
+    gives rank 0's value, gather is in rank order, values may be empty or any bytes, clones see the same keys."""
+
+    def work(peers: Coordinator) -> Any:
+        odd = bytes([0, 255, 10])
+        peers.put(f"mine/{peers.rank}", odd)
+        peers.put(f"mine/{peers.rank}", odd * 2)
+        claimed = peers.claim("first", f"rank {peers.rank}".encode())
+        assert peers.claim("empty", b"") == b""
+        assert peers.claim("empty", b"late") == b""
+        agreed = peers.agree("value", b"zero" if peers.rank == 0 else None, 10)
+        gathered = peers.gather("all", str(peers.rank).encode(), 10)
+        peers.barrier("there", 10)
+        twin = peers.clone()
+        assert twin.get(f"mine/{peers.world_size - 1}", 10) == odd * 2
+        assert twin.peek("nothing") is None
+        twin.close()
+        assert peers.peek("first") == claimed
+        return claimed, agreed, gathered
+
+    results = on_every_rank(size, work, WBDIST_INCARNATION="i1")
+    assert len({claimed for claimed, _, _ in results}) == 1
+    assert all(agreed == b"zero" for _, agreed, _ in results)
+    assert all(gathered == [str(rank).encode() for rank in range(size)] for _, _, gathered in results)
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_waits_are_bounded_and_name_what_is_missing(size: int) -> None:
+    """Proves that each wait ends at its deadline with an error that names the key or the ranks."""
+
+    def work(peers: Coordinator) -> None:
+        began = time.monotonic()
+        with pytest.raises(DeadlineError, match="'never'"):
+            peers.get("never", 0.1)
+        if peers.rank == 0 and peers.world_size > 1:
+            with pytest.raises(PeerLostError, match=r"rank 1 did not reach 'lonely'"):
+                peers.barrier("lonely", 0.1)
+        if peers.rank == 1:
+            with pytest.raises(PeerLostError, match="rank 0 did not decide 'undecided'"):
+                peers.agree("undecided", None, 0.1)
+            with pytest.raises(UsageError, match="only rank 0 decides"):
+                peers.agree("mine", b"x", 0.1)
+        assert time.monotonic() - began < 2
+        peers.barrier("end", 10)
+        peers.close()
+        with pytest.raises(UsageError, match="closed"):
+            peers.put("k", b"")
+
+    on_every_rank(size, work, WBDIST_INCARNATION="i1")
+
+
+def test_a_dead_store_is_a_lost_peer() -> None:
+    """Proves that calls on a store whose host is gone raise PeerLostError instead of hanging."""
+    from torch.distributed import PrefixStore, TCPStore
+
+    server = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=5))
+    client = TCPStore("127.0.0.1", server.port, is_master=False, timeout=timedelta(seconds=5))
+    peers = StoreCoordinator(PrefixStore("x", client), 1, 2, "i")  # type: ignore[arg-type]
+    peers.put("k", b"v")
+    del server
+    began = time.monotonic()
+    with pytest.raises(PeerLostError, match="store"):
+        peers.get("other", 8)
+    assert time.monotonic() - began < 10
+    peers.close()
+
+
+def test_incarnation_is_agreed_although_the_store_remembers_others() -> None:
+    """Proves that ranks on a store with the remains of earlier incarnations (a stale announcement, its confirmation, equal
+    restart counts) agree on a fresh name, whoever comes first."""
+    from torch.distributed import TCPStore
+
+    server = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=15))
+    env = env_of(server.port, TORCHELASTIC_USE_AGENT_STORE="True", TORCHELASTIC_RESTART_COUNT="0", TORCHELASTIC_RUN_ID="job")
+
+    def incarnation(size: int) -> set[str]:
+        def rank(number: int) -> str:
+            peers = connect(me(number, size), timeout=10, env=env)
+            assert peers.gather("seen", str(number).encode(), 10) == [str(n).encode() for n in range(size)]
+            name = peers.incarnation  # type: ignore[attr-defined]
+            peers.close()
+            return str(name)
+
+        with ThreadPoolExecutor(size) as pool:
+            # Rank 0 last: the others see the stale announcement first.
+            return set(pool.map(rank, reversed(range(size))))
+
+    names = [incarnation(size) for size in (4, 2, 4, 4)]
+    assert all(len(name) == 1 for name in names)
+    assert len(set.union(*names)) == 4, "each incarnation has a name of its own"
+
+
+def test_a_missing_rank_is_named_when_the_incarnation_is_agreed() -> None:
+    """Proves that a rank which never starts is named within the deadline."""
+    env = env_of(free_port())
+    with pytest.raises(PeerLostError, match="rank 1 did not join"):
+        connect(me(0, 2), timeout=0.3, env=env)
+    with pytest.raises(PeerLostError, match=r"rank 1 could not reach the store of rank 0 at 127.0.0.1"):
+        connect(me(1, 2), timeout=0.3, env=env_of(free_port()))
+
+
+def test_the_address_is_asked_for_clearly() -> None:
+    """Proves that a missing or impossible meeting place is refused with the fix, and that srun's is derived."""
+    with pytest.raises(UsageError, match="set MASTER_ADDR and MASTER_PORT"):
+        store_address(me(0, 2), {})
+    with pytest.raises(UsageError, match="MASTER_PORT='99999'"):
+        store_address(me(0, 2), {"MASTER_ADDR": "a", "MASTER_PORT": "99999"})
+    slurm = RankIdentity(rank=1, world_size=2, source="slurm")
+    host, port = store_address(slurm, {"SLURM_STEP_NODELIST": "gpu[03-07,9]", "SLURM_JOB_ID": "12", "SLURM_STEP_ID": "0"})
+    assert (host, 15000 <= port < 25000) == ("gpu03", True)
+    assert [first_host(nodes) for nodes in ("a", "a,b", "n[1-2]-ib,x", "")] == ["a", "a", "n1-ib", ""]
+
+
+def test_alone_imports_nothing_and_needs_nothing() -> None:
+    """Proves that a single process gets its coordinator without torch and without an address."""
+    code = "import sys\nfrom wbdist.distributed.coordination import connect, init_process_group\n"
+    code += "from wbdist.distributed.identity import detect\np = connect(detect())\nassert p.gather('x', b'1', 1) == [b'1']\n"
+    code += "assert not init_process_group(detect())\nprint('torch' in sys.modules)"
+    env = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=20, check=True)
+    assert done.stdout == "False\n"
+    assert isinstance(connect(RankIdentity()), AloneCoordinator)
+
+
+# torchrun -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def out(tmp_path: Path) -> Iterator[Path]:
+    directory = tmp_path / "facts"
+    directory.mkdir()
+    return directory
+
+
+def torchrun(out: Path, size: int, *arguments: str, program: tuple[str, ...] = ()) -> list[dict[str, Any]]:
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(size), *arguments]
+    command += [str(PROGRAMS / "elastic.py"), str(out), *program]
+    env = {**os.environ, "PYTHONPATH": f"{REPOSITORY}{os.pathsep}{PROGRAMS}", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=100, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [json.loads((out / f"{rank}.json").read_text()) for rank in range(size)]
+
+
+@pytest.mark.parametrize("size", [1, 4])
+def test_under_torchrun(out: Path, size: int) -> None:
+    """Proves identity, coordination and the process group under torchrun with 1 and 4 gloo ranks (2: below)."""
+    facts = torchrun(out, size, "--standalone")
+    for rank, seen in enumerate(facts):
+        assert seen["identity"] == [rank, size, rank, size, "torchrun", "torchrun"]
+        assert seen["gathered"] == [f"r{n}" for n in range(size)]
+        assert seen["agreed"] == "from rank 0"
+        assert seen["sum"] == sum(range(size) if size > 1 else [0])
+    assert len({seen["incarnation"] for seen in facts}) == 1
+
+
+@pytest.mark.parametrize("rendezvous", ["static", pytest.param("c10d", marks=pytest.mark.slow)])
+def test_first_restart_succeeds(out: Path, rendezvous: str) -> None:
+    """Proves that after SIGKILL of a rank the first restart meets and forms its group, where a plain init_process_group
+    reads the dead ranks' addresses (torch 2.13) and hangs or fails."""
+    where = (
+        ("--master-addr", "127.0.0.1", "--master-port", str(free_port()))
+        if rendezvous == "static"
+        else ("--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{free_port()}", "--rdzv-id", "r1")
+    )
+    facts = torchrun(out, 2, *where, "--max-restarts", "3", "--monitor-interval", "0.1", program=("1",))
+    assert [seen["restart"] for seen in facts] == [1, 1]
+    assert [seen["sum"] for seen in facts] == [1.0, 1.0]
