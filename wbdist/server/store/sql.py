@@ -257,11 +257,9 @@ class SqlStore:
             view = view_of(db, pk, int(run["attempt"]))
             starts = {}
             for stream, (seq, _) in lines.items():
-                start = seq
-                if attempt is None:  # plain SDK: an offset in the live view, and a gap is somebody else's loss
-                    start = max(0, seq - view.below(stream, target))
-                    start = min(start, position[stream]) if stream != CONSOLE else start
-                elif seq > position[stream]:
+                # A plain SDK's seq is its offset in the live view.
+                start = seq if attempt is not None else max(0, seq - view.below(stream, target))
+                if start > position[stream]:
                     return Appended(code="gap", next=position)
                 starts[stream] = start
             changed = False
