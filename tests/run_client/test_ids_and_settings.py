@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from wbdist import Settings, UsageError
-from wbdist.core import ids
+from wbdist.core.ids import ALPHABET
+from wbdist.protocol import names
 from wbdist.run.lifecycle import new_run_id
 from wbdist.settings import resolve, setup
 
@@ -20,7 +21,7 @@ def test_generated_ids_ignore_the_users_seed() -> None:
     random.seed(0)
     assert new_run_id() != first
     assert len(first) == 8
-    assert set(first) <= set(ids.ALPHABET)
+    assert set(first) <= set(ALPHABET)
 
 
 @pytest.mark.parametrize(
@@ -28,26 +29,26 @@ def test_generated_ids_ignore_the_users_seed() -> None:
 )
 def test_odd_characters_become_dashes(raw: str, cleaned: str) -> None:
     """Proves the documented rule: the same raw string always names the same run."""
-    assert ids.run_id(raw) == cleaned
+    assert names.run_id(raw) == cleaned
 
 
 @pytest.mark.parametrize("raw", ["", "  ", " a", "a ", "x" * 65, ".", ".."])
 def test_impossible_ids_are_refused(raw: str) -> None:
     """Proves that empty, padded, over-long and directory-like ids raise instead of naming some other run."""
     with pytest.raises(UsageError):
-        ids.run_id(raw)
+        names.run_id(raw)
 
 
 def test_projects_and_tags_are_checked() -> None:
     """Proves that bad project names and tags are refused, and that a bare string is one tag, not its letters."""
-    assert ids.tags("night") == ("night",)
-    assert ids.tags(["a", "b", "a"]) == ("a", "b")
+    assert names.tags("night") == ("night",)
+    assert names.tags(["a", "b", "a"]) == ("a", "b")
     for bad in ([""], ["x" * 65], [1]):
         with pytest.raises(UsageError):
-            ids.tags(bad)  # type: ignore[arg-type]
+            names.tags(bad)  # type: ignore[arg-type]
     for project in ("a/b", "x" * 129, "", "a%b"):
         with pytest.raises(UsageError):
-            ids.project(project)
+            names.project(project)
 
 
 def test_sources_win_in_order(tmp_path: Path) -> None:

@@ -28,6 +28,7 @@ from wbdist.distributed.cut import PositionCursor
 from wbdist.distributed.feeder import Feeder
 from wbdist.distributed.identity import RankIdentity
 from wbdist.errors import DeadlineError, EnvironmentFault, Error, PeerLostError, UsageError
+from wbdist.protocol import names
 from wbdist.run.handle import Run
 from wbdist.run.journal import Kind
 from wbdist.run.lifecycle import RunSpec, open_run

@@ -12,10 +12,10 @@ from time import monotonic, time
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, Self
 
-from wbdist.core import ids
 from wbdist.core.position import CONSOLE, HISTORY, RunPosition, Watermark
 from wbdist.core.rows import StepRule
 from wbdist.errors import JournalError, ShutdownError, UsageError
+from wbdist.protocol import names
 from wbdist.run import console, process_end
 from wbdist.run.config import Config
 from wbdist.run.journal import Kind
@@ -211,7 +211,7 @@ class Run:
 
     @tags.setter
     def tags(self, value: Sequence[str]) -> None:
-        self._tags = ids.tags(value)
+        self._tags = names.tags(value)
         self._record(Kind.RUN, {"tags": list(self._tags)}, "tags=")
 
     @property

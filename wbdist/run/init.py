@@ -8,8 +8,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from wbdist.core import ids
 from wbdist.errors import UsageError
+from wbdist.protocol import names
 from wbdist.run import lifecycle, machine
 from wbdist.run.config import checked
 from wbdist.run.handle import Run
@@ -154,14 +154,14 @@ def make_spec(
     here = Path.cwd()
     return RunSpec(
         settings=settings,
-        run_id=ids.run_id(settings.run_id) if settings.run_id is not None else lifecycle.new_run_id(),
-        project=ids.project(settings.project)
+        run_id=names.run_id(settings.run_id) if settings.run_id is not None else lifecycle.new_run_id(),
+        project=names.project(settings.project)
         if settings.project is not None
         else machine.default_project(machine.git(here), here),
-        entity=ids.entity(settings.entity or ""),
+        entity=names.entity(settings.entity or ""),
         name=settings.run_name,
         notes=settings.run_notes,
-        tags=ids.tags(settings.run_tags) if settings.run_tags is not None else None,
+        tags=names.tags(settings.run_tags) if settings.run_tags is not None else None,
         group=settings.run_group,
         job_type=settings.run_job_type,
         config=values,

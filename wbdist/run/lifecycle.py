@@ -49,7 +49,7 @@ class RunSpec(msgspec.Struct, frozen=True, kw_only=True):
     config: dict[str, Any] = {}
     allow_val_change: bool = False
     must_be_new: bool = False
-    """Refuse when the server has a run of this id already: its history and ours would mix."""
+    """Refuse attempt 1 when the server has a run of this id already: its history and ours would mix."""
     force: bool = False
     """Raise instead of going on with the journal alone when the server is away."""
     capture_console: bool = True

@@ -27,7 +27,7 @@ def register(server: Server, spec: RunSpec, timeout: float) -> UpsertedRun:
     """
     connection = Connection(server.base_url, server.api_key, timeout=timeout)
     try:
-        if spec.must_be_new and _exists(connection, spec):
+        if spec.must_be_new and spec.attempt == 1 and _exists(connection, spec):
             raise UsageError(
                 f"run {spec.run_id!r} exists already in project {spec.project!r} of {server.base_url}. Logging to it again "
                 "would mix two histories, and resuming by id (resume=) is not built yet: leave `id` out, or choose another. "

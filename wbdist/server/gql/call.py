@@ -10,8 +10,8 @@ from typing import Any, TypeAlias
 from graphql import GraphQLResolveInfo
 from starlette.exceptions import HTTPException
 
-from wbdist.core import ids
 from wbdist.errors import UsageError
+from wbdist.protocol import names as naming
 from wbdist.server.auth import User
 from wbdist.server.context import AppContext
 from wbdist.server.store.interface import RunRow
@@ -54,8 +54,8 @@ def names(call: Call, entity: str | None, project: str, run_id: str) -> tuple[st
 
 def check_names(entity: str, project: str, run_id: str) -> None:
     """Raises UsageError for a name that can be none. Run ids are taken as they come, as long as a URL can carry them."""
-    ids.entity(entity)
-    ids.project(project)
+    naming.entity(entity)
+    naming.project(project)
     if not run_id or len(run_id) > 128 or any(char in "/\\#?%:" for char in run_id):
         raise UsageError(f"{run_id[:130]!r} is not a run id: 1 to 128 characters, none of / \\ # ? % :")
     for name in (entity, project, run_id):

@@ -7,9 +7,9 @@ from typing import Any
 
 import msgspec
 
-from wbdist.core import ids
 from wbdist.errors import UsageError
 from wbdist.protocol import attempts
+from wbdist.protocol import names as naming
 from wbdist.server import run_filters
 from wbdist.server.auth import User
 from wbdist.server.gql.call import Call, Info, Resolver, call_of, refuse
@@ -65,8 +65,8 @@ def _project(_source: Any, info: Info, name: str | None = None, entityName: str 
     call = call_of(info)
     project, entity = name or "uncategorized", entityName or call.user.entity
     try:
-        ids.project(project)
-        ids.entity(entity)
+        naming.project(project)
+        naming.entity(entity)
     except UsageError as error:
         raise refuse(400, str(error)) from None
     return ProjectRef(entity, project) if call.app.store.list_runs(entity, project, limit=1) else None
