@@ -188,6 +188,21 @@ def test_a_fault_at_every_system_call(tmp_path: Path) -> None:
         assert restored_step(directory) == (3, ()), at
 
 
+def test_a_disk_full_within_a_big_tensor_is_called_that(tmp_path: Path) -> None:
+    """torch's own writer would report an internal error instead of the disk's."""
+    probe = Fault(0)
+    model = torch.nn.Linear(400, 400)
+    with Checkpointer(tmp_path / "probe", alone(), attempt=1, layer=probe) as checkpoints:
+        checkpoints.track(model=model)
+        checkpoints.save(1, position(1), timeout=20)
+    for at in range(5, probe.calls - 3):
+        checkpoints = Checkpointer(tmp_path / "full", alone(), attempt=1, layer=Fault(at))
+        checkpoints.track(model=model)
+        with pytest.raises(CheckpointError, match=r"OSError: \[Errno 28\] No space left"):
+            checkpoints.save(1, position(1), block=True, timeout=20)
+    assert committed(tmp_path / "full") == []
+
+
 def test_a_failed_background_save_is_raised_by_the_next_call(tmp_path: Path) -> None:
     """Nothing is swallowed: what fails in the background is raised by the next save, once, and training can go on."""
     training = Training(alone(), tmp_path, layer=Fault(8))
