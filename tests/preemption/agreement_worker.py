@@ -1,4 +1,5 @@
-"""One rank of the process tests: units that meet in a store barrier, until the agreement says stop; several rounds."""
+"""One rank of the process test: rounds of units that meet in a store barrier, until the agreement says stop; then a last
+round without barriers, in which a rank may die."""
 
 from __future__ import annotations
 
@@ -18,22 +19,21 @@ parser.add_argument("rank")
 parser.add_argument("world")
 parser.add_argument("port")
 parser.add_argument("rounds", type=int)
-parser.add_argument("--no-barrier", action="store_true")
-parser.add_argument("--timeout", type=float, default=20.0)
 args = parser.parse_args()
 os.environ |= {"RANK": args.rank, "WORLD_SIZE": args.world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": args.port}
 os.environ |= {"LOCAL_RANK": args.rank, "LOCAL_WORLD_SIZE": args.world}
 
-for number in range(args.rounds):
+for number in range(args.rounds + 1):
+    last = number == args.rounds
     peers = coordination.connect(detect(), f"round{number}", timeout=30.0)
     hub = NoticeHub([SignalSource()])
     hub.start()
-    agreement = StopAgreement(peers, hub, args.timeout)
+    agreement = StopAgreement(peers, hub, 1.0 if last else 20.0)
     peers.barrier("ready", 30.0)
     print("running", number, flush=True)
     unit = 0
     while agreement.begin_unit():
-        if args.no_barrier:
+        if last:
             time.sleep(0.001)
         else:
             peers.barrier(f"unit/{unit}", 10.0)

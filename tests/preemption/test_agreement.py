@@ -95,7 +95,7 @@ def in_threads(bodies: list[Callable[[], None]], timeout: float = 20.0) -> None:
     def guarded(body: Callable[[], None]) -> None:
         try:
             body()
-        except BaseException as error:
+        except BaseException as error:  # noqa: BLE001  (reported by the test's own thread)
             problems.append(error)
 
     threads = [threading.Thread(target=guarded, args=(body,), daemon=True) for body in bodies]
@@ -155,7 +155,7 @@ def test_all_ranks_stop_before_the_same_unit(world: int, monkeypatch: pytest.Mon
 
 
 def test_rank_inside_a_later_unit_takes_the_others_along() -> None:
-    """Proves the core of the protocol: a rank that has begun unit 7 when the notice comes makes the others, at 3, run up to 7."""
+    """Proves the core of the protocol: a rank that has begun unit 7 when the notice comes makes the other run up to 7."""
     _, ranks = ranks_of(2)
     ahead, behind = (rank.agreement for rank in ranks)
     for _ in range(7):
@@ -199,7 +199,7 @@ def test_notice_before_the_agreement_counts() -> None:
 
 
 def test_dead_peer_is_bounded_and_named() -> None:
-    """Proves that a rank that never answers costs the deadline and no more, is named, and that both others conclude the same."""
+    """Proves that a rank that never answers costs the deadline and no more, is named, and that both others conclude so."""
     board = Board()
     ranks = [Rank(board, rank, 3, timeout=0.5) for rank in (0, 2)]
     began = time.monotonic()
@@ -326,9 +326,9 @@ def said(worker: subprocess.Popen[str], what: str) -> list[str]:
     return words[1:]
 
 
-def test_real_processes_over_the_real_store_stop_together() -> None:
+def test_real_processes_over_the_real_store() -> None:
     """Proves 10 random stops of 3 processes over torch's TCPStore, each by a real SIGTERM to one of them, with units that meet
-    in a real barrier: same unit on all ranks, every time."""
+    in a real barrier: same unit on all ranks, every time. Then one is killed: the others stop in time and name it."""
     workers = run_workers(3, free_port(), "10")
     rng = random.Random(5)
     try:
@@ -344,17 +344,6 @@ def test_real_processes_over_the_real_store_stop_together() -> None:
                 assert worker.stdin is not None
                 worker.stdin.write("next\n")
                 worker.stdin.flush()
-        assert [worker.wait(20) for worker in workers] == [0, 0, 0]
-    finally:
-        for worker in workers:
-            worker.kill()
-            worker.wait()
-
-
-def test_a_killed_process_is_found_by_the_deadline() -> None:
-    """Proves with real processes that after SIGKILL of a rank the others stop within the deadline and name it."""
-    workers = run_workers(3, free_port(), "1", "--no-barrier", "--timeout", "1")
-    try:
         for worker in workers:
             said(worker, "running")
         workers[2].kill()
@@ -363,7 +352,7 @@ def test_a_killed_process_is_found_by_the_deadline() -> None:
         workers[1].send_signal(signal.SIGTERM)
         for worker in workers[:2]:
             assert said(worker, "stopped")[1] == "False"
-            assert "rank 2" in " ".join(said(worker, "missing"))
+            assert "rank 2 did not say within 1.0 s" in " ".join(said(worker, "missing"))
         assert time.monotonic() - began < 4
     finally:
         for worker in workers:
