@@ -218,9 +218,9 @@ class Wandb:
         root.mkdir()
 
     def journal(
-        self, url: str = "", *, run_id: str = "r1", attempt: int = 1, writer: str = "rank0", **facts: Any
+        self, url: str = "", *, run_id: str = "r1", attempt: int = 1, writer: str = "rank0", place: str = "", **facts: Any
     ) -> JournalWriter:
-        directory = self.root / f"run-{run_id}-{attempt}"
+        directory = self.root / (place or f"run-{run_id}-{attempt}")
         directory.mkdir(exist_ok=True)
         values: dict[str, Any] = {"nonce": f"n{attempt}", "created": time.time(), "online": bool(url), "base_url": url, **facts}
         header = JournalHeader(run_id=run_id, project="p", entity="", attempt=attempt, writer=writer, **values)

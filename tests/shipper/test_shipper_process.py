@@ -177,17 +177,14 @@ def test_a_flush_of_a_fenced_or_refused_run_says_why(loopback: Any, wandb: Any) 
 
 def test_attempts_begin_in_order(loopback: Any, wandb: Any) -> None:
     """Proves that a newer attempt begins only when everything the older one left is on the server: it may build upon it."""
-    loopback.stop()
-    first = wandb.journal(loopback.url, attempt=1)
+    first = wandb.journal(loopback.url, attempt=1, place="run-z")  # found last
     wandb.rows(first, 0, 3000)
     first._release()  # as if killed: no END, the lock gone
     first.close = lambda *_: None
     second = wandb.journal(loopback.url, attempt=2)
     wandb.rows(second, 3000, 3010)
     second.close(0)
-    wandb.shipper()
-    client.flush(wandb.root, second.path, 0.2)
-    loopback.start()
+    client.watch(wandb.root, second.path, loopback.url, "k" * 40)
     assert client.flush(wandb.root, second.path, 20.0), wandb.log()
     assert steps(loopback, 1) == list(range(3000))
     assert steps(loopback, 2) == list(range(3000, 3010))

@@ -71,6 +71,7 @@ class Service:
         signal.signal(signal.SIGTERM, self._on_term)
         if not self._become_the_one(first):
             return 0
+        self._scan()
         listener = self._listen()
         if first is not None:
             self._answer(first)
@@ -233,6 +234,7 @@ class Service:
             if request.op == "ping":
                 return Reply(ok=True, pid=os.getpid())
             if request.op == "watch":
+                self._scan()  # an older attempt of the same run must be known before this one begins
                 self._add(Path(request.journal), request.base_url, request.api_key)
                 self._wake.set()
                 return Reply(ok=True)
@@ -255,6 +257,7 @@ class Service:
             base_url = request.base_url or header.base_url
             if not base_url:
                 return Reply(error=f"{path} names no server, and nobody said where it goes")
+            self._scan()
             lane = self._add(path, base_url, request.api_key)
         acked, error = lane.flush(path, request.timeout, request.priority)
         return Reply(acked=acked, error=error)
