@@ -21,6 +21,8 @@ _MARGIN = 2.0
 
 _started: dict[Path, subprocess.Popen[bytes]] = {}
 """root -> the shipper this process started; kept so that it is reaped if it ends first."""
+_watched: dict[Path, Request] = {}
+"""journal -> what the shipper was told: a new shipper must be told again, it may not find the key by itself."""
 
 
 class FlushResult(msgspec.Struct, frozen=True):
@@ -41,7 +43,7 @@ def watch(root: Path, journal: Path, base_url: str, api_key: str | None, env: Ma
     `wandb` directory that holds the run directories. `env`: the new shipper's environment, default ours. Raises
     InitStartError when no process can be started, UsageError when `base_url` is no server's address.
     """
-    request = Request("watch", str(journal.resolve()), base_url, api_key)
+    request = _watched[journal] = Request("watch", str(journal.resolve()), base_url, api_key)
     try:
         call(root, request, 1.0)
     except OSError:
@@ -58,15 +60,19 @@ def flush(
     """
     deadline = monotonic() + timeout
     restarted = False
+    told = _watched.get(journal)
+    request = Request("flush", str(journal.resolve()), priority=priority)
+    if told is not None:
+        request.base_url, request.api_key = told.base_url, told.api_key
     while True:
-        rest = max(0.0, deadline - monotonic())
+        request.timeout = rest = max(0.0, deadline - monotonic())
         try:
-            reply = call(root, Request("flush", str(journal.resolve()), timeout=rest, priority=priority), rest + _MARGIN)
+            reply = call(root, request, rest + _MARGIN)
         except TimeoutError:
             return FlushResult(False, "the shipper does not answer")
         except OSError as error:
             if not restarted:
-                _start(root, None, env)
+                _start(root, told, env)
                 restarted = True
             elif rest <= 0 or _ended(root):
                 return FlushResult(False, f"no shipper answers ({error}); see {root / 'logs' / 'shipper.log'}")

@@ -422,6 +422,8 @@ class Delivery:
     def _problem(self, what: str, answer: Answer, message: str) -> Exception:
         message = message or answer.body[:200].decode("utf-8", "replace")
         text = f"{self.remote.base_url} answers {what} with HTTP {answer.status}: {message}"
+        if answer.status == 401 and answer.api_key != self.remote.api_key:
+            return RetryLaterError(text)  # another key was given meanwhile
         if answer.ok or not answer.retryable:
             if answer.status == 401 and not self.remote.api_key:
                 text += " (no API key is known for this server; run `wbdist login`, or set WANDB_API_KEY)"

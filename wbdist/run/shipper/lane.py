@@ -38,6 +38,10 @@ class Lane:
             self._condition.notify_all()
             return known
 
+    def use_key(self, api_key: str) -> None:
+        with self._condition:
+            self._remote.api_key = api_key
+
     def flush(self, path: Path, timeout: float, priority: bool) -> tuple[bool, str]:
         """Whether all that is in the journal now is acknowledged, and what is wrong; waits at most `timeout` seconds."""
         deadline = monotonic() + timeout

@@ -26,6 +26,8 @@ class Answer(msgspec.Struct, frozen=True):
     body: bytes
     retry_after: float | None = None
     """Seconds the server asks us to wait."""
+    api_key: str | None = None
+    """The key it was asked with."""
 
     @property
     def ok(self) -> bool:
@@ -75,14 +77,15 @@ class Remote:
     def _post(self, path: str, body: bytes) -> Answer:
         if self._connection is None:
             self._connection = self._connect()
-        credentials = base64.b64encode(f"api:{self.api_key or ''}".encode()).decode()
+        key = self.api_key
+        credentials = base64.b64encode(f"api:{key or ''}".encode()).decode()
         headers = {"Content-Type": "application/json", "Authorization": f"Basic {credentials}", "User-Agent": "wbdist-shipper"}
         self._connection.request("POST", self._prefix + path, body, headers)
         response = self._connection.getresponse()
         data = response.read(MAX_ANSWER)
         if response.will_close or not response.isclosed():
             self.close()
-        return Answer(response.status, data, _seconds(response.getheader("Retry-After")))
+        return Answer(response.status, data, _seconds(response.getheader("Retry-After")), key)
 
     def _connect(self) -> http.client.HTTPConnection:
         if not self._https:

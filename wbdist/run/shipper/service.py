@@ -71,7 +71,6 @@ class Service:
         signal.signal(signal.SIGTERM, self._on_term)
         if not self._become_the_one(first):
             return 0
-        self._scan()
         listener = self._listen()
         if first is not None:
             self._answer(first)
@@ -171,14 +170,22 @@ class Service:
 
     def _add(self, path: Path, base_url: str, api_key: str | None) -> Lane:
         """Raises UsageError, JournalCorruptError or OSError."""
+        with self._lock:
+            lane = self._lane(base_url, api_key)
+            lane.add(path, api_key)
+            self._lane_of[path] = lane
+            self._ignored.discard(path)
+            return lane
+
+    def _lane(self, base_url: str, api_key: str | None) -> Lane:
+        """The server's lane, with the key it was given last."""
         base_url = base_url.rstrip("/")
         with self._lock:
             lane = self._lanes.get(base_url)
             if lane is None:
                 lane = self._lanes[base_url] = Lane(base_url, lambda: _stored_key(base_url, self._log), self._log, self._pace)
-            lane.add(path, api_key)
-            self._lane_of[path] = lane
-            self._ignored.discard(path)
+            if api_key:
+                lane.use_key(api_key)
             return lane
 
     def _deliveries(self) -> list[Delivery]:
@@ -234,6 +241,7 @@ class Service:
             if request.op == "ping":
                 return Reply(ok=True, pid=os.getpid())
             if request.op == "watch":
+                self._lane(request.base_url, request.api_key)  # the key first: what the scan finds may need it
                 self._scan()  # an older attempt of the same run must be known before this one begins
                 self._add(Path(request.journal), request.base_url, request.api_key)
                 self._wake.set()
@@ -257,8 +265,11 @@ class Service:
             base_url = request.base_url or header.base_url
             if not base_url:
                 return Reply(error=f"{path} names no server, and nobody said where it goes")
+            self._lane(base_url, request.api_key)
             self._scan()
             lane = self._add(path, base_url, request.api_key)
+        elif request.api_key:
+            lane.add(path, request.api_key)  # begins again what was refused for want of the key
         acked, error = lane.flush(path, request.timeout, request.priority)
         return Reply(acked=acked, error=error)
 

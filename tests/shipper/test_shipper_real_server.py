@@ -1,0 +1,128 @@
+"""The shipper against the real server, with both killed while they work."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+from wbdist.core.position import HISTORY, Watermark
+from wbdist.protocol import operations, reads
+from wbdist.run.shipper import client
+from wbdist.run.shipper.remote import Remote
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+class RealServer:
+    """`wbdist server` on one data directory and port, killed and started at will."""
+
+    def __init__(self, directory: Path) -> None:
+        self.data = directory / "data"
+        self._port_file = directory / "url"
+        self.url = ""
+        self.start()
+        self.key = (self.data / "admin.key").read_text().strip()
+
+    def start(self) -> None:
+        self._port_file.unlink(missing_ok=True)
+        port = self.url.rpartition(":")[2] or "0"
+        command = [
+            sys.executable,
+            "-m",
+            "wbdist",
+            "server",
+            "--data-dir",
+            self.data,
+            "--port",
+            port,
+            "--port-file",
+            self._port_file,
+        ]
+        self.process = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": str(ROOT)}, stdout=subprocess.DEVNULL)
+        deadline = time.monotonic() + 30
+        while not (self._port_file.exists() and (url := self._port_file.read_text().strip())):
+            assert self.process.poll() is None, "the server ended"
+            assert time.monotonic() < deadline, "the server did not start in 30 s"
+            time.sleep(0.02)
+        assert not self.url or url == self.url, "the server must come back on its old port"
+        self.url = url
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.wait(10)
+
+    def ask(self, operation: operations.Operation) -> Any:
+        answer = Remote(self.url, self.key).post("/graphql", operation.body())
+        assert answer.ok, answer.body
+        return msgspec.json.decode(answer.body)["data"]
+
+    def entity(self) -> str:
+        found = operations.read_viewer(self.ask(operations.viewer()))
+        assert found is not None
+        return found.entity
+
+    def steps(self) -> list[int]:
+        rows: list[int] = []
+        while True:
+            after = (rows or [-1])[-1] + 1
+            page = reads.history_page(self.entity(), "p", "r1", after, after + 1000)
+            found = [row["_step"] for row in reads.read_history_page(self.ask(page))]
+            if not found:
+                return rows
+            rows += found
+
+    def state(self) -> str:
+        found = reads.read_run(self.ask(reads.run(self.entity(), "p", "r1")))
+        assert found is not None
+        return str(found.state)
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[RealServer]:
+    made = RealServer(tmp_path)
+    yield made
+    made.kill()
+
+
+def test_both_are_killed_while_shipping(server: RealServer, wandb: Any) -> None:
+    """Proves that with shipper and server SIGKILLed in turn while rows flow, and a second attempt that goes back to a
+    checkpoint, the history is each step once, in order, and the run ends finished."""
+    chance = random.Random(5)
+    first = wandb.journal(server.url, attempt=1)
+    client.watch(wandb.root, first.path, server.url, server.key)
+    written = 0
+    for victim in ("shipper", "server", "shipper"):
+        for _ in range(8):
+            wandb.rows(first, written, written + 150)
+            written += 150
+            time.sleep(chance.uniform(0.0, 0.02))
+        if victim == "server":
+            server.kill()
+            wandb.rows(first, written, written + 100)
+            written += 100
+            server.start()
+        elif pid := wandb.pid():
+            os.kill(pid, signal.SIGKILL)
+        assert client.flush(wandb.root, first.path, 30.0), wandb.log()
+        assert server.steps() == list(range(written)), "acknowledged, but not there"
+    first._release()  # as if killed: no END, the lock gone
+    first.close = lambda *_: None
+    cut = written - 500
+    base = Watermark(attempt=1, counts={HISTORY: {"rank0": cut}}, step=cut - 1)
+    second = wandb.journal(server.url, attempt=2, base=base, cause="lost")
+    client.watch(wandb.root, second.path, server.url, server.key)
+    wandb.rows(second, cut, written + 200)
+    second.close(0)
+    assert client.flush(wandb.root, second.path, 30.0), wandb.log()
+    assert server.steps() == list(range(written + 200))
+    assert server.state() == "finished"
