@@ -6,6 +6,7 @@ import json
 from typing import Any
 
 import pytest
+from starlette.exceptions import HTTPException
 
 from wbdist.core.position import CONSOLE, HISTORY, SUMMARY, Watermark
 from wbdist.core.states import RunState
@@ -159,6 +160,23 @@ def test_w_and_bs_client_is_never_refused_for_a_gap(ctx: AppContext) -> None:
     assert job.steps == [0, 1, 10, 11]
     assert ctx.store.console(job.pk) == ["x"]
     assert job.row.state == RunState.FINISHED
+
+
+def test_w_and_bs_client_may_continue_a_run_of_ours(ctx: AppContext) -> None:
+    """Proves that rows of a plain client that resumes a run with attempts follow ours, once, though it knows no attempts."""
+    job = Job(ctx)
+    job.send(rows(0, 1, 2), complete=True, exitcode=0)
+    for offset, steps in ((3, (3, 4)), (3, (3, 4)), (5, (5,))):
+        assert job.send_plain({HISTORY: (offset, rows(*steps))})[0] == 200
+    assert job.steps == [0, 1, 2, 3, 4, 5]
+    assert job.row.line_counts[HISTORY] == 6
+
+
+def test_an_attempt_that_was_never_begun_is_404(ctx: AppContext) -> None:
+    """Proves that our client is told to begin, instead of being sent back to seq 0 for ever."""
+    job = Job(ctx)
+    with pytest.raises(HTTPException, match="never begun"):
+        job.send(rows(0), attempt=7)
 
 
 @pytest.mark.parametrize(

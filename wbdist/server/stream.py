@@ -16,7 +16,7 @@ from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
 
 from wbdist.core.position import HISTORY, STREAMS, SUMMARY
-from wbdist.core.states import RunEvent
+from wbdist.core.states import RunEvent, RunState
 from wbdist.errors import UsageError
 from wbdist.protocol import file_stream, jsonvalues
 from wbdist.protocol.attempts import StreamAnswer, StreamStamp
@@ -24,15 +24,19 @@ from wbdist.protocol.file_stream import StreamReply, StreamRequest
 from wbdist.server import http
 from wbdist.server.context import AppContext
 from wbdist.server.gql.call import check_names
-from wbdist.server.store.interface import Appended, RunFields, RunRow
+from wbdist.server.store.interface import RunFields, RunRow
 
 _log = logging.getLogger(__name__)
 
 Lines = dict[str, tuple[int, list[str]]]
+_LIVE = frozenset({RunState.RUNNING, RunState.PREEMPTING})
 
 
 def take(ctx: AppContext, run: RunRow, request: StreamRequest) -> tuple[int, StreamReply]:
-    """Applies one request; (HTTP status, answer). Repeating it changes nothing. Raises ValueError for a senseless one."""
+    """Applies one request; (HTTP status, answer). Repeating it changes nothing.
+
+    Raises ValueError for a senseless request, HTTPException 404 for an attempt that was not begun.
+    """
     return _take_stamped(ctx, run, request, request.wbdist) if request.wbdist else _take_plain(ctx, run, request)
 
 
@@ -53,6 +57,8 @@ def _take_stamped(ctx: AppContext, run: RunRow, request: StreamRequest, stamp: S
     if done.code == "fenced":
         message = f"attempt {stamp.attempt} of this run is superseded by attempt {done.attempt}; its lines are in the archive"
         return 409, StreamReply(error=message, wbdist=answer)
+    if done.code == "gap" and not done.next:
+        raise HTTPException(404, f"attempt {stamp.attempt} of this run was never begun here; send BeginAttempt first")
     if done.code == "gap":
         ctx.store.record_event(run.pk, RunEvent.BEAT, now, attempt=stamp.attempt)
         return 409, StreamReply(error="lines are missing before these; send from `wbdist.next` on", wbdist=answer)
@@ -69,29 +75,29 @@ def _take_plain(ctx: AppContext, run: RunRow, request: StreamRequest) -> tuple[i
     if lines:
         done = ctx.store.append(run.pk, lines, now)
         if done.code == "gap":
-            _append_behind(ctx, run, lines, done, now)
+            _append_behind(ctx, run, lines, done.next, now)
     if summary is not None:
         ctx.store.set_summary(run.pk, summary, now)
     _mark(ctx, run, request, now)
     return 200, StreamReply()
 
 
-def _append_behind(ctx: AppContext, run: RunRow, lines: Lines, done: Appended, now: float) -> None:
-    """Lines of W&B's client beyond what we have: its earlier lines are lost to us (a restored backup, a deleted run).
+def _append_behind(ctx: AppContext, run: RunRow, lines: Lines, expected: dict[str, int], now: float) -> None:
+    """Lines that W&B's client sends beyond what we have of it: it resumes a run of ours, or the lines before are lost to us.
 
-    A refusal would end its stream and lose the rest too, so the lines go behind the last one we have. A history row
-    that was here before, in a repeated request, is known by its `_step`.
+    A refusal would end its stream and lose the rest too, so they go behind the last one. Their offset then no longer
+    tells a repeated request from a new one; for history rows the `_step` does, console lines may stand twice.
     """
-    _log.warning("run %s/%s/%s: W&B's client is ahead of what is stored; taking its lines", run.entity, run.project, run.run_id)
-    current = ctx.store.get_run_by_pk(run.pk) or run
+    _log.info("run %s/%s/%s: W&B's client is ahead of what it stored here", run.entity, run.project, run.run_id)
+    shifted: Lines = {}
     for stream, (offset, content) in lines.items():
-        start = done.next.get(stream, current.line_counts.get(stream, 0))
-        if offset <= start:
-            ctx.store.append(run.pk, {stream: (offset, content)}, now)
-            continue
-        if stream == HISTORY:
-            content = [line for line in content if _step_of(line) > current.last_step]  # noqa: PLW2901
-        ctx.store.append(run.pk, {stream: (start, content)}, now)
+        new = [line for line in content if _step_of(line) > run.last_step] if stream == HISTORY else content
+        shifted[stream] = (offset, content) if offset <= expected[stream] else (expected[stream], new)
+    if run.attempt == 0:
+        ctx.store.append(run.pk, shifted, now)
+    else:
+        nonce = next(entry.nonce for entry in ctx.store.attempts(run.pk) if entry.attempt == run.attempt)
+        ctx.store.append(run.pk, shifted, now, attempt=run.attempt, nonce=nonce)
 
 
 def _step_of(line: str) -> int:
@@ -117,7 +123,9 @@ def _mark(
     """
     events: list[tuple[RunEvent, int | None]] = []
     ends = request.complete or bool(cause)
-    if cause not in {"lost", "preempted"}:
+    # Lines are a sign of life to the store already; a second transaction only where the state may change.
+    stored = run.state in _LIVE and any(request.files.values())
+    if cause not in {"lost", "preempted"} and not stored:
         events.append((RunEvent.BEAT, None))
     if request.preempting or cause == "preempted":
         events.append((RunEvent.PREEMPT, None))
@@ -144,6 +152,8 @@ def routes(ctx: AppContext) -> list[BaseRoute]:
             status, reply = take(ctx, run, request)
         except (ValueError, UsageError) as error:
             return http.refusal(400, str(error))
+        except (RecursionError, OverflowError) as error:
+            return http.refusal(400, f"a line is nested too deeply, or holds a number too large to store: {error}")
         return Response(file_stream.encode_reply(reply), status, media_type="application/json")
 
     async def post(request: Request) -> Response:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import threading
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -70,15 +70,15 @@ def _sampled_history(run: RunRow, info: Info, specs: list[str]) -> list[list[dic
         else:
             stop = None if spec.max_step is None else spec.max_step + 1
             rows = _between(ctx, run, spec.min_step or 0, stop, keys=keys)
-        answer.append([_project_row(row, keys) for row in rows])
+        answer.append(rows)
     return answer
 
 
 def _parquet_history(run: RunRow, info: Info, liveKeys: list[str] | None = None) -> dict[str, Any]:  # noqa: N803
     """No parquet files: every row is live, and the client pages through them."""
     ctx = call_of(info).app
-    rows = ctx.store.history(run.pk, keys=liveKeys or None)
-    return {"parquetUrls": [], "liveData": [_project_row(row, liveKeys) for row in rows]}
+    rows = _read(ctx, run, liveKeys or None)
+    return {"parquetUrls": [], "liveData": rows}
 
 
 def _checked_samples(samples: int | None) -> int:
@@ -94,7 +94,7 @@ def _between(
 ) -> list[dict[str, Any]]:
     """Complete, never sampled: a caller that gives a range adds the pages up."""
     most = ctx.settings.max_rows
-    rows = ctx.store.history(run.pk, keys=keys, min_step=start, max_step=stop, limit=most + 1, attempt=attempt)
+    rows = _read(ctx, run, keys, min_step=start, max_step=stop, limit=most + 1, attempt=attempt)
     if len(rows) > most:
         raise refuse(400, f"more than {most} rows lie between these steps; ask for fewer at a time")
     return rows
@@ -103,12 +103,12 @@ def _between(
 def _sample(ctx: AppContext, run: RunRow, samples: int, keys: Sequence[str] | None) -> list[dict[str, Any]]:
     """At most `samples` rows over the whole history, the first and the last among them."""
     if run.line_counts.get(HISTORY, 0) <= _READ_WHOLE:
-        return _evenly(ctx.store.history(run.pk, keys=keys), samples)
+        return _evenly(_read(ctx, run, keys), samples)
     found: dict[int, dict[str, Any]] = {}
     for index in range(samples):
         step = index * run.last_step // max(1, samples - 1)
-        for row in ctx.store.history(run.pk, keys=keys, min_step=step, limit=1):
-            found[row.get("_step", step)] = row
+        for row in _read(ctx, run, None if keys is None else ["_step", *keys], min_step=step, limit=1):
+            found[row["_step"]] = row if keys is None else {key: row[key] for key in keys}
     return [found[step] for step in sorted(found)]
 
 
@@ -120,20 +120,27 @@ def _evenly(rows: list[dict[str, Any]], samples: int) -> list[dict[str, Any]]:
     return [rows[index * (len(rows) - 1) // (samples - 1)] for index in range(samples)]
 
 
-def _project_row(row: dict[str, Any], keys: Sequence[str] | None) -> dict[str, Any]:
-    return row if keys is None else {key: _value(row, key) for key in keys}
+def _read(ctx: AppContext, run: RunRow, keys: Sequence[str] | None, **where: Any) -> list[dict[str, Any]]:
+    """Rows that have all `keys`, with these alone; `a.b` is a key of its own or the member `b` of a nested `a`."""
+    rows = ctx.store.history(run.pk, keys=keys, **where)
+    if rows or keys is None or not any("." in key for key in keys):
+        return rows
+    roots = list(dict.fromkeys(key if key in run.metrics else key.partition(".")[0] for key in keys))
+    nested = [_members(row, keys) for row in ctx.store.history(run.pk, keys=roots, **where)]
+    return [row for row in nested if row is not None]
 
 
-def _value(row: dict[str, Any], key: str) -> Any:
-    """`a.b` is a key of its own or the member `b` of `a`."""
-    if key in row:
-        return row[key]
-    value: Any = row
-    for part in key.split("."):
-        if not isinstance(value, dict):
-            return None
-        value = value.get(part)
-    return value
+def _members(row: dict[str, Any], keys: Sequence[str]) -> dict[str, Any] | None:
+    """None when one is missing."""
+    found = {}
+    for key in keys:
+        value: Any = row
+        for part in [key] if key in row else key.split("."):
+            if not isinstance(value, dict) or part not in value:
+                return None
+            value = value[part]
+        found[key] = value
+    return found
 
 
 class KeyCache:
@@ -173,10 +180,19 @@ def _describe_keys(ctx: AppContext, run: RunRow) -> dict[str, Any] | None:
                 "monotonic": all(before.max <= after.min for before, after in pairwise(buckets)),
                 "previousValue": buckets[-1].last,
             }
-    for name, value in tail.items():
-        if name not in keys and not isinstance(value, dict):
+    for name, value in _flat(tail):
+        if name not in keys:
             keys[name] = {"typeCounts": [{"type": _type_name(value), "count": 1}], "monotonic": False, "previousValue": value}
     return {"keys": keys, "lastStep": run.last_step, "sets": []}
+
+
+def _flat(row: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Members of nested objects as `a.b`, which is how W&B names them; a media value (`_type`) is one value."""
+    for key, value in row.items():
+        if isinstance(value, dict) and "_type" not in value:
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
 
 
 def _type_name(value: Any) -> str:
