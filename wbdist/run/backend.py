@@ -27,6 +27,10 @@ PROBE_SECONDS = 2.0
 POLL_SECONDS = 0.02
 
 
+_started: list[subprocess.Popen[bytes]] = []
+"""Servers this process started; kept so that one that ends first is reaped, and that their going on is no warning."""
+
+
 class Server(msgspec.Struct, frozen=True):
     """A server to talk to."""
 
@@ -127,6 +131,7 @@ def _start(data_dir: Path, deadline: float) -> str:
             cwd=data_dir,
             env=_server_environment(),
         )
+    _started.append(process)
     try:
         while time.monotonic() < deadline:
             with contextlib.suppress(FileNotFoundError):
