@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 
 from wbdist.run.journal import JournalHeader, JournalWriter, journal_name
+from wbdist.run.shipper import client
 from wbdist.run.shipper.control import Request, call, instance_lock_path, socket_path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -255,7 +256,8 @@ class Wandb:
             writer.close(0)
         if pid := self.pid():
             os.kill(pid, signal.SIGKILL)
-        for process in self.processes:
+        started = client._started.pop(self.root, None)
+        for process in [*self.processes, *([started] if started else [])]:
             process.kill()
             process.wait(10)
         socket_path(self.root).unlink(missing_ok=True)

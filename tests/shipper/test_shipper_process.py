@@ -41,7 +41,7 @@ def test_a_run_from_watch_to_goodbye(loopback: Any, wandb: Any) -> None:
     writer.close(0)
     assert client.flush(wandb.root, writer.path, 20.0)
     assert loopback.marks == ["begin 1", "complete 0", "ended exit"]
-    wandb.wait_for("the shipper to leave", lambda: not path.exists())
+    wandb.wait_for("the shipper to leave", lambda: not path.exists() and not path.with_suffix(".lock").exists())
     assert writer.path.with_name(writer.path.name + ".shipped").exists()
     assert "ERROR" not in wandb.log(), wandb.log()
 
@@ -137,6 +137,7 @@ def test_sigterm_flushes_within_two_seconds(loopback: Any, wandb: Any) -> None:
     """Proves that a shipper that is told to stop delivers what it can at once, and ends in time even when the server hangs."""
     writer = wandb.journal(loopback.url)
     process = wandb.shipper()
+    wandb.wait_for("the shipper", lambda: wandb.pid() == process.pid)
     assert client.flush(wandb.root, writer.path, 20.0)
     wandb.rows(writer, 0, 3000)
     process.terminate()
@@ -145,7 +146,7 @@ def test_sigterm_flushes_within_two_seconds(loopback: Any, wandb: Any) -> None:
     loopback.fault = lambda path, body: time.sleep(60)
     wandb.rows(writer, 3000, 3010)
     process = wandb.shipper()
-    wandb.wait_for("the shipper", wandb.pid)
+    wandb.wait_for("the shipper", lambda: wandb.pid() == process.pid)
     began = time.monotonic()
     process.terminate()
     assert process.wait(10) == 0

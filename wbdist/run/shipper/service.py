@@ -109,6 +109,7 @@ class Service:
         for lane in list(self._lanes.values()):
             lane.stop(self._limits.goodbye if self._terminated else 0.5)
         self._mark_shipped()
+        instance_lock_path(self.root).unlink(missing_ok=True)
         self._log.info("shipper %d of %s leaves", os.getpid(), self.root)
         return 0
 
@@ -122,15 +123,17 @@ class Service:
 
         An instance that is leaving holds the lock a little longer than it answers: worth a few tries.
         """
-        self._instance = open(instance_lock_path(self.root), "a", encoding="ascii")  # noqa: SIM115  (held for the process's life)
+        path = instance_lock_path(self.root)
         deadline = monotonic() + 10.0
         while True:
+            self._instance = open(path, "a", encoding="ascii")  # noqa: SIM115  (held for the process's life)
             try:
                 fcntl.lockf(self._instance, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if path.exists() and path.stat().st_ino == os.fstat(self._instance.fileno()).st_ino:
+                    return True
+                continue  # an instance that was leaving has just removed the file we locked
             except BlockingIOError:
-                pass
-            else:
-                return True
+                self._instance.close()
             try:
                 call(self.root, first or Request("ping"), 2.0)
             except OSError:
