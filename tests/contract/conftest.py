@@ -32,8 +32,8 @@ def wait_for() -> Any:
 
 @pytest.fixture
 def server(tmp_path: Path) -> Iterator[Any]:
-    """A server that takes a second of silence for death."""
-    with ServerProcess(tmp_path / "server", "--silence-timeout", "1") as process:
+    """A server that takes three seconds of silence for death: the tests' SDKs speak every second."""
+    with ServerProcess(tmp_path / "server", "--silence-timeout", "3") as process:
         yield process
 
 

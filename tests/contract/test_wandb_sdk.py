@@ -113,9 +113,9 @@ time.sleep(60)
 
     process = sdk.start(script)
     wait_for(lambda: (seen() or {}).get("historyLineCount"), "the first row")
-    assert seen()["state"] == "running"
+    wait_for(lambda: seen()["state"] == "running", "running")
     sdk.kill(process)
-    wait_for(lambda: seen()["state"] == "crashed", "crashed", 10)
+    wait_for(lambda: seen()["state"] == "crashed", "crashed")
     assert seen()["historyLineCount"] >= 1
 
 

@@ -6,7 +6,8 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import AsyncIterator
-from importlib import metadata
+from importlib import import_module, metadata
+from importlib.util import find_spec
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -17,11 +18,6 @@ from starlette.routing import BaseRoute, Route
 from wbdist.server import http, sessions, silence, stream, transfers
 from wbdist.server.context import AppContext
 from wbdist.server.gql import endpoint
-
-try:
-    from wbdist.server import ui_routes
-except ImportError:
-    ui_routes = None
 
 _log = logging.getLogger(__name__)
 
@@ -51,7 +47,7 @@ def create_app(ctx: AppContext) -> Starlette:
         *stream.routes(ctx),
         *transfers.routes(ctx),
         *sessions.routes(ctx),
-        *(ui_routes.routes(ctx) if ui_routes else []),
+        *_pages(ctx),
     ]
 
     @contextlib.asynccontextmanager
@@ -68,6 +64,14 @@ def create_app(ctx: AppContext) -> Starlette:
     app.add_exception_handler(HTTPException, _refuse)
     app.add_exception_handler(Exception, _fail)
     return app
+
+
+def _pages(ctx: AppContext) -> list[BaseRoute]:
+    """The pages, where they are part of this installation; the API serves without them."""
+    if find_spec("wbdist.server.ui_routes") is None:
+        return []
+    found: list[BaseRoute] = import_module("wbdist.server.ui_routes").routes(ctx)
+    return found
 
 
 async def _refuse(_request: Request, error: Exception) -> Response:
