@@ -24,6 +24,8 @@ from typing import Any, Final
 DEFAULT: Final = "mean"
 PER_RANK: Final = "per_rank"
 
+_FLOATS: Final = {float}
+
 Ops = Mapping[str, str]
 """key -> op, for the keys whose op is not DEFAULT."""
 
@@ -36,14 +38,18 @@ def reduce_rows(rows: Sequence[tuple[int, Mapping[str, Any], Ops]]) -> dict[str,
     """
     first = rows[0][1]
     out: dict[str, Any] = {}
-    if all(row.keys() == first.keys() for _, row, _ in rows):
+    keys = list(first)
+    if all(list(row) == keys for _, row, _ in rows):
+        # The common case, and the aggregator's hot loop: all ranks ran the same line.
         ops = rows[0][2]
-        for key in first:
-            op = ops.get(key, DEFAULT)
-            if op == PER_RANK:
-                out.update((f"{key}/rank{rank}", row[key]) for rank, row, _ in rows)
+        for key, values in zip(keys, zip(*[row.values() for _, row, _ in rows], strict=True), strict=True):
+            op = ops.get(key)
+            if op is None:
+                out[key] = mean(values)
+            elif op == PER_RANK:
+                out.update((f"{key}/rank{rank}", value) for (rank, _, _), value in zip(rows, values, strict=True))
             else:
-                out[key] = _OPS[op]([row[key] for _, row, _ in rows])
+                out[key] = _OPS[op](values)
         return out
     for key in dict.fromkeys(key for _, row, _ in rows for key in row):
         having = [entry for entry in rows if key in entry[1]]
@@ -56,6 +62,15 @@ def reduce_rows(rows: Sequence[tuple[int, Mapping[str, Any], Ops]]) -> dict[str,
 
 
 def mean(values: Sequence[Any]) -> Any:
+    if {*map(type, values)} == _FLOATS:
+        try:
+            return math.fsum(values) / len(values)
+        except (ValueError, OverflowError):
+            return _beyond_floats(values, len(values))
+    return _any_mean(values)
+
+
+def _any_mean(values: Sequence[Any]) -> Any:
     numbers = _numbers(values)
     if not numbers:
         return values[0]
@@ -127,8 +142,6 @@ def last(values: Sequence[Any]) -> Any:
 
 def _numbers(values: Sequence[Any]) -> Sequence[Any]:
     """The numbers to reduce; empty when some value is neither a number nor None."""
-    if {*map(type, values)} == {float}:
-        return values
     if all(isinstance(value, int | float) or value is None for value in values):
         return [value for value in values if value is not None]
     return ()

@@ -384,6 +384,8 @@ def main() -> None:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
         # A warning of preemption reaches every process of a job step; the ranks still have rows to send after it.
         signal.signal(number, signal.SIG_IGN)
+    # The readers need the interpreter for microseconds at a time; at the usual 5 ms a turn they would starve the work.
+    sys.setswitchinterval(0.0005)
     plan = msgspec.msgpack.decode(sys.stdin.buffer.read(), type=Plan)
     try:
         run = open_run(plan.spec)

@@ -1,0 +1,185 @@
+"""N ranks into one run: what `log` costs a rank, and how many rows a second get through, against a plain multiprocessing.Queue.
+
+    python benchmarks/aggregation.py [--ranks 2 4 8] [--rows 10000] [--repeat 3] [--pace MICROSECONDS] [--json]
+
+Contenders, interleaved, each in fresh processes, 10 floats a row:
+
+- `wbdist rank0`: rows reduced over the ranks into one run's journal, durable against SIGKILL when `log` returns; the time
+  includes `finish` on all ranks, so END is fsynced.
+- `queue`: the documented pattern: ranks `put` into one multiprocessing.Queue, the parent writes each row (msgpack) to a
+  file. Nothing is reduced; rows in a killed rank's feeder are lost, and a rank killed at the wrong moment blocks all others.
+
+Rows are counted over all ranks. Ratios within one table are what to look at; the machine may be shared.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+KEYS = [f"metric_{number}" for number in range(10)]
+
+
+def loop(put: Callable[[dict[str, float], int], None], rows: int, pace: float) -> list[int]:
+    """Nanoseconds of each call."""
+    took = []
+    clock = time.perf_counter_ns
+    due = time.perf_counter()
+    for step in range(rows):
+        row = dict.fromkeys(KEYS, step * 0.5)
+        began = clock()
+        put(row, step)
+        took.append(clock() - began)
+        if pace:
+            due += pace
+            time.sleep(max(0.0, due - time.perf_counter()))
+    return took
+
+
+def digest(took: list[int]) -> dict[str, float]:
+    ordered = sorted(took)
+    at = [ordered[min(int(len(ordered) * share), len(ordered) - 1)] / 1000 for share in (0.5, 0.99, 0.999)]
+    return {"p50": at[0], "p99": at[1], "p999": at[2], "max": ordered[-1] / 1000}
+
+
+# wbdist -------------------------------------------------------------------------------------------------
+
+
+def rank_of_wbdist(directory: str, rows: int, pace: float) -> None:
+    from wbdist.distributed import coordination, identity, strategies
+    from wbdist.run.init import make_spec
+    from wbdist.settings import resolve
+
+    me = identity.detect()
+    peers = coordination.connect(me, timeout=60)
+    settings = resolve({"mode": "offline", "root_dir": directory, "project": "bench", "run_id": "bench", "silent": True})
+    runs = strategies.open_runs("rank0", me, peers, msgspec.structs.replace(make_spec(settings), nonce="bench"))
+    peers.barrier("ready", 60)
+    began = time.perf_counter()
+    took = loop(runs.log, rows, pace)
+    looped = time.perf_counter() - began
+    runs.finish(0)
+    wall = time.perf_counter() - began
+    result = {"calls": digest(took), "loop": looped, "wall": wall}
+    (Path(directory) / f"{me.rank}.json").write_text(json.dumps(result))
+    peers.close()
+
+
+def count_rows(directory: Path) -> int:
+    from wbdist.run.journal import JournalReader, Kind, find_journals
+
+    rows = 0
+    for path in find_journals(directory / "wandb"):
+        with JournalReader.open(path) as reader:
+            while reader.header.role == "run" and (records := reader.read()):
+                rows += sum(record.kind is Kind.ROW for record in records)
+    return rows
+
+
+def run_wbdist(ranks: int, rows: int, pace: float) -> dict[str, Any]:
+    from wbdist.distributed.bootstrap import launch
+
+    with tempfile.TemporaryDirectory() as name:
+        launch(rank_of_wbdist, nprocs=ranks, args=(name, rows, pace))
+        results = [json.loads((Path(name) / f"{rank}.json").read_text()) for rank in range(ranks)]
+        kept = count_rows(Path(name))
+    assert kept == rows, f"{kept} rows of {rows} steps are in the run"
+    return summary(results, ranks * rows)
+
+
+# The queue ----------------------------------------------------------------------------------------------
+
+
+def rank_of_queue(queue: Any, start: Any, rows: int, pace: float, result: Any) -> None:
+    start.wait()
+    began = time.perf_counter()
+    rank = os.getpid()
+    took = loop(lambda row, step: queue.put((rank, step, row)), rows, pace)
+    looped = time.perf_counter() - began
+    queue.put(None)
+    result.send({"calls": digest(took), "loop": looped})
+
+
+def run_queue(ranks: int, rows: int, pace: float) -> dict[str, Any]:
+    context = multiprocessing.get_context("fork")
+    queue, start = context.Queue(), context.Barrier(ranks + 1)
+    pipes = [context.Pipe(duplex=False) for _ in range(ranks)]
+    children = [context.Process(target=rank_of_queue, args=(queue, start, rows, pace, send)) for _, send in pipes]
+    for child in children:
+        child.start()
+    encoder = msgspec.msgpack.Encoder()
+    with tempfile.TemporaryFile() as file:
+        start.wait()
+        began = time.perf_counter()
+        ended = count = 0
+        while ended < ranks:
+            message = queue.get()
+            if message is None:
+                ended += 1
+            else:
+                file.write(encoder.encode(message))
+                count += 1
+        file.flush()
+        os.fsync(file.fileno())
+        wall = time.perf_counter() - began
+    assert count == ranks * rows
+    results = [receive.recv() | {"wall": wall} for receive, _ in pipes]
+    for child in children:
+        child.join()
+    return summary(results, ranks * rows)
+
+
+def summary(results: list[dict[str, Any]], rows: int) -> dict[str, Any]:
+    """The ranks' calls: medians over ranks, the worst `max`."""
+    calls = {name: statistics.median(result["calls"][name] for result in results) for name in ("p50", "p99", "p999")}
+    calls["max"] = max(result["calls"]["max"] for result in results)
+    wall = max(result["wall"] for result in results)
+    return {"wall": wall, "krows": rows / wall / 1000, "loop": max(result["loop"] for result in results), **calls}
+
+
+CONTENDERS: dict[str, Callable[[int, int, float], dict[str, Any]]] = {"wbdist rank0": run_wbdist, "queue": run_queue}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--ranks", type=int, nargs="+", default=[2, 4, 8])
+    parser.add_argument("--rows", type=int, default=10_000, help="per rank")
+    parser.add_argument("--repeat", type=int, default=3)
+    parser.add_argument(
+        "--pace", type=float, default=0.0, help="microseconds between two rows of a rank; 0: as fast as it goes"
+    )
+    parser.add_argument("--json", action="store_true")
+    args = parser.parse_args()
+    table = []
+    for ranks in args.ranks:
+        seen: dict[str, list[dict[str, Any]]] = {name: [] for name in CONTENDERS}
+        for _ in range(args.repeat):
+            for name, contender in CONTENDERS.items():
+                seen[name].append(contender(ranks, args.rows, args.pace / 1e6))
+        for name, runs in seen.items():
+            row = {key: statistics.median(run[key] for run in runs) for key in runs[0]}
+            row["max"] = max(run["max"] for run in runs)
+            table.append({"ranks": ranks, "contender": name, **row})
+    if args.json:
+        json.dump(table, sys.stdout, indent=1)
+        return
+    print("| ranks | contender | wall s | krows/s | loop s | p50 us | p99 us | p99.9 us | max us |")
+    print("|" + "---|" * 9)
+    for row in table:
+        numbers = [f"{row[key]:.3g}" for key in ("wall", "krows", "loop", "p50", "p99", "p999", "max")]
+        print(f"| {row['ranks']} | {row['contender']} | " + " | ".join(numbers) + " |")
+
+
+if __name__ == "__main__":
+    main()
