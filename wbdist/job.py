@@ -238,7 +238,13 @@ class Job:
             return _Plan(self._spec.run_id, 1, secrets.token_hex(8), cause or "start")
         spec = self._spec
         claim = Claim.take(
-            self._directory, run_id=self._id, project=spec.project, entity=spec.entity, name=spec.name, cause=cause
+            self._directory,
+            run_id=self._id,
+            project=spec.project,
+            entity=spec.entity,
+            name=spec.name,
+            cause=cause,
+            timeout=spec.settings.claim_timeout,
         )
         self._stack.callback(claim.release)
         return _Plan(claim.job.run_id, claim.attempt.number, claim.attempt.nonce, claim.attempt.cause)

@@ -60,6 +60,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     """Seconds `finish` waits for the server to have everything; the rest is left to the shipper."""
     init_timeout: float = 15.0
     """Seconds `init` waits for the embedded server to come up; then the run goes on with its journal alone."""
+    claim_timeout: float = 30.0
+    """Seconds a job waits for an earlier one on the same checkpoint directory, which may be dying, to be gone."""
     disable_git: bool = False
     """Do not look for a git commit and remote."""
     host: str | None = None
@@ -77,7 +79,12 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
             print(f"wbdist: {text}", file=sys.stderr, flush=True)  # noqa: T201
 
     def __post_init__(self) -> None:
-        _check_values({name: getattr(self, name) for name in ("mode", "reinit", "console", "finish_timeout", "init_timeout")})
+        _check_values(
+            {
+                name: getattr(self, name)
+                for name in ("mode", "reinit", "console", "finish_timeout", "init_timeout", "claim_timeout")
+            }
+        )
 
 
 SPECIAL_NAMES = {
@@ -110,7 +117,7 @@ def _check_values(values: Mapping[str, Any], source: str = "") -> None:
     for name, allowed in _ALLOWED.items():
         if name in values and values[name] not in allowed:
             raise UsageError(f"setting {name}={values[name]!r}{where} is not one of: {', '.join(allowed)}")
-    for name in ("finish_timeout", "init_timeout"):
+    for name in ("finish_timeout", "init_timeout", "claim_timeout"):
         if name in values and not (isinstance(values[name], int | float) and values[name] >= 0):
             raise UsageError(f"setting {name}={values[name]!r}{where} must be a number of seconds, 0 or more")
 

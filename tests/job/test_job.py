@@ -33,7 +33,7 @@ def test_one_script_runs_in_four_ways(server: Server, jobs: Jobs, how: str, npro
     job = jobs.start("--name", "job", "--checkpoint-dir", "ckpt", how=how, nproc=nproc)
     assert job.wait() == 0, job.output()
     run = the_run("job")
-    steps = [row["_step"] for row in run.scan_history(keys=["loss", "samples"])]
+    steps = [row["_step"] for row in run.scan_history(keys=["_step", "loss", "samples"])]
     assert steps == list(range(STEPS if nproc == 2 else 2 * STEPS))
     assert run.state == "finished"
     assert job.family() == []
@@ -82,7 +82,7 @@ def test_per_rank_runs_share_a_group(server: Server, jobs: Jobs) -> None:
     assert first.group
     assert sorted(run.config["rank"] for run in runs) == [0, 1]
     for run in runs:
-        assert [row["_step"] for row in run.scan_history(keys=["loss"])] == list(range(STEPS))
+        assert [row["_step"] for row in run.scan_history(keys=["_step", "loss"])] == list(range(STEPS))
         assert run.state == "finished"
 
 
@@ -98,7 +98,7 @@ def test_training_does_not_notice_a_dead_server(server: Server, jobs: Jobs) -> N
     server.start()
     assert job.wait() == 0, job.output()
     poll(lambda: the_run("job").state == "finished", "the run to be finished on the server")
-    assert [row["_step"] for row in the_run("job").scan_history(keys=["loss"])] == list(range(STEPS))
+    assert [row["_step"] for row in the_run("job").scan_history(keys=["_step", "loss"])] == list(range(STEPS))
 
 
 def test_preempted_job_exits_75_and_the_same_command_continues(server: Server, jobs: Jobs) -> None:
@@ -126,7 +126,7 @@ def test_ctrl_c_is_one_clean_stop(server: Server, jobs: Jobs) -> None:
 def test_second_job_on_one_directory_is_refused(server: Server, jobs: Jobs, monkeypatch: pytest.MonkeyPatch) -> None:
     """Proves that a double requeue cannot interleave: the second job is told who holds the directory, and exits 69."""
     monkeypatch.setenv("WBDIST_CLAIM_TIMEOUT", "1")
-    first = jobs.start("--name", "job", "--checkpoint-dir", "ckpt", "--step-seconds", "0.2")
+    first = jobs.start("--name", "job", "--checkpoint-dir", "ckpt", "--step-seconds", "0.5")
     poll(lambda: steps_done("job") >= 1, "the first job to train")
     second = jobs.start("--name", "job", "--checkpoint-dir", "ckpt")
     assert second.wait() == 69, second.output()

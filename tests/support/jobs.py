@@ -145,7 +145,8 @@ class Jobs:
         self.started: list[JobProcess] = []
 
     def start(self, *args: str, how: str = "launch", nproc: int = 2, launch_args: tuple[str, ...] = ()) -> JobProcess:
-        script = [str(SCRIPT), "--nproc", str(nproc), *args]
+        # Under a launcher the script's own --nproc says nothing, and torchrun would take it for an abbreviation of its own.
+        script = [str(SCRIPT), *(["--nproc", str(nproc)] if how == "python" else []), *args]
         command = {
             "launch": [sys.executable, "-m", "wbdist", "launch", "--nproc", str(nproc), *launch_args, *script],
             "torchrun": [
