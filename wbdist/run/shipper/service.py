@@ -16,7 +16,7 @@ from typing import IO
 import msgspec
 
 from wbdist.errors import Error, JournalCorruptError, UsageError
-from wbdist.run.journal import JournalReader, find_journals, writer_alive
+from wbdist.run.journal import JournalHeader, JournalReader, find_journals, writer_alive
 from wbdist.run.shipper.control import (
     Reply,
     Request,
@@ -149,27 +149,39 @@ class Service:
     # Journals -----------------------------------------------------------------------------------------
 
     def _scan(self) -> None:
-        """Finds journals that nobody told of: of jobs that ended without a shipper, or of runs a dead shipper watched."""
-        for path in find_journals(self.root):
-            with self._lock:
-                if path in self._lane_of or path in self._ignored:
-                    continue
-            if path.with_name(path.name + SHIPPED).exists():
-                self._ignored.add(path)
-                continue
-            try:
-                with JournalReader.open(path) as reader:
-                    header = reader.header
-            except (JournalCorruptError, OSError) as error:
-                if not writer_alive(path):
+        """Finds journals that nobody told of: of jobs that ended without a shipper, or of runs a dead shipper watched.
+
+        Older attempts are added first, and no request adds one meanwhile: a lane begins as soon as it is given a journal.
+        """
+        with self._lock:
+            found = [
+                (header.attempt, path, header.base_url) for path in find_journals(self.root) if (header := self._ours(path))
+            ]
+            for _, path, base_url in sorted(found):
+                try:
+                    self._add(path, base_url, None)
+                except (UsageError, JournalCorruptError, OSError) as error:
                     self._ignored.add(path)
                     self._log.warning("%s is ignored: %s", path, error)
-                continue
-            # Not every network file system answers for another host's locks: such a journal is that host's, or for sync.
-            if header.online and header.role == "run" and header.base_url and header.host in {"", self._host}:
-                self._add(path, header.base_url, None)
-            else:
+
+    def _ours(self, path: Path) -> JournalHeader | None:
+        """Under the lock. The header of a journal that is new here and for this shipper."""
+        if path in self._lane_of or path in self._ignored:
+            return None
+        try:
+            with JournalReader.open(path) as reader:
+                header = reader.header
+        except (JournalCorruptError, OSError) as error:
+            if not writer_alive(path):  # else it is just being written
                 self._ignored.add(path)
+                self._log.warning("%s is ignored: %s", path, error)
+            return None
+        # Not every network file system answers for another host's locks: such a journal is that host's, or for sync.
+        here = header.online and header.role == "run" and header.base_url and header.host in {"", self._host}
+        if here and not path.with_name(path.name + SHIPPED).exists():
+            return header
+        self._ignored.add(path)
+        return None
 
     def _add(self, path: Path, base_url: str, api_key: str | None) -> Lane:
         """Raises UsageError, JournalCorruptError or OSError."""
