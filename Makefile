@@ -5,6 +5,9 @@ BIN := $(VENV)/bin
 # Extra pip arguments for torch alone, e.g. an index of CPU builds.
 PIP_TORCH_ARGS ?=
 
+# Without byte code every process compiles our modules anew, and tests start hundreds.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: help demo test test-all check format bench clean
 help:  ## This list.
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
