@@ -116,12 +116,12 @@ def main() -> None:
             disturbance.wait()
         shutil.rmtree(scratch, ignore_errors=True)
     fields = ["p50", "p99", "p99.9", "max", "cpu", "bytes", "finish_ms"]
-    print(
-        f"us a row, 10 scalars, {options.runs} runs{', busy disk' if options.busy else ''}; cpu at 1 ms pace includes the sleeps"
-    )
+    disk = ", busy disk" if options.busy else ""
+    print(f"us a row, 10 scalars, {options.runs} runs{disk}; cpu at the 1 ms pace includes the sleeps")
     print("| pace | contender | " + " | ".join(fields) + " |\n|" + "---|" * (len(fields) + 2))
     for (pace, name), runs in results.items():
-        shown = {field: (max if field == "max" else statistics.median)([run[field] for run in runs]) for field in fields}
+        columns = {field: [run[field] for run in runs] for field in fields}
+        shown = {field: (max if field == "max" else statistics.median)(values) for field, values in columns.items()}
         print(f"| {'1 ms' if pace else 'full'} | {name} | " + " | ".join(f"{shown[field]:.4g}" for field in fields) + " |")
     print("goals:", ", ".join(f"{name} <= {goal:g}" for name, goal in GOALS.items()))
 
