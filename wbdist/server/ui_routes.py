@@ -1,0 +1,171 @@
+"""The routes of the web pages: the page, its files, and the JSON and live updates behind it (/api/ui).
+
+/api/ui answers browsers with a session and programs with an API key; it is no public API and changes with the pages.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from typing import Annotated, Any
+
+import msgspec
+from starlette.concurrency import run_in_threadpool
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.middleware.gzip import GZipMiddleware
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import BaseRoute, Route
+
+from wbdist.core.position import CONSOLE
+from wbdist.server import http
+from wbdist.server.auth import User
+from wbdist.server.context import AppContext
+from wbdist.server.store.interface import RunRow
+from wbdist.server.ui import pages, views
+from wbdist.server.ui.live import LiveUpdates, TooManyStreamsError, Watched
+
+MAX_RUNS = 1000
+"""Runs in one table."""
+MAX_SERIES = 1000
+"""Lines in one answer."""
+MAX_CONSOLE_LINES = 5000
+_MAX_BODY = 2**18
+
+
+class SeriesRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Body of POST …/series: every key of every run, at most `buckets` points each."""
+
+    runs: Annotated[list[str], msgspec.Meta(max_length=MAX_SERIES)]
+    keys: Annotated[list[str], msgspec.Meta(max_length=MAX_SERIES)]
+    buckets: Annotated[int, msgspec.Meta(ge=2, le=5000)] = 500
+
+
+Handler = Callable[[Request], Awaitable[Response]]
+
+
+def routes(ctx: AppContext) -> list[BaseRoute]:
+    """GET / and the pages' other addresses, /static, and below /api/ui (which needs a login): me, projects, and for a project
+    runs, runs/{run}, runs/{run}/console, events; POST series. They go behind all other routes: `/{entity}/{project}` is greedy.
+    """
+    store = ctx.store
+    live = LiveUpdates(store, ctx.clock)
+
+    def for_users(handler: Handler) -> Handler:
+        async def checked(request: Request) -> Response:
+            if ctx.auth.check_request(request) is None:
+                # Without WWW-Authenticate, which would make browsers ask for a password in a box of their own.
+                response: Response = http.refusal(401, "log in with an API key; `wbdist server key` prints it")
+                del response.headers["WWW-Authenticate"]
+            else:
+                response = await handler(request)
+            response.headers["Cache-Control"] = "no-store"
+            response.headers["X-Content-Type-Options"] = "nosniff"
+            return response
+
+        return checked
+
+    async def me(request: Request) -> Response:
+        user = ctx.auth.check_request(request)
+        assert isinstance(user, User)
+        return http.answer({"name": user.name, "entity": user.entity})
+
+    async def projects(_request: Request) -> Response:
+        return http.answer({"projects": await run_in_threadpool(store.list_projects)})
+
+    async def runs(request: Request) -> Response:
+        """All runs, or those of ?group=, or those named by ?run= (any number of times)."""
+        entity, project = _place(request)
+        wanted = request.query_params.getlist("run")[:MAX_RUNS]
+        group = request.query_params.get("group")
+
+        def read() -> dict[str, Any]:
+            if wanted:
+                found = [run for run_id in wanted if (run := store.get_run(entity, project, run_id)) is not None]
+            else:
+                found = store.list_runs(entity, project, group=group, limit=MAX_RUNS)
+            return {"runs": [views.table_row(run) for run in found], "limit": MAX_RUNS, "now": ctx.clock()}
+
+        return http.answer(await run_in_threadpool(read))
+
+    def get_run(request: Request) -> RunRow:
+        entity, project = _place(request)
+        run = store.get_run(entity, project, request.path_params["run"])
+        if run is None:
+            raise HTTPException(404, f"there is no run {request.path_params['run']} in {entity}/{project}")
+        return run
+
+    async def run(request: Request) -> Response:
+        def read() -> dict[str, Any]:
+            found = get_run(request)
+            return {"run": views.run_page(found, store.attempts(found.pk)), "now": ctx.clock()}
+
+        return http.answer(await run_in_threadpool(read))
+
+    async def console(request: Request) -> Response:
+        """The last ?last= lines, or those from ?first= on; `first` in the answer is the number of the first one."""
+        last = _number(request, "last", 500, most=MAX_CONSOLE_LINES)
+        asked = _number(request, "first", -1, most=2**62)
+
+        def read() -> dict[str, Any]:
+            found = get_run(request)
+            total = found.line_counts.get(CONSOLE, 0)
+            first = max(0, total - last) if asked < 0 else asked
+            lines = store.console(found.pk, first=first, limit=MAX_CONSOLE_LINES) if first < total else []
+            return {"first": first, "total": total, "lines": lines}
+
+        return http.answer(await run_in_threadpool(read))
+
+    async def series(request: Request) -> Response:
+        try:
+            asked = msgspec.json.decode(await http.read_body(request, _MAX_BODY), type=SeriesRequest)
+        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+            raise HTTPException(400, f"not a request for series: {error}") from None
+        if len(asked.runs) * len(asked.keys) > MAX_SERIES:
+            raise HTTPException(400, f"{len(asked.runs)} runs x {len(asked.keys)} keys; at most {MAX_SERIES} lines at once")
+        entity, project = _place(request)
+
+        def read() -> dict[str, Any]:
+            out: list[dict[str, Any]] = []
+            for run_id in dict.fromkeys(asked.runs):
+                found = store.get_run(entity, project, run_id)
+                if found is not None:
+                    known = set(asked.keys).intersection(found.metrics)
+                    out += [views.series(run_id, k, store.series(found.pk, k, buckets=asked.buckets)) for k in sorted(known)]
+            return {"series": out}
+
+        return http.answer(await run_in_threadpool(read))
+
+    async def events(request: Request) -> Response:
+        entity, project = _place(request)
+        query = request.query_params
+        try:
+            return live.stream(Watched(entity, project, query.get("group"), query.get("run")))
+        except TooManyStreamsError:
+            raise HTTPException(503, "too many pages are open on this server; this one is not live for now") from None
+
+    place = "/api/ui/{entity}/{project}"
+    compressed = [Middleware(GZipMiddleware, minimum_size=4096, compresslevel=4)]
+    return [
+        Route("/api/ui/me", for_users(me), methods=["GET"]),
+        Route("/api/ui/projects", for_users(projects), methods=["GET"], middleware=compressed),
+        Route(f"{place}/runs", for_users(runs), methods=["GET"], middleware=compressed),
+        Route(f"{place}/runs/{{run}}", for_users(run), methods=["GET"], middleware=compressed),
+        Route(f"{place}/runs/{{run}}/console", for_users(console), methods=["GET"], middleware=compressed),
+        Route(f"{place}/series", for_users(series), methods=["POST"], middleware=compressed),
+        Route(f"{place}/events", for_users(events), methods=["GET"]),
+        *pages.routes(),
+    ]
+
+
+def _place(request: Request) -> tuple[str, str]:
+    return request.path_params["entity"], request.path_params["project"]
+
+
+def _number(request: Request, name: str, default: int, *, most: int) -> int:
+    text = request.query_params.get(name)
+    if text is None:
+        return default
+    if not text.isdecimal() or int(text) > most:
+        raise HTTPException(400, f"{name}={text!r} must be a number from 0 to {most}")
+    return int(text)
