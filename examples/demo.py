@@ -199,13 +199,9 @@ def interrupted(job: Job, screen: Screen, total: int) -> None:
         steps, _ = follow(job, screen, task, lambda steps, _: steps >= total // 2, "half of the steps")
         screen.say(f"[yellow]SIGTERM[/] to the launcher at step {steps}: a preemption notice")
         launcher.send_signal(signal.SIGTERM)
+        late = total * 3 // 4
         steps, attempt = follow(
-            job,
-            screen,
-            task,
-            lambda steps, attempt: attempt >= 2 and steps >= total * 3 // 4,
-            90,
-            "the second attempt at three quarters",
+            job, screen, task, lambda steps, attempt: attempt >= 2 and steps >= late, "attempt 2 to do three quarters"
         )
         victim = job.rank_process(1)
         screen.say(f"[red]SIGKILL[/] to rank 1 of attempt {attempt} at step {steps}: no warning at all")
