@@ -337,10 +337,9 @@ class StoreCoordinator(Coordinator):
             if self._hosting:
                 _wait(self._store, [f"closed/{rank}" for rank in range(self._world_size) if rank != self._rank], LINGER)
             else:
-                self._store.set(f"closed/{self._rank}", "1")
-        except (PeerLostError, RuntimeError):
-            # The host ended first: there is nobody left to tell.
-            return
+                _write(self._store, f"closed/{self._rank}", "1")
+        except PeerLostError:
+            return  # the host ended first: there is nobody left to tell
 
     def _arrive(self, name: str, value: bytes, timeout: float) -> list[str]:
         self.put(f"gather/{name}/{self._rank}", value)
