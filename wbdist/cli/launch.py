@@ -10,7 +10,9 @@ from typing import Literal
 import click
 
 from wbdist.launch.output import CommandRanks
-from wbdist.launch.supervisor import LaunchSpec, supervise
+from wbdist.launch.supervisor import LaunchSpec, environments, supervise
+
+PER_START = ("MASTER_PORT", "WBDIST_CAUSE", "WBDIST_INCARNATION", "WBDIST_INTENT_DIR", "WBDIST_LAUNCHER_PID", "WBDIST_RESTART")
 
 
 @click.command(context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})
@@ -55,8 +57,10 @@ def command(  # noqa: PLR0917  (click passes by name)
         wbdist launch --nproc 2 train.py --lr 0.1
         wbdist launch --nproc 8 --on-preempt relaunch --log-dir logs train.py
 
-    A crash restarts all ranks from the last committed checkpoint, with a pause that grows while nothing new is committed.
-    SIGTERM, SIGINT (Ctrl-C), SIGUSR2 and SIGHUP reach every rank, which has the whole grace to save.
+    A crash restarts all ranks from the last committed checkpoint, after a pause that grows while nothing new is committed. Only
+    attempts in a row that committed nothing count against --max-restarts: a job that moves on may crash as often as it likes.
+    SIGTERM, SIGINT (Ctrl-C), SIGUSR1, SIGUSR2 and SIGHUP reach every rank, which has the whole grace to save; a second Ctrl-C
+    kills. With --on-preempt relaunch, Ctrl-C and SIGHUP still end the job.
 
     \b
     Exit codes: 0 finished; 75 preempted and saved, run the same command to continue; 70 failed, a retry may help;
@@ -67,13 +71,15 @@ def command(  # noqa: PLR0917  (click passes by name)
         raise click.UsageError(f"--nnodes {nnodes}: wbdist launch supervises one host. On every host run: {line}")
     if not as_module and not Path(script).is_file():
         raise click.UsageError(f"there is no script {script!r}; give the path of a Python file, or -m and a module's name")
-    rank_command = [sys.executable, "-m", "wbdist.launch.worker", *(["-m"] if as_module else []), script, *args]
+    spec = LaunchSpec(nprocs=nproc, name=Path(script).name, max_restarts=max_restarts, grace=grace, on_preempt=on_preempt)
+    ranks = CommandRanks([script, *args], module=as_module, log_dir=log_dir)
     if dry_run:
-        for rank in range(nproc):
-            click.echo(f"RANK={rank} LOCAL_RANK={rank} WORLD_SIZE={nproc} {shlex.join(rank_command)}")
+        for extra in environments(spec, number=0, cause="", intents="DIRECTORY", port=0):
+            known = {name: value for name, value in extra.items() if name not in PER_START}
+            click.echo(shlex.join([*(f"{name}={value}" for name, value in sorted(known.items())), *ranks.command]))
+        click.echo(f"# and, new for each start: {', '.join(PER_START)}")
         return
-    ranks = CommandRanks(rank_command, log_dir)
-    code = supervise(LaunchSpec(nprocs=nproc, max_restarts=max_restarts, grace=grace, on_preempt=on_preempt), ranks.start)
+    code = supervise(spec, ranks.start, last_lines=ranks.last_lines)
     ranks.close()
     sys.exit(code)
 

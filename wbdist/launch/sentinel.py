@@ -1,24 +1,26 @@
 """The process that outlives a killed supervisor just long enough to leave no orphans.
 
-    python -m wbdist.launch.sentinel        (started by the supervisor; reads "+pid" and "-pid" lines from standard input)
+    python wbdist/launch/sentinel.py        (started by the supervisor; reads "+pid" and "-pid" lines from standard input)
 
-When its input ends and ranks are still listed, the supervisor was killed: the ranks get SIGTERM (those that watch their
-parent have it already, and are saving), and SIGKILL with their whole process groups SECONDS later. Rejected:
-PR_SET_PDEATHSIG alone, which does not reach DataLoader workers and cannot first ask and then insist.
+Its input ends when the supervisor does, however it does. The ranks still listed then get SIGTERM (those that watch their
+parent have it already, and are saving), and SECONDS later SIGKILL with their whole process groups. Rejected:
+PR_SET_PDEATHSIG in the ranks alone, which does not reach DataLoader workers and cannot first ask and then insist; a thread
+in each rank, which a rank that holds the GIL, or is killed too, would not run.
 """
 
 from __future__ import annotations
 
 import os
 import signal
-import subprocess
 import sys
 import time
-from pathlib import Path
 from types import TracebackType
-from typing import IO, Self
+from typing import TYPE_CHECKING, Self
 
-SECONDS = 4.0
+if TYPE_CHECKING:
+    import subprocess
+
+SECONDS = 3.0
 """Between asking and killing: nothing is left 5 s after the supervisor."""
 
 
@@ -27,49 +29,99 @@ class Sentinel:
 
     def __init__(self) -> None:
         self._process: subprocess.Popen[bytes] | None = None
+        self._lost = False
 
     def __enter__(self) -> Self:
-        # A session of its own: Ctrl-C at the terminal must not end it. -S and -E: a bare interpreter is all it needs.
+        import subprocess
+
+        # A session of its own: Ctrl-C at the terminal must not end it. No environment and no site: it needs neither.
         self._process = subprocess.Popen(
-            [sys.executable, "-S", "-E", __file__], stdin=subprocess.PIPE, start_new_session=True, close_fds=True
+            [sys.executable, "-I", "-S", __file__], stdin=subprocess.PIPE, start_new_session=True, env={}
         )
         return self
 
     def watch(self, pid: int) -> None:
-        """`pid` is a rank, and the leader of its process group where it has one."""
+        """`pid` is a rank, and the leader of its process group or soon to be."""
         self._send(f"+{pid}")
 
     def forget(self, pid: int) -> None:
-        """`pid` has been reaped: its number may belong to somebody else soon."""
+        """`pid` and its group are gone: the number may belong to somebody else soon."""
         self._send(f"-{pid}")
 
     def _send(self, line: str) -> None:
         assert self._process is not None
-        pipe: IO[bytes] | None = self._process.stdin
-        assert pipe is not None
+        assert self._process.stdin is not None
         try:
-            pipe.write(line.encode() + b"\n")
-            pipe.flush()
+            self._process.stdin.write(line.encode() + b"\n")
+            self._process.stdin.flush()
         except BrokenPipeError:
-            # Somebody killed the sentinel. The job goes on; only the protection against our own SIGKILL is gone.
-            sys.stderr.write("wbdist launch: the sentinel process is gone; ranks may be orphaned if this launcher is killed\n")
+            if not self._lost:
+                # The job goes on; only the protection against our own SIGKILL is gone.
+                sys.stderr.write(
+                    "wbdist launch: the sentinel was killed; if this launcher is killed too, ranks may be orphaned\n"
+                )
+            self._lost = True
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         assert self._process is not None
-        self._process.communicate(timeout=SECONDS + 5)
+        assert self._process.stdin is not None
+        try:
+            self._process.stdin.close()
+        except BrokenPipeError:
+            self._lost = True
+        self._process.wait(SECONDS + 5)
 
 
-def _signal(pids: set[int], number: int) -> None:
-    for pid in pids:
-        for send in (os.killpg, os.kill):
-            try:
-                send(pid, number)
-            except (ProcessLookupError, PermissionError):
-                continue
+def kill_group(pid: int, number: int = signal.SIGKILL) -> bool:
+    """Sends `number` to the process group led by `pid`; False when there is none any more."""
+    try:
+        os.killpg(pid, number)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True  # there is a member that changed its user; the others got it
+    return True
+
+
+def group_is_alive(pid: int) -> bool:
+    """Whether the process group led by `pid` has a member that is not a zombie. (Orphaned zombies wait for an init process to
+    reap them, which many containers do not have.)"""
+    if not kill_group(pid, 0):
+        return False
+    try:
+        processes = [name for name in os.listdir("/proc") if name.isdigit()]  # noqa: PTH208  (no pathlib in the sentinel)
+    except FileNotFoundError:
+        return True
+    return any(_is_member(process, pid) for process in processes)
+
+
+def _is_member(process: str, group: int) -> bool:
+    try:
+        with open(f"/proc/{process}/stat", "rb") as file:
+            state, _parent, pgrp = file.read().rpartition(b")")[2].split()[:3]
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    return int(pgrp) == group and state not in {b"Z", b"X"}
+
+
+def _ask(pid: int) -> bool:
+    try:
+        os.kill(pid, signal.SIGTERM)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
 
 
 def main() -> None:
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
     ranks: set[int] = set()
     for line in sys.stdin:
@@ -78,13 +130,13 @@ def main() -> None:
             ranks.add(pid)
         else:
             ranks.discard(pid)
-    if not ranks:
-        return
-    _signal(ranks, signal.SIGTERM)
+    alive = [pid for pid in ranks if _ask(pid)]
     deadline = time.monotonic() + SECONDS
-    while time.monotonic() < deadline and any(Path(f"/proc/{pid}").exists() for pid in ranks):
+    while time.monotonic() < deadline and any(_is_alive(pid) for pid in alive):
         time.sleep(0.05)
-    _signal(ranks, signal.SIGKILL)
+    for pid in ranks:
+        if not kill_group(pid) and _is_alive(pid):
+            os.kill(pid, signal.SIGKILL)
 
 
 if __name__ == "__main__":

@@ -1,15 +1,11 @@
 """Keeps the ranks of one job on this host alive, together, and leaves nothing behind.
 
-One attempt after the other: start all ranks, wait, judge, start again or leave. The supervisor imports neither torch nor
-the run client, so it costs a bare interpreter and starts the next attempt without importing anything.
+One attempt after the other: start all ranks, wait (`attempt.py`), judge (`judgement.py`), start again or leave. The
+supervisor imports neither torch nor the run client, so it costs little more than an interpreter.
 
-Signals. SIGTERM, SIGINT, SIGUSR2 and SIGHUP are forwarded once to every rank, which then has the whole grace; a second SIGINT
-kills at once. A sentinel process (`sentinel.py`) kills what is left when the supervisor itself is killed.
-
-Judgement. The ranks' exit codes, and the verdicts they left in files (`intent.py`), are judged by the worst: fenced and
-failed-for-good end the job, preempted ends it or starts it again in place (`on_preempt`), anything else is started again with
-back-off. The budget of restarts is spent only by attempts that committed nothing new: a job that moves on between crashes
-may crash as often as the machine likes, and one that does not move stops soon.
+The budget of restarts is spent by attempts in a row that committed nothing new: a job that moves on between crashes may crash
+as often as the machine likes, one that does not move stops soon. A preempted attempt counts in the same way when it is started
+again in place. The pause before a restart grows with the same number.
 """
 
 from __future__ import annotations
@@ -22,40 +18,33 @@ import signal
 import socket
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import FrameType, TracebackType
-from typing import Any, Literal, Protocol, Self
+from typing import Literal
 
 import msgspec
 
-from wbdist.errors import (
-    EXIT_FAILED_FOR_GOOD,
-    EXIT_FENCED,
-    EXIT_FINISHED,
-    EXIT_PREEMPTED,
-    EXIT_RETRYABLE,
-    UsageError,
-)
+from wbdist.errors import EXIT_FAILED_FOR_GOOD, EXIT_FENCED, EXIT_FINISHED, EXIT_PREEMPTED, EXIT_RETRYABLE, UsageError
 from wbdist.launch import intent
+from wbdist.launch.attempt import Attempt, RankHandle, Signals, StartRanks
+from wbdist.launch.judgement import Judgement, judge
 from wbdist.launch.sentinel import Sentinel
+from wbdist.launch.worker import LAUNCHER_PID
 
-POLL = 0.05
-"""Seconds between looks at the ranks."""
-PEERS_FAIL_BY_THEMSELVES = 3.0
-"""Seconds the others have after one rank failed: their collective raises within milliseconds, and they say why."""
-PEERS_STOP = 5.0
-"""Seconds between SIGTERM and SIGKILL for ranks that outlive a failed peer: all are gone within 10 s."""
+__all__ = ["LaunchSpec", "RankHandle", "StartRanks", "environments", "supervise"]
+
 BACKOFF = (1.0, 30.0)
-"""First and longest pause before a restart without progress, in seconds; doubled each time, with jitter."""
-FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2, signal.SIGHUP)
+"""First and longest pause before a restart without progress, in seconds; doubled each time, times 0.75 to 1.25."""
+STAY_STOPPED = (signal.SIGINT, signal.SIGHUP)
+"""A person stopped it (Ctrl-C, the terminal closed): never started again in place."""
 
 
 class LaunchSpec(msgspec.Struct, frozen=True, kw_only=True):
     """What to keep alive, and how hard to try."""
 
     nprocs: int
+    name: str = "the job"
+    """For messages."""
     max_restarts: int = 3
     """Restarts in a row without a new committed checkpoint."""
     grace: float = 30.0
@@ -63,73 +52,70 @@ class LaunchSpec(msgspec.Struct, frozen=True, kw_only=True):
     on_preempt: Literal["exit", "relaunch"] = "exit"
     """`exit`: leave with 75 and let the scheduler requeue. `relaunch`: the machine stays, so start again in place."""
 
-
-class RankHandle(Protocol):
-    """One started rank; subprocess.Popen is one."""
-
-    @property
-    def pid(self) -> int: ...
-    @property
-    def returncode(self) -> int | None: ...
-    def poll(self) -> int | None: ...
-    def send_signal(self, sig: int, /) -> None: ...
+    def __post_init__(self) -> None:
+        if self.nprocs < 1 or self.max_restarts < 0 or self.grace < 0:
+            raise UsageError(
+                f"nprocs={self.nprocs}, max_restarts={self.max_restarts}, grace={self.grace}: "
+                "give 1 or more ranks, 0 or more restarts, 0 or more seconds"
+            )
 
 
-StartRanks = Callable[[Sequence[Mapping[str, str]]], Sequence[RankHandle]]
-"""One environment (additions to ours) a rank -> the started ranks, in order."""
-
-
-class _Signals:
-    """Collects signals while the supervisor runs; main thread."""
-
-    def __init__(self) -> None:
-        self.received: list[int] = []
-        self._previous: dict[int, Any] = {}
-
-    def __enter__(self) -> Self:
-        for number in FORWARDED:
-            self._previous[number] = signal.signal(number, self._note)
-        # Its default action would end the supervisor and orphan the ranks (what torchrun does); nobody means that.
-        self._previous[signal.SIGUSR1] = signal.signal(signal.SIGUSR1, self._note)
-        return self
-
-    def _note(self, number: int, _frame: FrameType | None) -> None:
-        self.received.append(signal.SIGTERM if number == signal.SIGUSR1 else number)
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        for number, previous in self._previous.items():
-            signal.signal(number, previous if previous is not None else signal.SIG_DFL)
-
-
-class Ended(msgspec.Struct, frozen=True):
-    """How an attempt ended."""
-
-    exit_code: int
-    why: str
-    stopped_by: int | None
-    """The signal that told the supervisor to stop, if any."""
-
-
-def supervise(spec: LaunchSpec, start_ranks: StartRanks, say: Callable[[str], None] | None = None) -> int:
+def supervise(
+    spec: LaunchSpec,
+    start_ranks: StartRanks,
+    say: Callable[[str], None] | None = None,
+    last_lines: Callable[[int], Sequence[str]] | None = None,
+) -> int:
     """Main thread: runs the job to its end and returns its exit code (see the contract in docs/architecture.md).
 
-    Blocks as long as the job runs. When it returns no rank is alive. `say` gets one line for each thing worth knowing;
-    standard error by default.
+    Blocks as long as the job runs. When it returns, or raises what `start_ranks` raised, no process of the ranks is alive.
+    `say` gets one line for each thing worth knowing (default: standard error); `last_lines` gives the end of a rank's
+    standard error, to show with its failure.
     """
-    if spec.nprocs < 1:
-        raise UsageError(f"nprocs={spec.nprocs}: give 1 or more")
-    tell = say or _say
     directory = Path(tempfile.mkdtemp(prefix="wbdist-launch-"))
     try:
-        with _Signals() as signals, Sentinel() as sentinel:
-            return _Supervisor(spec, start_ranks, say=tell, signals=signals, sentinel=sentinel, directory=directory).run()
+        with Signals() as signals, Sentinel() as sentinel:
+            supervisor = _Supervisor(
+                spec,
+                start_ranks,
+                say=say or _say,
+                last_lines=last_lines,
+                signals=signals,
+                sentinel=sentinel,
+                directory=directory,
+            )
+            return supervisor.run()
     finally:
         shutil.rmtree(directory, ignore_errors=True)
 
 
+def environments(spec: LaunchSpec, *, number: int, cause: str, intents: str, port: int) -> list[dict[str, str]]:
+    """What each rank of attempt `number` (from 0) gets on top of our own environment, by rank."""
+    common = {
+        "WORLD_SIZE": str(spec.nprocs),
+        "LOCAL_WORLD_SIZE": str(spec.nprocs),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "WBDIST_INCARNATION": secrets.token_hex(8),
+        "WBDIST_RESTART": str(number),
+        "WBDIST_CAUSE": cause,
+        "WBDIST_GRACE": f"{spec.grace:g}",
+        "WBDIST_LAUNCHER": "1",
+        LAUNCHER_PID: str(os.getpid()),
+        intent.VARIABLE: intents,
+    }
+    if spec.nprocs > 1 and "OMP_NUM_THREADS" not in os.environ:
+        # Each rank would start a thread per core, and they would fight; torchrun does the same.
+        common["OMP_NUM_THREADS"] = "1"
+    return [{**common, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(spec.nprocs)]
+
+
 def _say(line: str) -> None:
-    sys.stderr.write(f"wbdist launch: {line}\n")
-    sys.stderr.flush()
+    try:
+        sys.stderr.write(f"wbdist launch: {line}\n")
+        sys.stderr.flush()
+    except OSError:
+        return  # the terminal is gone, as after SIGHUP; the ranks still have to be looked after
 
 
 class _Supervisor:
@@ -139,180 +125,82 @@ class _Supervisor:
         start_ranks: StartRanks,
         *,
         say: Callable[[str], None],
-        signals: _Signals,
+        last_lines: Callable[[int], Sequence[str]] | None,
+        signals: Signals,
         sentinel: Sentinel,
         directory: Path,
     ) -> None:
-        self._spec, self._start_ranks, self._say = spec, start_ranks, say
+        self._spec, self._start_ranks, self._say, self._last_lines = spec, start_ranks, say, last_lines
         self._signals, self._sentinel, self._directory = signals, sentinel, directory
         self._committed = -1
+        """The newest committed step that a rank has reported."""
+        self._idle = 0
+        """Attempts in a row without a new one."""
 
     def run(self) -> int:
-        spent, number, cause = 0, 0, ""
+        number, cause = 0, ""
         while True:
-            ended = self._attempt(number, cause)
-            if ended.exit_code in {EXIT_FINISHED, EXIT_FAILED_FOR_GOOD, EXIT_FENCED}:
-                if ended.exit_code:
-                    self._say(f"{ended.why}; not restarted (exit code {ended.exit_code})")
-                return ended.exit_code
-            if ended.exit_code == EXIT_PREEMPTED:
-                if self._spec.on_preempt == "exit" or ended.stopped_by == signal.SIGINT:
-                    self._say(f"{ended.why}; run the same command to continue (exit code {EXIT_PREEMPTED})")
-                    return EXIT_PREEMPTED
-                self._signals.received.clear()
-            elif ended.stopped_by is not None:
-                self._say(f"{ended.why}; the last committed checkpoint stands")
-                return 128 + ended.stopped_by
-            spent = 0 if self._progressed() else spent + 1
-            if spent > self._spec.max_restarts and ended.exit_code != EXIT_PREEMPTED:
-                tries = f"{spent} attempt(s) in a row without a new checkpoint"
-                self._say(f"{ended.why}; {tries}, giving up (--max-restarts {self._spec.max_restarts})")
-                return EXIT_RETRYABLE
-            pause = 0.0 if spent == 0 else min(BACKOFF[0] * 2 ** (spent - 1), BACKOFF[1]) * random.uniform(0.75, 1.25)
-            self._say(f"{ended.why}; restarting" + (f" in {pause:.1f} s" if pause else ""))
-            self._rest(pause)
-            if self._signals.received:
-                return 128 + self._signals.received[0]
-            number, cause = number + 1, ended.why
+            again = f", attempt {number + 1}" if number else ""
+            self._say(f"starting {self._spec.name} on {self._spec.nprocs} rank(s){again}")
+            judgement, stopped_by = self._attempt(number, cause)
+            code = self._leave_with(judgement, stopped_by)
+            if code is None:
+                code = self._pause(judgement)
+            if code is not None:
+                return code
+            number, cause = number + 1, judgement.why
 
-    def _progressed(self) -> bool:
-        newest = max((intent.read_progress(d) for d in self._directory.iterdir()), default=-1)
-        progressed, self._committed = newest > self._committed, max(newest, self._committed)
-        return progressed
+    def _attempt(self, number: int, cause: str) -> tuple[Judgement, int | None]:
+        intents = self._directory / f"{number:04d}"
+        intents.mkdir()
+        port = _free_port()
+        ranks = self._start_ranks(environments(self._spec, number=number, cause=cause, intents=str(intents), port=port))
+        attempt = Attempt(ranks, grace=self._spec.grace, signals=self._signals, sentinel=self._sentinel, say=self._say)
+        ends = attempt.run()
+        said = intent.read_all(intents)
+        ends = [msgspec.structs.replace(end, said=said.get(end.rank)) for end in ends]
+        newest = intent.read_progress(intents)
+        self._idle = 0 if newest > self._committed else self._idle + 1
+        self._committed = max(newest, self._committed)
+        return judge(ends, attempt.stopped_by, committed=self._committed >= 0), attempt.stopped_by
 
-    def _rest(self, seconds: float) -> None:
-        until = time.monotonic() + seconds
-        while time.monotonic() < until and not self._signals.received:
-            time.sleep(POLL)
+    def _leave_with(self, judgement: Judgement, stopped_by: int | None) -> int | None:
+        """The exit code when the job is over, None when it is started again; says which, and why."""
+        code, why = judgement.exit_code, judgement.why
+        if judgement.culprit is not None and self._last_lines is not None:
+            for line in self._last_lines(judgement.culprit):
+                self._say(f"  rank {judgement.culprit}: {line}")
+        tries = f"{self._idle} attempt(s) in a row without a new checkpoint"
+        spent = self._idle > self._spec.max_restarts
+        if code == EXIT_FINISHED:
+            self._say(why)
+        elif code in {EXIT_FAILED_FOR_GOOD, EXIT_FENCED}:
+            self._say(f"{why}; not started again (exit code {code})")
+        elif code == EXIT_PREEMPTED:
+            if self._spec.on_preempt == "relaunch" and stopped_by not in STAY_STOPPED and not spent:
+                return None
+            self._say(f"{why}; run the same command to continue (exit code {code})")
+        elif stopped_by is not None:
+            self._say(f"{why} (exit code {code})")
+        elif spent:
+            self._say(f"{why}; {tries}, giving up (--max-restarts {self._spec.max_restarts}, exit code {EXIT_RETRYABLE})")
+            code = EXIT_RETRYABLE
+        else:
+            return None
+        return code
 
-    # One attempt ----------------------------------------------------------------------------------------
-
-    def _attempt(self, number: int, cause: str) -> Ended:
-        directory = self._directory / f"{number:04d}"
-        directory.mkdir()
-        ranks = self._start_ranks(self._environments(number, cause, directory))
-        try:
-            for rank in ranks:
-                self._sentinel.watch(rank.pid)
-            stopped_by = self._wait(ranks, directory)
-        finally:
-            _kill(ranks)
-            for rank in ranks:
-                self._sentinel.forget(rank.pid)
-        return self._judge(ranks, directory, stopped_by)
-
-    def _environments(self, number: int, cause: str, directory: Path) -> list[dict[str, str]]:
-        n = self._spec.nprocs
-        common = {
-            "WORLD_SIZE": str(n),
-            "LOCAL_WORLD_SIZE": str(n),
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(_free_port()),
-            "WBDIST_INCARNATION": secrets.token_hex(8),
-            "WBDIST_RESTART": str(number),
-            "WBDIST_CAUSE": cause,
-            "WBDIST_LAUNCHER": "1",
-            intent.VARIABLE: str(directory),
-        }
-        if n > 1 and "OMP_NUM_THREADS" not in os.environ:
-            # Each rank would start a thread per core, and they would fight; torchrun does the same.
-            common["OMP_NUM_THREADS"] = "1"
-        return [{**common, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(n)]
-
-    def _wait(self, ranks: Sequence[RankHandle], directory: Path) -> int | None:
-        """Until no rank is alive, or time is up; the signal that stopped us, if one did."""
-        stopped_by: int | None = None
-        term_at = kill_at = float("inf")
-        failed = False
-        while any(rank.poll() is None for rank in ranks):
-            now = time.monotonic()
-            for received in self._take_signals():
-                if stopped_by == received == signal.SIGINT:
-                    self._say("second Ctrl-C: killing the ranks now")
-                    return stopped_by
-                if stopped_by is None:
-                    stopped_by = received
-                    self._say(f"{signal.Signals(received).name}: ranks have {self._spec.grace:g} s to save and leave")
-                    _signal(ranks, received)
-                    kill_at = now + self._spec.grace
-            if not failed and stopped_by is None:
-                culprit = next((i for i, rank in enumerate(ranks) if rank.poll() not in (None, 0, EXIT_PREEMPTED)), None)
-                if culprit is not None:
-                    failed = True
-                    term_at = now + PEERS_FAIL_BY_THEMSELVES
-                    kill_at = term_at + PEERS_STOP
-                elif any(rank.poll() == EXIT_PREEMPTED for rank in ranks):
-                    failed = True
-                    kill_at = now + self._spec.grace
-            if now >= term_at:
-                term_at = float("inf")
-                _signal(ranks, signal.SIGTERM)
-            if now >= kill_at:
-                alive = [i for i, rank in enumerate(ranks) if rank.poll() is None]
-                self._say(f"rank(s) {', '.join(map(str, alive))} did not leave in time: killed")
-                return stopped_by
-            time.sleep(POLL)
-        return stopped_by
-
-    def _take_signals(self) -> list[int]:
-        taken, self._signals.received[:] = list(self._signals.received), []
-        return taken
-
-    def _judge(self, ranks: Sequence[RankHandle], directory: Path, stopped_by: int | None) -> Ended:
-        verdicts = intent.read_all(directory)
-        codes: dict[int, int] = {}
-        said: dict[int, str] = {}
-        for number, rank in enumerate(ranks):
-            code = rank.returncode if rank.returncode is not None else -signal.SIGKILL
-            left = verdicts.get(number)
-            # The process's own end outranks its words only when it is worse: killed after saying "finished".
-            codes[number] = left.exit_code if left is not None and code > 0 else code
-            said[number] = f"rank {number} {_how(code)}" + (f": {left.message}" if left is not None and left.message else "")
-        for final in (EXIT_FAILED_FOR_GOOD, EXIT_FENCED):
-            for number, code in codes.items():
-                if code == final:
-                    return Ended(final, said[number], stopped_by)
-        bad = [number for number, code in codes.items() if code not in {0, EXIT_PREEMPTED}]
-        if bad:
-            # A rank that died by a signal is the cause; the others' errors are what that did to them.
-            worst = min(bad, key=lambda number: (codes[number] > 0, number))
-            return Ended(EXIT_RETRYABLE, said[worst], stopped_by)
-        if any(code == EXIT_PREEMPTED for code in codes.values()):
-            reason = signal.Signals(stopped_by).name if stopped_by else "a notice"
-            return Ended(EXIT_PREEMPTED, f"preempted by {reason}, state saved", stopped_by)
-        return Ended(EXIT_FINISHED, "finished", stopped_by)
-
-
-def _how(code: int) -> str:
-    return f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
-
-
-def _signal(ranks: Sequence[RankHandle], number: int) -> None:
-    for rank in ranks:
-        if rank.poll() is None:
-            try:
-                rank.send_signal(number)
-            except ProcessLookupError:
-                continue
-
-
-def _kill(ranks: Sequence[RankHandle]) -> None:
-    """SIGKILL to every rank and its process group; returns when they are reaped, at most 10 s."""
-    for rank in ranks:
-        kill_group(rank.pid)
-        if rank.poll() is None:
-            _signal([rank], signal.SIGKILL)
-    deadline = time.monotonic() + 10.0
-    while any(rank.poll() is None for rank in ranks) and time.monotonic() < deadline:
-        time.sleep(0.01)
-
-
-def kill_group(pid: int) -> None:
-    """SIGKILL to the process group led by `pid`, when it leads one: its DataLoader workers and helpers."""
-    try:
-        os.killpg(pid, signal.SIGKILL)
-    except (ProcessLookupError, PermissionError):
-        return
+    def _pause(self, judgement: Judgement) -> int | None:
+        """Before the next attempt; the exit code when a signal says that there is to be none."""
+        first, longest = BACKOFF
+        pause = min(first * 2 ** (self._idle - 1), longest) * random.uniform(0.75, 1.25) if self._idle else 0.0
+        self._say(f"{judgement.why}; starting again" + (f" in {pause:.1f} s" if pause else ""))
+        if pause:
+            self._signals.sleep(pause)
+        for received in self._signals.take():
+            code = EXIT_PREEMPTED if self._committed >= 0 else 128 + received
+            self._say(f"{signal.Signals(received).name} between two attempts: leaving (exit code {code})")
+            return code
+        return None
 
 
 def _free_port() -> int:

@@ -1,0 +1,284 @@
+"""One attempt on this host: all ranks from their start until none of their processes is left.
+
+all run       -> a rank fails -> the others have PEERS_FAIL seconds to fail by themselves (their collective raises within
+                 milliseconds, and they say why), then SIGTERM, then PEERS_STOP seconds later SIGKILL
+              -> a rank leaves preempted -> the others have the grace to do the same
+              -> the supervisor gets a signal -> every rank gets it once, and has the grace; then SIGKILL
+a rank ended  -> what is left of its process group has LEFTOVERS seconds (a resource tracker cleans up), then SIGKILL
+"""
+
+from __future__ import annotations
+
+import os
+import selectors
+import signal
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import Any, Protocol, Self
+
+from wbdist.errors import EXIT_PREEMPTED, UsageError
+from wbdist.launch.judgement import RankEnd, signal_name
+from wbdist.launch.sentinel import Sentinel, group_is_alive, kill_group
+
+PEERS_FAIL = 3.0
+PEERS_STOP = 4.0
+LEFTOVERS = 1.0
+UNKILLABLE = 10.0
+"""Seconds after which a process that SIGKILL did not end is given up: it hangs in the kernel, and the job must go on."""
+TICK = 0.05
+"""Seconds between looks at what cannot wake us: leftovers, and ranks where the kernel has no pidfd."""
+PASSED_ON_AS = {
+    signal.SIGTERM: signal.SIGTERM,
+    signal.SIGINT: signal.SIGINT,
+    signal.SIGUSR2: signal.SIGUSR2,
+    signal.SIGHUP: signal.SIGTERM,
+    signal.SIGUSR1: signal.SIGTERM,
+}
+"""What ranks get for what we get. A job watches SIGTERM, SIGINT and SIGUSR2; SIGHUP would kill it unsaved, and SIGUSR1 may be
+caught by NCCL. That we handle SIGUSR1 at all: its default would kill us, as it kills torchrun, whose workers then run on."""
+
+
+class RankHandle(Protocol):
+    """One started rank; subprocess.Popen is one."""
+
+    @property
+    def pid(self) -> int: ...
+    @property
+    def returncode(self) -> int | None: ...
+    def poll(self) -> int | None: ...
+    def send_signal(self, sig: int, /) -> None: ...
+
+
+StartRanks = Callable[[Sequence[Mapping[str, str]]], Sequence[RankHandle]]
+"""One environment (additions to ours) a rank -> the started ranks, in order. Called on the main thread. Each rank leads a
+process group of its own, from the start or soon, and calls `worker.tie_to_parent` first thing."""
+
+
+class Signals:
+    """Collects signals while the supervisor runs, and wakes it. A context manager; main thread, else UsageError."""
+
+    def __init__(self) -> None:
+        self.received: list[int] = []
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> Self:
+        self.wake, self._write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        try:
+            self._old_wakeup = signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
+        except ValueError:
+            os.close(self.wake)
+            os.close(self._write)
+            raise UsageError("a job can only be launched from the main thread: signals arrive there") from None
+        for number in PASSED_ON_AS:
+            if number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN:
+                continue  # nohup
+            self._previous[number] = signal.signal(number, self._note)
+        return self
+
+    def _note(self, number: int, _frame: FrameType | None) -> None:
+        self.received.append(number)
+
+    def take(self) -> list[int]:
+        """Those received since the last call."""
+        taken, self.received[:] = list(self.received), []
+        return taken
+
+    def drain(self) -> None:
+        """After `wake` became readable."""
+        try:
+            os.read(self.wake, 4096)
+        except BlockingIOError:
+            return
+
+    def sleep(self, seconds: float) -> None:
+        """Until a signal comes, at most `seconds`."""
+        with selectors.DefaultSelector() as selector:
+            selector.register(self.wake, selectors.EVENT_READ)
+            if not self.received and selector.select(max(seconds, 0.0)):
+                self.drain()
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        for number, previous in self._previous.items():
+            signal.signal(number, signal.SIG_DFL if previous is None else previous)
+        signal.set_wakeup_fd(self._old_wakeup)
+        os.close(self.wake)
+        os.close(self._write)
+
+
+class Attempt:
+    """The ranks of one attempt. `run` once; main thread."""
+
+    def __init__(
+        self, ranks: Sequence[RankHandle], *, grace: float, signals: Signals, sentinel: Sentinel, say: Callable[[str], None]
+    ) -> None:
+        self._ranks = dict(enumerate(ranks))
+        self._grace = grace
+        self._signals, self._sentinel, self._say = signals, sentinel, say
+        self._ends: dict[int, RankEnd] = {}
+        self._told: set[int] = set()
+        """Ranks that we ended because another had failed."""
+        self._leftovers: dict[int, float] = {}
+        """pid of an ended rank -> when its group is killed."""
+        self._term_at = self._kill_at = float("inf")
+        self.stopped_by: int | None = None
+        """The signal that told us to stop."""
+
+    def run(self) -> list[RankEnd]:
+        """Blocks until no rank, and nothing in their process groups, is alive; how each ended, by rank."""
+        selector = selectors.DefaultSelector()
+        selector.register(self._signals.wake, selectors.EVENT_READ)
+        descriptors = self._open_pidfds(selector)
+        try:
+            for handle in self._ranks.values():
+                self._sentinel.watch(handle.pid)
+            while len(self._ends) < len(self._ranks) or self._leftovers:
+                self._look()
+                blind = len(descriptors) < len(self._ranks)
+                next_at = min(self._term_at, self._kill_at) - time.monotonic()
+                wait = min(next_at, TICK) if self._leftovers or blind else next_at
+                if len(self._ends) == len(self._ranks) and not self._leftovers:
+                    break
+                for key, _ in selector.select(None if wait == float("inf") else max(wait, 0.0)):
+                    if key.fd == self._signals.wake:
+                        self._signals.drain()
+                    else:
+                        selector.unregister(key.fd)  # readable for good once the rank has ended
+        finally:
+            selector.close()
+            for descriptor in descriptors:
+                os.close(descriptor)
+            self._end_all()
+        return [self._ends[rank] for rank in sorted(self._ends)]
+
+    def _open_pidfds(self, selector: selectors.BaseSelector) -> list[int]:
+        """One for each rank; none where the kernel (or a sandbox) does not have them: then we look every TICK."""
+        opened: list[int] = []
+        if not sys.platform.startswith("linux"):
+            return opened
+        for handle in self._ranks.values():
+            try:
+                opened.append(os.pidfd_open(handle.pid))
+            except OSError:
+                continue
+            selector.register(opened[-1], selectors.EVENT_READ)
+        return opened
+
+    def _look(self) -> None:
+        now = time.monotonic()
+        for received in self._signals.take():
+            self._on_signal(received, now)
+        for rank, handle in self._ranks.items():
+            if rank not in self._ends and handle.poll() is not None:
+                self._on_end(rank, handle, now)
+        for pid, kill_at in list(self._leftovers.items()):
+            if not group_is_alive(pid):
+                self._gone(pid)
+            elif now >= kill_at + UNKILLABLE:
+                self._say(f"a helper of the rank with pid {pid} cannot be killed (uninterruptible in the kernel?)")
+                self._gone(pid)
+            elif now >= kill_at:
+                kill_group(pid)
+        if now >= self._term_at:
+            self._term_at = float("inf")
+            for rank in self._alive():
+                self._told.add(rank)
+                self._send(rank, signal.SIGTERM)
+        if now >= self._kill_at:
+            self._kill_at = float("inf")
+            self._say(f"{_named(self._alive())} did not leave in time: killed")
+            self._kill()
+
+    def _on_signal(self, received: int, now: float) -> None:
+        if self.stopped_by is None:
+            self.stopped_by = received
+            self._say(f"{signal_name(received)}: passed on; the ranks have {self._grace:g} s to save and leave")
+            for rank in self._alive():
+                self._send(rank, _for_rank(received, self._ranks[rank].pid))
+            self._term_at, self._kill_at = float("inf"), now + self._grace
+        elif received == signal.SIGINT:
+            self._say("Ctrl-C again: killing the ranks now")
+            self._kill()
+            self._kill_at = float("inf")
+
+    def _on_end(self, rank: int, handle: RankHandle, now: float) -> None:
+        code = handle.returncode
+        assert code is not None
+        self._ends[rank] = RankEnd(rank=rank, code=code, at=now, by_us=rank in self._told)
+        self._leftovers[handle.pid] = now + LEFTOVERS
+        if not group_is_alive(handle.pid):
+            self._gone(handle.pid)
+        others = self._alive()
+        if code == 0 or not others or self.stopped_by is not None or self._kill_at != float("inf"):
+            return
+        if code == EXIT_PREEMPTED:
+            self._kill_at = now + self._grace
+        else:
+            self._say(f"{self._ends[rank].sentence}; stopping {_named(others)}")
+            self._term_at = now + PEERS_FAIL
+            self._kill_at = self._term_at + PEERS_STOP
+
+    def _gone(self, pid: int) -> None:
+        self._leftovers.pop(pid, None)
+        self._sentinel.forget(pid)
+
+    def _alive(self) -> list[int]:
+        return [rank for rank in self._ranks if rank not in self._ends]
+
+    def _send(self, rank: int, number: int) -> None:
+        # Popen and multiprocess look whether it still runs before they signal its pid.
+        self._ranks[rank].send_signal(number)
+
+    def _kill(self) -> None:
+        for rank in self._alive():
+            self._told.add(rank)
+            # One that does not lead its group yet is killed alone.
+            if not kill_group(self._ranks[rank].pid):
+                self._send(rank, signal.SIGKILL)
+        for pid in self._leftovers:
+            kill_group(pid)
+
+    def _end_all(self) -> None:
+        """On every way out of `run`, also by an exception: nothing is left, unless the kernel cannot end it."""
+        self._kill()
+        deadline = time.monotonic() + UNKILLABLE
+        while self._alive() or self._leftovers:
+            now = time.monotonic()
+            if now > deadline:
+                self._say(f"{_named(self._alive()) or 'a helper of a rank'} cannot be killed (uninterruptible in the kernel?)")
+                for rank in self._alive():
+                    self._ends[rank] = RankEnd(rank=rank, code=-signal.SIGKILL, at=now, by_us=True)
+                return
+            for rank in self._alive():
+                if self._ranks[rank].poll() is not None:
+                    self._on_end(rank, self._ranks[rank], now)
+            for pid in list(self._leftovers):
+                kill_group(pid)
+                if not group_is_alive(pid):
+                    self._gone(pid)
+            time.sleep(0.005)
+
+
+def _for_rank(received: int, pid: int) -> int:
+    """What to send to a rank. One that does not watch for SIGTERM (it still imports torch, or is no job of ours) gets SIGTERM
+    rather than SIGINT: that ends it without the KeyboardInterrupt traceback that each of N ranks would print."""
+    number = PASSED_ON_AS[signal.Signals(received)]
+    if number == signal.SIGINT and not _catches(pid, signal.SIGTERM):
+        return signal.SIGTERM
+    return number
+
+
+def _catches(pid: int, number: int) -> bool:
+    """Whether the process has a handler for signal `number`; True where that cannot be known."""
+    try:
+        status = Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return True
+    caught = next((line.split()[1] for line in status.splitlines() if line.startswith("SigCgt:")), None)
+    return caught is None or bool(int(caught, 16) >> (number - 1) & 1)
+
+
+def _named(ranks: Sequence[int]) -> str:
+    return ("rank " if len(ranks) == 1 else "ranks ") + ", ".join(map(str, ranks)) if ranks else ""
