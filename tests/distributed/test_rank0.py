@@ -152,7 +152,7 @@ def test_killed_aggregator_loses_nothing(ranks: Ranks, times: int) -> None:
     assert counts["rank0"] == 150
     assert sum(counts.values()) == 300
     summaries = [data for path in ranks.journals() for data in records_of(path, Kind.SUMMARY)]
-    assert summaries == [{"set": {"weights": "abc"}}], "what rank 0 had passed on is not passed on again"
+    assert summaries == [{"set": {"early": 1}}, {"set": {"weights": "abc"}}], "what rank 0 had passed on is not passed on again"
 
 
 def _running_aggregator(ranks: Ranks) -> Any:

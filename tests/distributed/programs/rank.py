@@ -59,6 +59,8 @@ def main() -> None:
         journal=str(runs.run.journal_path),
         aggregator=aggregator.pid if aggregator else 0,
     )
+    if rank == 0:
+        runs.run.summary["early"] = 1
     first = runs.run.starting_step
     gate = orders.get("gate", {}).get(str(rank))
     kill = orders.get("kill_self", {}).get(str(rank))
