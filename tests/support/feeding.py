@@ -9,12 +9,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import psutil
 
 from wbdist.core.rows import RowAssembler
+from wbdist.errors import JournalCorruptError
 from wbdist.run.journal import JournalReader, Kind, find_journals
 
 PROGRAMS = Path(__file__).parents[1] / "distributed" / "programs"
@@ -65,7 +67,7 @@ class Ranks:
         """Of the run or runs, not the feeds; oldest first."""
         found = []
         for path in find_journals(self.root / "wandb"):
-            with JournalReader.open(path) as reader:
+            with suppress(JournalCorruptError), JournalReader.open(path) as reader:  # one that is just being created
                 if reader.header.role == "run":
                     found.append((reader.header.writer, path))
         return [path for _, path in sorted(found)]
