@@ -23,8 +23,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import psutil
+import requests
 from rich.console import Console
 from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
@@ -130,6 +132,13 @@ def start_server(data_dir: Path) -> tuple[str, str]:
     wait_for(port_file.exists, 30, f"the server to write {port_file}")
     key = subprocess.run([*base, "key", "--data-dir", str(data_dir)], capture_output=True, text=True, check=True).stdout.strip()
     return port_file.read_text().strip(), key
+
+
+def login_url(base_url: str, key: str, page: str) -> str:
+    """An address that logs one browser in, once, and shows `page`."""
+    answer = requests.post(f"{base_url}/api/ui/login-url", auth=("api", key), json={"page": urlsplit(page).path}, timeout=10)
+    answer.raise_for_status()
+    return str(answer.json()["url"])
 
 
 def wait_for(condition: Callable[[], bool], timeout: float, what: str, process: subprocess.Popen[bytes] | None = None) -> None:
@@ -286,7 +295,7 @@ def attempts_table(run: Any) -> Table:
         table.add_column(column, justify="left" if column in {"began", "ended"} else "right")
     for a in run.attempts():
         table.add_row(
-            str(a.attempt), a.cause, str(a.base_step + 1), str(a.rows_live), str(a.rows - a.rows_live), a.end_cause or "running"
+            str(a.attempt), a.cause, str(a.base_step + 1), str(a.rows_live), str(a.rows - a.rows_live), a.end or "running"
         )
     return table
 
@@ -325,9 +334,10 @@ def main() -> int:
     if problems:
         console.print("[red]failed:[/] " + "; ".join(problems) + f"\nlogs: {out}")
         return 1
-    console.print(f"Killed twice, and nobody could tell. {time.monotonic() - began:.0f} s.")
-    console.print(f"Run page: [link]{found.tested.url}[/link]  (key: wbdist server key --data-dir {args.out}/server)")
-    console.print(f"The server keeps running; stop it with: wbdist server stop --data-dir {args.out}/server")
+    console.print(f"Killed twice, and nobody could tell. {time.monotonic() - began:.0f} s.\n")
+    console.print(f"Run page: {found.tested.url}", soft_wrap=True)
+    console.print(f"  log in: {login_url(url, key, found.tested.url)}", soft_wrap=True)
+    console.print(f"  server: keeps running; stop it with: wbdist server stop --data-dir {args.out}/server", soft_wrap=True)
     return 0
 
 

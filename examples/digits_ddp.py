@@ -114,7 +114,7 @@ def main() -> None:
     parser.add_argument("--strategy", default="auto", choices=["auto", "rank0", "per_rank"])
     parser.add_argument("--epochs", type=int, default=20)
     parser.add_argument("--batch-size", type=int, default=32, help="per rank")
-    parser.add_argument("--lr", type=float, default=0.05)
+    parser.add_argument("--lr", type=float, default=0.1)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--nproc", type=int, default=2, help="ranks to spawn when no launcher started us")
     args = parser.parse_args()

@@ -12,6 +12,9 @@ import msgspec
 
 from wbdist.core.position import Counts, Watermark
 
+_PREEMPTED = 75
+"""errors.EXIT_PREEMPTED; core imports nothing."""
+
 
 class Segment(msgspec.Struct, frozen=True):
     """The live part of one attempt: all of it (`limits` is None) or the first lines of each stream and writer."""
@@ -45,3 +48,18 @@ def live_view(bases: Mapping[int, Watermark | None], attempt: int) -> tuple[Segm
         segments.append(Segment(below, base.counts))
         base = bases[below]
     return tuple(reversed(segments))
+
+
+def describe_end(end_cause: str, exit_code: int | None) -> str:
+    """How an attempt ended, in a word for people; '' while it runs.
+
+    `exit` is the writer's own word, so the exit code says what it means; other causes ('lost', 'silence', 'superseded', ...) speak
+    for themselves.
+    """
+    if end_cause not in {"exit", "exit_zero", "exit_nonzero"}:
+        return end_cause
+    if exit_code == 0:
+        return "finished"
+    if exit_code == _PREEMPTED:
+        return "preempted"
+    return "failed" if exit_code is None else f"failed ({exit_code})"

@@ -7,6 +7,7 @@ from typing import Any
 
 import msgspec
 
+from wbdist.core.attempts import describe_end
 from wbdist.protocol import jsonvalues
 from wbdist.protocol.operations import Operation
 
@@ -136,6 +137,11 @@ class RemoteAttempt(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
     exit_code: int | None
     rows: int
     rows_live: int
+
+    @property
+    def end(self) -> str:
+        """How it ended, in a word for people: 'finished', 'preempted', 'failed (70)', 'lost', ...; '' while it runs."""
+        return describe_end(self.end_cause, self.exit_code)
 
 
 def run(entity: str, project: str, run_id: str) -> Operation:
