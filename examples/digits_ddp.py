@@ -40,7 +40,8 @@ class Net(nn.Module):
         x = F.relu(self.conv1(x))
         x = F.max_pool2d(F.relu(self.conv2(x)), 2)
         x = F.dropout(F.relu(self.hidden(x.flatten(1))), 0.2, self.training)
-        return self.out(x)
+        logits: torch.Tensor = self.out(x)
+        return logits
 
 
 def digits() -> tuple[TensorDataset, TensorDataset]:

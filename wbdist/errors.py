@@ -84,7 +84,7 @@ class JobAlreadyRunningError(RemoteError):
 # The machine's ----------------------------------------------------------------------------------------
 
 
-class EnvironmentFault(Error):
+class EnvironmentFault(Error):  # noqa: N818  (EnvironmentError is a builtin)
     """Something outside the program broke: disk, process, network."""
 
 

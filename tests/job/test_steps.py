@@ -30,7 +30,7 @@ def steps_of(directory: str = "ckpt") -> list[int]:
 
 
 def test_break_counts_the_step_it_leaves() -> None:
-    """Proves that `break` after a step's work keeps that step: the checkpoint at the end has it, and nothing is trained twice."""
+    """Proves that `break` after a step's work keeps that step: the last checkpoint has it, and nothing is trained twice."""
     net = nn.Linear(1, 1)
     with wbdist.job(project="p", checkpoint_dir="ckpt") as job:
         loader = data(job)

@@ -160,7 +160,7 @@ def fill(writer: JournalWriter, start: int = 0, columns: int = 20) -> int:
     """Logs until the disk is full; the number of the row that was refused."""
     row = {f"m{k}": 0.5 for k in range(columns)}
     step = start
-    with pytest.raises(DiskFullError, match=r"rank0\.a1\.wbdj.*safe"):  # noqa: PT012  (any of many calls)
+    with pytest.raises(DiskFullError, match=r"rank0\.a1\.wbdj.*safe"):
         for step in range(start, 100_000):
             writer.append_row({"i": step, **row}, step=step, commit=True, time=1.0)
     return step

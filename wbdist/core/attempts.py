@@ -53,8 +53,8 @@ def live_view(bases: Mapping[int, Watermark | None], attempt: int) -> tuple[Segm
 def describe_end(end_cause: str, exit_code: int | None) -> str:
     """How an attempt ended, in a word for people; '' while it runs.
 
-    `exit` is the writer's own word, so the exit code says what it means; other causes ('lost', 'silence', 'superseded', ...) speak
-    for themselves.
+    `exit` is the writer's own word, so the exit code says what it means; other causes ('lost', 'silence', 'superseded', ...)
+    speak for themselves.
     """
     if end_cause not in {"exit", "exit_zero", "exit_nonzero"}:
         return end_cause
