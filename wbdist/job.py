@@ -55,6 +55,8 @@ log = logging.getLogger("wbdist.job")
 
 PEER_TIMEOUT = 120.0
 """Seconds a rank waits for its peers where all act in step: start-up (with imports and data loading), save, end."""
+COLLECTIVE_TIMEOUT = 1800.0
+"""Seconds one collective of the training script may take, torch's own default: one rank may evaluate while others wait."""
 STOP_TIMEOUT = 20.0
 """Seconds for all ranks to say where they are after a notice; one that does not is taken for dead. Below torchrun's 30 s."""
 
@@ -136,6 +138,7 @@ class Job:
         self._in_steps = False
         self._open_step: ResumableLoader | None = None
         """The loader of a step whose body was entered and which is not counted yet."""
+        self._own_group = False
         self._stack = ExitStack()
 
     # Facts ----------------------------------------------------------------------------------------------
@@ -195,7 +198,10 @@ class Job:
         self._peers = coordination.connect(self._identity, os.environ.get("WBDIST_INCARNATION"), timeout=PEER_TIMEOUT)
         self._stack.callback(self._peers.close)
         self._plan = self._agree_on_plan()
-        coordination.init_process_group(self._identity, incarnation=self._plan.nonce, timeout=PEER_TIMEOUT)
+        # All ranks are here (they agreed on the plan), so forming takes no time; what counts is how long a collective may last.
+        self._own_group = coordination.init_process_group(
+            self._identity, incarnation=self._plan.nonce, timeout=COLLECTIVE_TIMEOUT
+        )
         seed_everything(self._seed, self.rank)
 
         position = None
@@ -431,11 +437,20 @@ class Job:
         if self._checkpoints is not None:
             self._checkpoints.close(PEER_TIMEOUT)
         self._runs.finish(0)
+        self._leave_group()
 
     def _leave_preempted(self) -> None:
         if self._checkpoints is not None:
             self._checkpoints.close(PEER_TIMEOUT)
         self._runs.finish(EXIT_PREEMPTED)
+        self._leave_group()
+
+    def _leave_group(self) -> None:
+        """Only where all ranks leave well: taking a group apart may wait for peers, and after a failure they are gone."""
+        if self._own_group:
+            import torch.distributed as dist
+
+            dist.destroy_process_group()
 
     def _leave_failed(self, error: BaseException) -> None:
         self._open_step = None
