@@ -19,7 +19,6 @@ from starlette.routing import BaseRoute, Route
 
 from wbdist.core.position import CONSOLE
 from wbdist.server import http
-from wbdist.server.auth import User
 from wbdist.server.context import AppContext
 from wbdist.server.store.interface import RunRow
 from wbdist.server.ui import pages, views
@@ -66,12 +65,15 @@ def routes(ctx: AppContext) -> list[BaseRoute]:
         return checked
 
     async def me(request: Request) -> Response:
+        """Who is logged in; null for nobody: that is an answer, not an error that a browser would report on its console."""
         user = ctx.auth.check_request(request)
-        assert isinstance(user, User)
-        return http.answer({"name": user.name, "entity": user.entity})
+        answer = http.answer({"user": None if user is None else {"name": user.name, "entity": user.entity}})
+        answer.headers["Cache-Control"] = "no-store"
+        return answer
 
     async def projects(_request: Request) -> Response:
-        return http.answer({"projects": await run_in_threadpool(store.list_projects)})
+        found = await run_in_threadpool(store.list_projects)
+        return http.answer({"projects": [views.project(row) for row in found], "now": ctx.clock()})
 
     async def runs(request: Request) -> Response:
         """All runs, or those of ?group=, or those named by ?run= (any number of times)."""
@@ -147,7 +149,7 @@ def routes(ctx: AppContext) -> list[BaseRoute]:
     place = "/api/ui/{entity}/{project}"
     compressed = [Middleware(GZipMiddleware, minimum_size=4096, compresslevel=4)]
     return [
-        Route("/api/ui/me", for_users(me), methods=["GET"]),
+        Route("/api/ui/me", me, methods=["GET"]),
         Route("/api/ui/projects", for_users(projects), methods=["GET"], middleware=compressed),
         Route(f"{place}/runs", for_users(runs), methods=["GET"], middleware=compressed),
         Route(f"{place}/runs/{{run}}", for_users(run), methods=["GET"], middleware=compressed),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -13,6 +13,11 @@ from wbdist.server.store.interface import AttemptRow, Bucket, RunRow
 
 _MAX_SUMMARY_KEYS = 100
 """Of one run in a table of runs; its own page shows all."""
+
+
+def project(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A project as a card."""
+    return {key: row[key] for key in ("entity", "project", "runs", "created_at", "updated_at")}
 
 
 def table_row(run: RunRow) -> dict[str, Any]:

@@ -1,50 +1,31 @@
-"""A resumable, tracked, preemption-tolerant training job: the one place where the mechanisms meet.
-
-`job()` joins rank identity, the run, the checkpointer, the preemption notices and the data order, and owns the order in
-which they act:
-
-    enter     identity -> coordinator -> claim the directory -> choose a checkpoint -> open the run at its position
-    track     restore the tracked objects (when a checkpoint was chosen)
-    a step    agree to go on -> the user's body -> close the row -> count -> save when due
-    a notice  all ranks stop before the same step -> mark preempting -> save -> exit 75
-    leave     save -> drain the history -> finish the run -> say the verdict
-
-Decisions (which attempt, which checkpoint, where to stop) are made once and agreed through the coordinator; there is no
-collective besides DDP's own.
-"""
+"""`Job`: the handle of a job on one rank."""
 
 from __future__ import annotations
 
 import logging
 import os
-import random
-import re
-import secrets
-import sys
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal, Self, get_args
+from typing import TYPE_CHECKING, Any, Self
 
 import msgspec
 
 from wbdist.checkpoint.checkpointer import Checkpointer, PendingSave
-from wbdist.checkpoint.claim import Claim
 from wbdist.checkpoint.manifest import Manifest
-from wbdist.core.mixing import mix64
 from wbdist.core.position import RunPosition
 from wbdist.distributed import bootstrap, coordination, strategies
 from wbdist.distributed.identity import detect
-from wbdist.errors import EXIT_PREEMPTED, EXIT_RETRYABLE, Error, PeerLostError, UsageError
+from wbdist.errors import EXIT_PREEMPTED, PeerLostError, UsageError
+from wbdist.job.ending import Preempted, exit_code_of, leave_verdict
+from wbdist.job.plan import Plan, agree_on_plan, decide, position_of, seed_everything
 from wbdist.launch import intent
 from wbdist.preemption.agreement import StopAgreement
 from wbdist.preemption.hub import NoticeHub
 from wbdist.preemption.signals import SignalSource
 from wbdist.run.handle import Run
-from wbdist.run.init import make_spec
 from wbdist.run.lifecycle import RunSpec
-from wbdist.settings import resolve
 
 if TYPE_CHECKING:
     from torch import nn
@@ -64,47 +45,6 @@ _END_OF_EPOCH = object()
 _LEDGER_REDUCE = {"samples": "sum53", "epoch": "first"}
 """Fingerprints of the ranks' shares add up (modulo 2**53) to the one of the step, whatever the number of ranks."""
 
-Strategy = Literal["auto", "rank0", "per_rank"]
-
-
-class Preempted(SystemExit):
-    """Raised inside `job.steps` on every rank after a notice; leaves the `with` block, and the process with code 75.
-
-    A SystemExit, so that a script need not know of it, `except Exception` does not swallow it, and code after the loop
-    (evaluation, export) does not run on a half-trained model within somebody's 30 seconds of grace.
-    """
-
-    def __init__(self, reason: str) -> None:
-        super().__init__(EXIT_PREEMPTED)
-        self.reason = reason
-
-
-class SaveEvery(msgspec.Struct, frozen=True):
-    """When to save periodically."""
-
-    steps: int
-
-    @classmethod
-    def parse(cls, value: str | int | None) -> SaveEvery | None:
-        """`50`, `"50 steps"`, or None for no periodic saves. Raises UsageError for anything else."""
-        if value is None:
-            return None
-        match = re.fullmatch(r"\s*(\d+)\s*(steps?)?\s*", str(value))
-        if isinstance(value, bool) or match is None or int(match[1]) == 0:
-            raise UsageError(
-                f'save_every={value!r} is not understood; give a positive number of steps such as 50 or "50 steps", or None'
-            )
-        return cls(int(match[1]))
-
-
-class _Plan(msgspec.Struct, frozen=True):
-    """What rank 0 decides at the start and every rank follows."""
-
-    run_id: str
-    attempt: int
-    nonce: str
-    cause: str
-
 
 class Job:
     """Handle of a job on one rank; make it with `job()` and use it as a context manager on the main thread of every rank."""
@@ -115,9 +55,9 @@ class Job:
         *,
         run_id: str | None,
         checkpoint_dir: Path | None,
-        save_every: SaveEvery | None,
+        save_every: int | None,
         keep_last: int,
-        strategy: Strategy,
+        strategy: strategies.Strategy,
         seed: int,
     ) -> None:
         """Use `job()`. `spec` is the run's; its id counts only when `run_id` asked for it."""
@@ -188,7 +128,7 @@ class Job:
         try:
             self._open()
         except BaseException as error:
-            self._say_verdict(error)
+            leave_verdict(_rank_for_verdict(), error)
             self._stack.close()
             raise
         return self
@@ -197,7 +137,7 @@ class Job:
         self._identity = detect()
         self._peers = coordination.connect(self._identity, os.environ.get("WBDIST_INCARNATION"), timeout=PEER_TIMEOUT)
         self._stack.callback(self._peers.close)
-        self._plan = self._agree_on_plan()
+        self._plan = agree_on_plan(self._peers, self._decide, PEER_TIMEOUT)
         # All ranks are here (they agreed on the plan), so forming takes no time; what counts is how long a collective may last.
         self._own_group = coordination.init_process_group(
             self._identity, incarnation=self._plan.nonce, timeout=COLLECTIVE_TIMEOUT
@@ -210,7 +150,7 @@ class Job:
                 self._directory, self._peers, attempt=self.attempt, keep_last=self._keep_last, seed=self._seed
             )
             self._chosen = self._checkpoints.choose(PEER_TIMEOUT)
-            position = None if self._chosen is None else self._chosen.runs[min(self.rank, len(self._chosen.runs) - 1)]
+            position = position_of(self._chosen, self._plan, self.rank, per_rank=self._strategy == "per_rank")
 
         # Signals are watched before the run is announced: whoever sees the run may preempt the job.
         self._hub = NoticeHub([SignalSource()])
@@ -220,40 +160,8 @@ class Job:
         self._stack.callback(self._agreement.close)
         self._runs = strategies.open_runs(self._strategy, self._identity, self._peers, self._run_spec(position))
 
-    def _agree_on_plan(self) -> _Plan:
-        """Rank 0 claims the directory; its success, or its error, becomes everybody's."""
-        answer: dict[str, Any] = {}
-        if self.rank == 0:
-            try:
-                answer = {"plan": msgspec.to_builtins(self._decide())}
-            except Error as error:
-                refusal = {"error": str(error), "exit_code": error.exit_code}
-                self._peers.agree("job/plan", msgspec.json.encode(refusal), PEER_TIMEOUT)
-                raise
-        told = self._peers.agree("job/plan", msgspec.json.encode(answer) if self.rank == 0 else None, PEER_TIMEOUT)
-        answer = msgspec.json.decode(told)
-        if "error" in answer:
-            refused = Error(f"rank 0 could not start the job: {answer['error']}")
-            refused.exit_code = int(answer["exit_code"])
-            raise refused
-        return msgspec.convert(answer["plan"], _Plan)
-
-    def _decide(self) -> _Plan:
-        cause = os.environ.get("WBDIST_CAUSE", "")
-        if self._directory is None:
-            return _Plan(self._spec.run_id, 1, secrets.token_hex(8), cause or "start")
-        spec = self._spec
-        claim = Claim.take(
-            self._directory,
-            run_id=self._id,
-            project=spec.project,
-            entity=spec.entity,
-            name=spec.name,
-            cause=cause,
-            timeout=spec.settings.claim_timeout,
-        )
-        self._stack.callback(claim.release)
-        return _Plan(claim.job.run_id, claim.attempt.number, claim.attempt.nonce, claim.attempt.cause)
+    def _decide(self) -> Plan:
+        return decide(self._spec, self._id, self._directory, self._stack)
 
     # The parts a training script uses -------------------------------------------------------------------
 
@@ -384,7 +292,7 @@ class Job:
         self._step += 1
         if self._pending is not None:
             self._report_progress()
-        if self._save_every is not None and self._step % self._save_every.steps == 0:
+        if self._save_every is not None and self._step % self._save_every == 0:
             self._save("interval")
 
     def _save(self, reason: str, *, block: bool = False) -> None:
@@ -423,10 +331,10 @@ class Job:
             else:
                 self._leave_failed(error)
         except BaseException as problem:
-            self._say_verdict(problem)
+            leave_verdict(_rank_for_verdict(), problem)
             raise
         else:
-            self._say_verdict(error)
+            leave_verdict(_rank_for_verdict(), error)
         finally:
             self._stack.close()
 
@@ -458,18 +366,6 @@ class Job:
             self._checkpoints.__exit__(type(error), error, None)
         self._runs.finish(exit_code_of(error))
 
-    def _say_verdict(self, error: BaseException | None) -> None:
-        """Leaves this rank's verdict where a supervisor looks; a launcher may hide or flatten the exit code."""
-        code = exit_code_of(error)
-        message = "" if error is None else f"{type(error).__name__}: {error}"
-        if isinstance(error, Preempted):
-            message = error.reason
-        rank = int(os.environ.get("RANK", "0"))
-        try:
-            intent.write(rank, intent.Verdict(intent.word_for(code), code, message[:2000]))
-        except OSError as problem:
-            log.warning("rank %d could not leave its verdict for the supervisor: %s", rank, problem)
-
     def _run_spec(self, position: RunPosition | None) -> RunSpec:
         return msgspec.structs.replace(
             self._spec,
@@ -482,82 +378,6 @@ class Job:
         )
 
 
-def job(
-    project: str | None = None,
-    *,
-    entity: str | None = None,
-    name: str | None = None,
-    id: str | None = None,
-    config: Mapping[str, Any] | None = None,
-    checkpoint_dir: str | os.PathLike[str] | None = None,
-    save_every: str | int | None = None,
-    keep_last: int = 2,
-    strategy: Strategy = "auto",
-    seed: int = 0,
-    group: str | None = None,
-    job_type: str | None = None,
-    tags: tuple[str, ...] | list[str] | None = None,
-    notes: str | None = None,
-    mode: Literal["online", "offline", "disabled"] | None = None,
-) -> Job:
-    """A job on this rank; all ranks make it with the same arguments and enter it with `with`.
-
-    `checkpoint_dir` is the job's identity: starting again with the same one continues the same run from its newest checkpoint.
-    Without one, nothing is saved and a restart is a new run. `save_every` is a number of steps ("50 steps"); a
-    checkpoint is also made at the end of the loop and on a preemption notice. `keep_last` committed ones stay.
-
-    `strategy`: `rank0` is one run with the ranks' means, `per_rank` a run a rank in one group, `auto` is rank0 with several
-    ranks. `seed` seeds Python, NumPy and torch on every rank (differently) and orders the data. The rest as in `init`.
-
-    Raises UsageError for arguments that cannot be right; nothing is started or written before `with`.
-    """
-    if strategy not in get_args(Strategy):
-        raise UsageError(f"strategy={strategy!r} is not known; choose one of: {', '.join(get_args(Strategy))}")
-    if save_every is not None and checkpoint_dir is None:
-        raise UsageError(f"save_every={save_every!r} needs checkpoint_dir=...: there is nowhere to save to")
-    arguments = {
-        "project": project,
-        "entity": entity,
-        "run_id": id,
-        "run_name": name,
-        "run_group": group,
-        "run_job_type": job_type,
-        "run_tags": tags,
-        "run_notes": notes,
-        "mode": mode,
-    }
-    settings = resolve(None, {key: value for key, value in arguments.items() if value is not None})
-    return Job(
-        make_spec(settings, config=config),
-        run_id=settings.run_id,
-        checkpoint_dir=None if checkpoint_dir is None else Path(checkpoint_dir).absolute(),
-        save_every=SaveEvery.parse(save_every),
-        keep_last=keep_last,
-        strategy=strategy,
-        seed=seed,
-    )
-
-
-def exit_code_of(error: BaseException | None) -> int:
-    """The exit code of the contract that fits how a job was left."""
-    if error is None:
-        return 0
-    if isinstance(error, SystemExit):
-        code = error.code
-        return code if isinstance(code, int) else 0 if code is None else 1
-    if isinstance(error, KeyboardInterrupt):
-        return 130
-    return error.exit_code if isinstance(error, Error) else EXIT_RETRYABLE
-
-
-def seed_everything(seed: int, rank: int) -> None:
-    """Seeds Python's, NumPy's (when loaded) and torch's generators from (seed, rank): different on each rank, so that dropout
-    is; DDP makes the ranks' initial weights alike by broadcasting rank 0's.
-    """
-    value = mix64(seed, rank)
-    random.seed(value)
-    if "numpy" in sys.modules:
-        sys.modules["numpy"].random.seed(value % 2**32)
-    import torch
-
-    torch.manual_seed(value >> 1)
+def _rank_for_verdict() -> int:
+    """The supervisor's number for this process, known even when finding out the identity is what failed."""
+    return int(os.environ.get("RANK", "0"))

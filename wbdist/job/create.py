@@ -1,0 +1,83 @@
+"""`job()`: arguments checked, nothing started."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from wbdist.distributed.strategies import Strategy
+from wbdist.errors import UsageError
+from wbdist.job.handle import Job
+from wbdist.run.init import make_spec
+from wbdist.settings import resolve
+
+
+def steps_between_saves(value: str | int | None) -> int | None:
+    """`50` or `"50 steps"` as a number of steps, None for no periodic saves. Raises UsageError for anything else."""
+    if value is None:
+        return None
+    match = re.fullmatch(r"\s*(\d+)\s*(steps?)?\s*", str(value))
+    if isinstance(value, bool) or match is None or int(match[1]) == 0:
+        raise UsageError(
+            f'save_every={value!r} is not understood; give a positive number of steps such as 50 or "50 steps", or None'
+        )
+    return int(match[1])
+
+
+def job(
+    project: str | None = None,
+    *,
+    entity: str | None = None,
+    name: str | None = None,
+    id: str | None = None,
+    config: Mapping[str, Any] | None = None,
+    checkpoint_dir: str | os.PathLike[str] | None = None,
+    save_every: str | int | None = None,
+    keep_last: int = 2,
+    strategy: Strategy = "auto",
+    seed: int = 0,
+    group: str | None = None,
+    job_type: str | None = None,
+    tags: tuple[str, ...] | list[str] | None = None,
+    notes: str | None = None,
+    mode: Literal["online", "offline", "disabled"] | None = None,
+) -> Job:
+    """A job on this rank; all ranks make it with the same arguments and enter it with `with`.
+
+    `checkpoint_dir` is the job's identity: starting again with the same one continues the same run from its newest checkpoint.
+    Without one, nothing is saved and a restart is a new run. `save_every` is a number of steps ("50 steps"); a
+    checkpoint is also made at the end of the loop and on a preemption notice. `keep_last` committed ones stay.
+
+    `strategy`: `rank0` is one run with the ranks' means, `per_rank` a run a rank in one group, `auto` is rank0 with several
+    ranks. `seed` seeds Python, NumPy and torch on every rank (differently) and orders the data. The rest as in `init`.
+
+    Raises UsageError for arguments that cannot be right; nothing is started or written before `with`.
+    """
+    if strategy not in get_args(Strategy):
+        raise UsageError(f"strategy={strategy!r} is not known; choose one of: {', '.join(get_args(Strategy))}")
+    if save_every is not None and checkpoint_dir is None:
+        raise UsageError(f"save_every={save_every!r} needs checkpoint_dir=...: there is nowhere to save to")
+    arguments = {
+        "project": project,
+        "entity": entity,
+        "run_id": id,
+        "run_name": name,
+        "run_group": group,
+        "run_job_type": job_type,
+        "run_tags": tags,
+        "run_notes": notes,
+        "mode": mode,
+    }
+    settings = resolve(None, {key: value for key, value in arguments.items() if value is not None})
+    return Job(
+        make_spec(settings, config=config),
+        run_id=settings.run_id,
+        checkpoint_dir=None if checkpoint_dir is None else Path(checkpoint_dir).absolute(),
+        save_every=steps_between_saves(save_every),
+        keep_last=keep_last,
+        strategy=strategy,
+        seed=seed,
+    )

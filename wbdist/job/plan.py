@@ -1,0 +1,113 @@
+"""What all ranks of a job must agree on before the first step."""
+
+from __future__ import annotations
+
+import logging
+import os
+import random
+import secrets
+import sys
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from wbdist.checkpoint.claim import Claim
+from wbdist.checkpoint.manifest import Manifest
+from wbdist.core.coordination import Coordinator
+from wbdist.core.mixing import mix64
+from wbdist.core.position import RunPosition
+from wbdist.errors import Error
+from wbdist.run.lifecycle import RunSpec
+
+log = logging.getLogger("wbdist.job")
+
+
+class Plan(msgspec.Struct, frozen=True):
+    """What rank 0 decides at the start and every rank follows."""
+
+    run_id: str
+    attempt: int
+    nonce: str
+    cause: str
+
+
+def decide(spec: RunSpec, run_id: str | None, directory: Path | None, stack: ExitStack) -> Plan:
+    """Rank 0: the plan of this attempt. With a directory it is claimed, and released by `stack`.
+
+    `run_id` is the id asked for, None for the directory's. Blocks at most `settings.claim_timeout` seconds. Raises
+    JobAlreadyRunningError, CheckpointError.
+    """
+    cause = os.environ.get("WBDIST_CAUSE", "")
+    if directory is None:
+        return Plan(spec.run_id, 1, secrets.token_hex(8), cause or "start")
+    claim = Claim.take(
+        directory,
+        run_id=run_id,
+        project=spec.project,
+        entity=spec.entity,
+        name=spec.name,
+        cause=cause,
+        timeout=spec.settings.claim_timeout,
+    )
+    stack.callback(claim.release)
+    return Plan(claim.job.run_id, claim.attempt.number, claim.attempt.nonce, claim.attempt.cause)
+
+
+def agree_on_plan(peers: Coordinator, decide_here: Callable[[], Plan], timeout: float) -> Plan:
+    """All ranks, in step: rank 0 calls `decide_here`; its plan, or its error, becomes everybody's.
+
+    Blocks at most `timeout` seconds besides what deciding takes. Raises rank 0's error, on the others as an Error with its
+    message and exit code; PeerLostError when rank 0 does not answer.
+    """
+    answer: dict[str, Any] = {}
+    if peers.rank == 0:
+        try:
+            answer = {"plan": msgspec.to_builtins(decide_here())}
+        except Error as error:
+            refusal = {"error": str(error), "exit_code": error.exit_code}
+            peers.agree("job/plan", msgspec.json.encode(refusal), timeout)
+            raise
+    told = peers.agree("job/plan", msgspec.json.encode(answer) if peers.rank == 0 else None, timeout)
+    answer = msgspec.json.decode(told)
+    if "error" in answer:
+        refused = Error(f"rank 0 could not start the job: {answer['error']}")
+        refused.exit_code = int(answer["exit_code"])
+        raise refused
+    return msgspec.convert(answer["plan"], Plan)
+
+
+def position_of(chosen: Manifest | None, plan: Plan, rank: int, *, per_rank: bool) -> RunPosition | None:
+    """Where this rank's run continues, None when it starts from nothing: no checkpoint, a rank that the checkpoint does not
+    know, or one made under another strategy, whose history lies in other runs.
+    """
+    if chosen is None:
+        return None
+    wanted = f"{plan.run_id}-r{rank}" if per_rank else plan.run_id
+    own = chosen.runs[rank] if rank < len(chosen.runs) else None
+    for position in (own, chosen.runs[0]):
+        if position is not None and position.run_id == wanted:
+            return position
+    if rank == 0:
+        log.warning(
+            "checkpoint %s was made under another strategy: its history is in run %s, this job's goes on in %s",
+            chosen.name,
+            chosen.runs[0].run_id,
+            wanted,
+        )
+    return None
+
+
+def seed_everything(seed: int, rank: int) -> None:
+    """Seeds Python's, NumPy's (when loaded) and torch's generators from (seed, rank): different on each rank, so that dropout
+    is; DDP makes the ranks' initial weights alike by broadcasting rank 0's.
+    """
+    value = mix64(seed, rank)
+    random.seed(value)
+    if "numpy" in sys.modules:
+        sys.modules["numpy"].random.seed(value % 2**32)
+    import torch
+
+    torch.manual_seed(value >> 1)
