@@ -1,0 +1,141 @@
+// The server's JSON, as `wbdist/server/ui/views.py` makes it.
+
+export type State = "pending" | "running" | "finished" | "failed" | "crashed" | "killed" | "preempting" | "preempted";
+
+/** A number, or "NaN", "Infinity", "-Infinity", which JSON cannot say otherwise. */
+export type Num = number | string;
+
+export interface Run {
+  id: string;
+  name: string;
+  state: State;
+  group: string;
+  job_type: string;
+  rank: number | null;
+  tags: string[];
+  attempt: number;
+  last_step: number;
+  rows: number;
+  created_at: number;
+  heartbeat_at: number;
+  runtime: Num | null;
+  version: number;
+  metrics: string[];
+  summary: Record<string, unknown>;
+}
+
+export interface Attempt {
+  attempt: number;
+  base_attempt: number | null;
+  base_step: number;
+  started_at: number;
+  ended_at: number | null;
+  cause: string;
+  end_cause: string;
+  exit_code: number | null;
+  rows: number;
+  rows_live: number;
+  live: boolean;
+}
+
+export interface RunDetail extends Run {
+  config: Record<string, unknown>;
+  notes: string;
+  host: string;
+  program: string;
+  commit: string;
+  repo: string;
+  console_lines: number;
+  attempts: Attempt[];
+}
+
+/** One line of a chart, by columns. Without `hi`, every point is one logged value. null: NaN or infinite. */
+export interface Series {
+  run: string;
+  key: string;
+  lo: number[];
+  mean: (number | null)[];
+  hi?: number[];
+  count?: number[];
+  min?: (number | null)[];
+  max?: (number | null)[];
+  last?: (number | null)[];
+}
+
+export interface Project {
+  entity: string;
+  project: string;
+  runs: number;
+  created_at: number;
+  updated_at: number;
+}
+
+export interface Place {
+  entity: string;
+  project: string;
+}
+
+export class ApiError extends Error {
+  constructor(
+    readonly status: number,
+    message: string,
+  ) {
+    super(message);
+  }
+}
+
+const TIMEOUT = 30_000;
+let onLoggedOut: () => void = () => {};
+let clockAhead = 0;
+
+/** Called once, by the root: what happens when the server no longer knows this browser. */
+export function whenLoggedOut(callback: () => void): void {
+  onLoggedOut = callback;
+}
+
+/** The server's time in Unix seconds: durations must not depend on this machine's clock. */
+export function serverNow(): number {
+  return Date.now() / 1000 + clockAhead;
+}
+
+export function learnServerTime(now: number): void {
+  clockAhead = now - Date.now() / 1000;
+}
+
+export const base = (place: Place): string => `/api/ui/${encodeURIComponent(place.entity)}/${encodeURIComponent(place.project)}`;
+
+async function ask<T>(path: string, body?: unknown): Promise<T> {
+  let response: Response;
+  try {
+    response = await fetch(path, {
+      signal: AbortSignal.timeout(TIMEOUT),
+      ...(body === undefined ? {} : { method: "POST", body: JSON.stringify(body), headers: { "Content-Type": "application/json" } }),
+    });
+  } catch (error) {
+    const slow = error instanceof DOMException && error.name === "TimeoutError";
+    throw new ApiError(0, slow ? `The server did not answer within ${TIMEOUT / 1000} s.` : "The server cannot be reached.");
+  }
+  const answer: any = await response.json().catch(() => null);
+  if (response.ok) {
+    if (typeof answer?.now === "number") learnServerTime(answer.now);
+    return answer as T;
+  }
+  if (response.status === 401) onLoggedOut();
+  throw new ApiError(response.status, answer?.errors?.[0]?.message ?? `The server answered ${response.status}.`);
+}
+
+export const api = {
+  me: () => ask<{ user: { name: string; entity: string } | null }>("/api/ui/me"),
+  login: (key: string) => ask<{ ok: boolean }>("/api/ui/login", { key }),
+  logout: () => ask<{ ok: boolean }>("/api/ui/logout", {}),
+  projects: () => ask<{ projects: Project[] }>("/api/ui/projects"),
+  runs: (place: Place, group: string | null) =>
+    ask<{ runs: Run[]; limit: number }>(`${base(place)}/runs${group === null ? "" : `?group=${encodeURIComponent(group)}`}`),
+  runsById: (place: Place, ids: string[]) =>
+    ask<{ runs: Run[] }>(`${base(place)}/runs?${ids.map((id) => `run=${encodeURIComponent(id)}`).join("&")}`),
+  run: (place: Place, id: string) => ask<{ run: RunDetail }>(`${base(place)}/runs/${encodeURIComponent(id)}`),
+  console: (place: Place, id: string, query: string) =>
+    ask<{ first: number; total: number; lines: string[] }>(`${base(place)}/runs/${encodeURIComponent(id)}/console?${query}`),
+  series: (place: Place, runs: string[], keys: string[], buckets: number) =>
+    ask<{ series: Series[] }>(`${base(place)}/series`, { runs, keys, buckets }),
+};
