@@ -17,7 +17,7 @@ PER_START = ("MASTER_PORT", "WBDIST_CAUSE", "WBDIST_INCARNATION", "WBDIST_INTENT
 
 @click.command(context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})
 @click.option("--nproc", default=1, show_default=True, type=click.IntRange(1), help="Ranks to start on this host.")
-@click.option("--nnodes", default="1", help="Only 1: for several hosts use torchrun, see below.")
+@click.option("--nnodes", default="1", help="Only 1: another value is refused with the torchrun line for several hosts.")
 @click.option(
     "--max-restarts", default=3, show_default=True, type=click.IntRange(0), help="Restarts in a row without a new checkpoint."
 )
