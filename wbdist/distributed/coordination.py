@@ -18,6 +18,7 @@ import contextlib
 import os
 import re
 import secrets
+import socket
 import sys
 import threading
 import time
@@ -129,6 +130,10 @@ def _open_store(identity: RankIdentity, env: Mapping[str, str], timeout: float) 
     host, port = store_address(identity, env)
     agent_hosts = env.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     hosting = identity.rank == 0 and not agent_hosts
+    started = time.monotonic()
+    if not hosting:
+        _until_listening(host, port, timeout)
+    timeout = max(1.0, timeout - (time.monotonic() - started))
     try:
         # multi_tenant: a later env:// rendezvous of the script on the same port joins this server instead of failing.
         store: Store = _c10d().TCPStore(
@@ -149,6 +154,20 @@ def _open_store(identity: RankIdentity, env: Mapping[str, str], timeout: float) 
     if hosting:
         _hosted.append(store)
     return store, hosting
+
+
+def _until_listening(host: str, port: int, timeout: float) -> None:
+    """Until somebody listens there, at most `timeout` seconds. The store's own client backs off up to a second between tries,
+    which is what a restart would spend waiting for rank 0 to have imported torch. Who never came is told by the store's error.
+    """
+    deadline = time.monotonic() + timeout
+    while time.monotonic() < deadline:
+        try:
+            socket.create_connection((host, port), timeout=max(0.1, deadline - time.monotonic())).close()
+        except OSError:
+            time.sleep(0.01)
+        else:
+            return
 
 
 def store_address(identity: RankIdentity, env: Mapping[str, str]) -> tuple[str, int]:

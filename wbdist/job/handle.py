@@ -153,7 +153,8 @@ class Job:
             position = position_of(self._chosen, self._plan, self.rank, per_rank=self._strategy == "per_rank")
 
         # Signals are watched before the run is announced: whoever sees the run may preempt the job.
-        self._hub = NoticeHub([SignalSource()])
+        grace = os.environ.get("WBDIST_GRACE")
+        self._hub = NoticeHub([SignalSource(grace=float(grace) if grace else None)])
         self._hub.start()
         self._stack.callback(self._hub.close)
         self._agreement = StopAgreement(self._peers, self._hub, timeout=STOP_TIMEOUT)
@@ -362,6 +363,7 @@ class Job:
 
     def _leave_failed(self, error: BaseException) -> None:
         self._open_step = None
+        self._agreement.close(failed=True)  # first: peers that were told to stop learn at once that there is no common stop
         if self._checkpoints is not None:
             self._checkpoints.__exit__(type(error), error, None)
         self._runs.finish(exit_code_of(error))
