@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import shutil
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -142,6 +143,12 @@ def open_tab(browser: Browser, served: Served, *, login: bool = True, **options:
         assert answer.ok, answer.text()
     yield tab
     context.close()
+
+
+@pytest.fixture
+def tabs(browser: Browser, served: Served) -> Callable[..., contextlib.AbstractContextManager[Tab]]:
+    """Opens further pages, with playwright's context options; what they complain about is the test's to check."""
+    return functools.partial(open_tab, browser, served)
 
 
 @pytest.fixture

@@ -31,8 +31,8 @@ export interface Attempt {
   started_at: number;
   ended_at: number | null;
   cause: string;
-  end_cause: string;
-  exit_code: number | null;
+  /** How it ended, in a word; '' while it runs. */
+  end: string;
   rows: number;
   rows_live: number;
   live: boolean;
@@ -70,6 +70,11 @@ export interface Project {
   updated_at: number;
 }
 
+export interface User {
+  name: string;
+  entity: string;
+}
+
 export interface Place {
   entity: string;
   project: string;
@@ -104,12 +109,13 @@ export function learnServerTime(now: number): void {
 
 export const base = (place: Place): string => `/api/ui/${encodeURIComponent(place.entity)}/${encodeURIComponent(place.project)}`;
 
-async function ask<T>(path: string, body?: unknown): Promise<T> {
+async function ask<T>(path: string, body?: unknown, headers: Record<string, string> = {}): Promise<T> {
   let response: Response;
   try {
     response = await fetch(path, {
       signal: AbortSignal.timeout(TIMEOUT),
-      ...(body === undefined ? {} : { method: "POST", body: JSON.stringify(body), headers: { "Content-Type": "application/json" } }),
+      headers: body === undefined ? headers : { ...headers, "Content-Type": "application/json" },
+      ...(body === undefined ? {} : { method: "POST", body: JSON.stringify(body) }),
     });
   } catch (error) {
     const slow = error instanceof DOMException && error.name === "TimeoutError";
@@ -125,7 +131,9 @@ async function ask<T>(path: string, body?: unknown): Promise<T> {
 }
 
 export const api = {
-  me: () => ask<{ user: { name: string; entity: string } | null }>("/api/ui/me"),
+  me: () => ask<{ user: User | null }>("/api/ui/me"),
+  /** Whose key this is. Asked before a login: to a 401 the browser itself would answer, with a password box of its own. */
+  owner: (key: string) => ask<{ user: User | null }>("/api/ui/me", undefined, { Authorization: `Bearer ${key}` }),
   login: (key: string) => ask<{ ok: boolean }>("/api/ui/login", { key }),
   logout: () => ask<{ ok: boolean }>("/api/ui/logout", {}),
   projects: () => ask<{ projects: Project[] }>("/api/ui/projects"),

@@ -1,6 +1,6 @@
 import type { JSX } from "preact";
 import { useState } from "preact/hooks";
-import { api, ApiError } from "../api";
+import { api } from "../api";
 import { Code, useTitle } from "../parts/frame";
 
 export function LoginPage({ onLogin }: { onLogin: () => void }): JSX.Element {
@@ -12,11 +12,13 @@ export function LoginPage({ onLogin }: { onLogin: () => void }): JSX.Element {
     event.preventDefault();
     setBusy(true);
     try {
-      await api.login(key.trim());
-      onLogin();
+      // Other characters cannot be part of a key, nor travel in a header.
+      if (/^[!-~]+$/.test(key.trim()) && (await api.owner(key.trim())).user) {
+        await api.login(key.trim());
+        onLogin();
+      } else setError("That is not a key of this server.");
     } catch (failure) {
-      const known = failure instanceof ApiError && failure.status === 401;
-      setError(known ? "That is not a key of this server." : failure instanceof Error ? failure.message : String(failure));
+      setError(failure instanceof Error ? failure.message : String(failure));
     } finally {
       setBusy(false);
     }

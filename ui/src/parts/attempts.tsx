@@ -20,15 +20,12 @@ export function markersOf(attempts: Attempt[]): Marker[] {
   return attempts.filter((a) => a.live && a.base_step >= 0).map((a) => ({ step: a.base_step + 0.5, label: `attempt ${a.attempt}` }));
 }
 
-function ending(attempt: Attempt): { word: string; kind: string } {
-  const { end_cause, exit_code } = attempt;
-  if (attempt.ended_at === null) return { word: "running", kind: "running" };
-  if (end_cause === "exit" && exit_code === 0) return { word: "finished", kind: "finished" };
-  if (end_cause === "exit") return { word: exit_code === null ? "ended" : `failed, exit code ${exit_code}`, kind: "failed" };
-  if (end_cause === "preempted") return { word: "preempted", kind: "preempted" };
-  if (end_cause === "lost") return { word: "process lost", kind: "crashed" };
-  if (end_cause === "silence") return { word: "fell silent", kind: "crashed" };
-  return { word: end_cause || "ended", kind: "killed" };
+function ending({ end, ended_at }: Attempt): { word: string; kind: string } {
+  if (ended_at === null) return { word: "running", kind: "running" };
+  if (end === "lost") return { word: "process lost", kind: "crashed" };
+  if (end === "silence") return { word: "fell silent", kind: "crashed" };
+  const kind = ["finished", "failed", "preempted"].find((state) => end.startsWith(state));
+  return { word: end || "ended", kind: kind ?? "killed" };
 }
 
 /** The lives of the job: when, why, from where, and what of each is in the line that is shown. */
@@ -85,7 +82,7 @@ export function Attempts({ attempts }: { attempts: Attempt[] }): JSX.Element {
                   </td>
                   <td role="cell" class="num" data-label="From step">{attempt.base_step < 0 ? "start" : number(attempt.base_step + 1)}</td>
                   <td role="cell" class="num" data-label="Rows live">{number(attempt.rows_live)}</td>
-                  <td role="cell" class="num" data-label="Archived" title={archived ? "Logged after the checkpoint that the next attempt went on from: kept, not shown" : ""}>
+                  <td role="cell" class={archived ? "num" : "num none"} data-label="Archived" title={archived ? "Logged after the checkpoint that the next attempt went on from: kept, not shown" : ""}>
                     {archived ? number(archived) : "–"}
                   </td>
                 </tr>

@@ -50,9 +50,9 @@ export function Chart({ place, metric, runs, markers, log }: Props): JSX.Element
             {plural(gaps, "gap")}
           </span>
         )}
-        {only && <output class="chart-value">{number(shown)}</output>}
+        {only && <span class="chart-value">{number(shown)}</span>}
       </figcaption>
-      <div class="plot" role="img" aria-label={describe(metric, lines, points)}>
+      <div class="plot" role="img" aria-label={describe(metric, lines, points, markers)}>
         {ready && points > 0 ? (
           <Plot lines={lines} markers={markers} log={log} onHover={setHover} />
         ) : (
@@ -69,9 +69,9 @@ function lastValue({ series }: Line): number | string | null | undefined {
   return (series.last ?? series.mean).at(-1) ?? "not finite";
 }
 
-function describe(metric: string, lines: Line[], points: number): string {
+function describe(metric: string, lines: Line[], points: number, markers: Marker[]): string {
   const parts = lines.slice(0, 8).map((line) => `${line.label}: last ${number(lastValue(line)) || "none"}`);
-  return `Line chart of ${metric}, ${plural(points, "value")}. ${parts.join("; ")}`;
+  return `Line chart of ${metric}, ${plural(points, "value")}. ${[...parts, ...markers.map(({ step, label }) => `${label} from step ${step + 0.5}`)].join("; ")}`;
 }
 
 interface Hover {

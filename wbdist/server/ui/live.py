@@ -154,7 +154,9 @@ class EventStream(Response):
         telling = asyncio.create_task(self._tell(page, send))
         leaving = asyncio.create_task(_disconnected(receive))
         try:
-            await asyncio.wait({telling, leaving}, timeout=_LIFE, return_when=asyncio.FIRST_COMPLETED)
+            # uvicorn cancels the requests that outlast a stop's grace: for a stream an ordinary end, no failure to log.
+            with suppress(asyncio.CancelledError):
+                await asyncio.wait({telling, leaving}, timeout=_LIFE, return_when=asyncio.FIRST_COMPLETED)
         finally:
             self._updates.leave(self._watched, page)
             for task in (telling, leaving):

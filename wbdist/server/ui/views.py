@@ -7,6 +7,7 @@ from typing import Any
 
 import msgspec
 
+from wbdist.core.attempts import describe_end
 from wbdist.core.position import CONSOLE, HISTORY
 from wbdist.protocol.jsonvalues import plain
 from wbdist.server.store.interface import AttemptRow, Bucket, RunRow
@@ -62,14 +63,19 @@ def run_page(run: RunRow, attempts: Sequence[AttemptRow]) -> dict[str, Any]:
 
 
 def attempt_list(current: int, attempts: Sequence[AttemptRow]) -> list[dict[str, Any]]:
-    """The attempts, each with `live`: whether the line that is shown passes through it."""
+    """The attempts, each with `live`: whether the line that is shown passes through it; and `end`: how it ended, in a word."""
     bases = {row.attempt: row.base_attempt for row in attempts}
     live: set[int] = set()
     at: int | None = current
     while at is not None and at in bases and at not in live:
         live.add(at)
         at = bases[at]
-    return [{**msgspec.structs.asdict(row), "nonce": None, "live": row.attempt in live} for row in attempts]
+    out = []
+    for row in attempts:
+        shown = msgspec.structs.asdict(row)
+        del shown["nonce"]
+        out.append({**shown, "live": row.attempt in live, "end": describe_end(row.end_cause, row.exit_code)})
+    return out
 
 
 def series(run_id: str, key: str, buckets: Sequence[Bucket]) -> dict[str, Any]:
