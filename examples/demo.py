@@ -239,7 +239,7 @@ class Findings:
         self.missing = len(set(wanted) - set(steps))
         self.stale = len(set(steps) - set(wanted))
         self.same_history = self._comparable(self.rows) == self._comparable(self.reference_rows)
-        self.same_order = self._column(self.rows, "samples") == self._column(self.reference_rows, "samples")
+        self.same_order = self._column(self.rows, "_samples") == self._column(self.reference_rows, "_samples")
         self.same_weights = tested.summary.get("weights_xxh3") == reference.summary.get("weights_xxh3") is not None
         self.accuracy = float(tested.summary.get("accuracy", 0.0))
 
@@ -253,7 +253,7 @@ class Findings:
         return [(row["_step"], row[key]) for row in rows if key in row]
 
     def problems(self) -> list[str]:
-        order = self._column(self.rows, "samples")
+        order = self._column(self.rows, "_samples")
         checks = {
             f"{len(order)} of {self.total} steps carry a sample fingerprint": len(order) == self.total,
             f"{self.doubled} rows doubled": self.doubled == 0,
@@ -274,7 +274,7 @@ class Findings:
         table.add_column("uninterrupted", justify="right")
         pair = (self.tested, self.reference)
         table.add_row("attempts", *(str(len(run.attempts())) for run in pair))
-        table.add_row("training steps", *(str(len(self._column(rows, "samples"))) for rows in (self.rows, self.reference_rows)))
+        table.add_row("training steps", *(str(len(self._column(rows, "_samples"))) for rows in (self.rows, self.reference_rows)))
         table.add_row("rows", str(len(self.rows)), str(len(self.reference_rows)))
         table.add_row("doubled / missing / stale", f"{self.doubled} / {self.missing} / {self.stale}", "")
         table.add_row("accuracy, held-out images", *(f"{float(run.summary.get('accuracy', 0)):.4f}" for run in pair))

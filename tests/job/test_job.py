@@ -33,7 +33,7 @@ def test_one_script_runs_in_four_ways(server: Server, jobs: Jobs, how: str, npro
     job = jobs.start("--name", "job", "--checkpoint-dir", "ckpt", how=how, nproc=nproc)
     assert job.wait() == 0, job.output()
     run = the_run("job")
-    steps = [row["_step"] for row in run.scan_history(keys=["_step", "loss", "samples"])]
+    steps = [row["_step"] for row in run.scan_history(keys=["_step", "loss", "_samples"])]
     assert steps == list(range(STEPS if nproc == 2 else 2 * STEPS))
     assert run.state == "finished"
     assert job.family() == []

@@ -42,7 +42,7 @@ STOP_TIMEOUT = 20.0
 """Seconds for all ranks to say where they are after a notice; one that does not is taken for dead. Below torchrun's 30 s."""
 
 _END_OF_EPOCH = object()
-_LEDGER_REDUCE = {"samples": "sum53", "epoch": "first"}
+_LEDGER_REDUCE = {"_samples": "sum53", "epoch": "first"}
 """Fingerprints of the ranks' shares add up (modulo 2**53) to the one of the step, whatever the number of ranks."""
 
 
@@ -288,7 +288,7 @@ class Job:
         data, self._open_step = self._open_step, None
         if data is None:
             return
-        self._runs.log({"samples": data.fingerprint(), "epoch": data.epoch}, step=self._step, reduce=_LEDGER_REDUCE)
+        self._runs.log({"_samples": data.fingerprint(), "epoch": data.epoch}, step=self._step, reduce=_LEDGER_REDUCE)
         self._runs.commit_row()
         self._step += 1
         if self._pending is not None:
