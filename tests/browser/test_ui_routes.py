@@ -15,6 +15,8 @@ import pytest
 import requests
 from browser import ui_seed
 
+from wbdist.core.position import HISTORY, Watermark
+from wbdist.protocol.attempts import BeginAttempt
 from wbdist.server.ui import live, pages
 
 
@@ -160,6 +162,36 @@ def test_a_console_is_read_from_its_end_or_from_a_line_on(served: Any, http: Any
     assert http.get(f"{path}?first=99").json()["lines"] == []
     for wrong in ("last=-1", "last=x", "last=5001", "first=1e9", "last="):
         assert http.get(f"{path}?{wrong}").status_code == 400
+
+
+def test_attempts_outside_the_line_that_is_shown_are_marked(served: Any, http: Any) -> None:
+    """Proves that of a run that was taken up again from its first attempt, the second attempt is known as not shown."""
+    run = ui_seed.SeededRun(served.store, "aside", "r1", time.time())
+    run.begin()
+    run.log([ui_seed.row(step) for step in range(10)])
+    run.begin(keep_rows=8, last_step=7, cause="lost")
+    run.log([ui_seed.row(step) for step in range(8, 12)])
+    third = BeginAttempt(3, "n3", "rank0", Watermark(1, {HISTORY: {"rank0": 5}}, 4), "rewind")
+    assert served.store.begin_attempt(run.pk, third, time.time()).accepted
+    attempts = http.get("/api/ui/local/aside/runs/r1").json()["run"]["attempts"]
+    assert [(row["attempt"], row["live"], row["rows_live"], row["base_step"]) for row in attempts] == [
+        (1, True, 5, -1),
+        (2, False, 0, 7),
+        (3, True, 0, 4),
+    ]
+    assert "nonce" not in attempts[0], "whoever has it can write as this attempt"
+
+
+def test_open_streams_end_with_the_server(served: Any) -> None:
+    """Proves that a stop ends the streams of open pages properly, after the grace at the latest."""
+    stream = Stream(served, "/api/ui/local/stopped/events")
+    stream.until("retry: 1000")
+    served.stop()
+    try:
+        stream.until(r"\r\n0\r\n\r\n")
+    finally:
+        served.start()
+    stream.close()
 
 
 def test_numbers_no_json_has_do_not_break_answers(served: Any, http: Any) -> None:
