@@ -38,7 +38,7 @@ export function Charts({ place, runs, markers = [], empty, legend = false }: Pro
             <input type="checkbox" checked={log} onChange={(e) => setLog(e.currentTarget.checked)} /> Log scale
           </label>
         )}
-        {all.length > 0 && <span class="hint">Drag to zoom, double-click to reset.</span>}
+        {all.length > 0 && <span class="hint charts-hint">Drag to zoom, double-click to reset.</span>}
       </div>
       {legend && all.length > 0 && (
         <ul class="legend" aria-label="Lines">
