@@ -26,6 +26,8 @@ export function LoginPage({ onLogin }: { onLogin: () => void }): JSX.Element {
   return (
     <form class="login panel" onSubmit={submit}>
       <h1>Log in</h1>
+      {/* For password managers: they file a key under a name. */}
+      <input type="text" name="user" value="api" autocomplete="username" readOnly hidden />
       <label for="key">API key</label>
       <input
         id="key"

@@ -57,7 +57,7 @@ export function ProjectPage({ place }: { place: Place }): JSX.Element {
           </section>
           <Charts
             place={place}
-            runs={charted.map((run) => ({ run, label: run.name || run.id, look: looks.get(run.id) ?? look(0) }))}
+            runs={charted.map((run) => ({ run, label: labelOf(run), look: looks.get(run.id) ?? look(0) }))}
             legend={charted.length > 1}
             empty={charted.length ? "These runs have logged no numbers yet." : "Tick runs in the table to draw them here."}
           />
@@ -65,6 +65,11 @@ export function ProjectPage({ place }: { place: Place }): JSX.Element {
       )}
     </>
   );
+}
+
+function labelOf(run: Run): string {
+  const name = run.name || run.id;
+  return run.group && run.rank !== null && !name.endsWith(String(run.rank)) ? `${name} (rank ${run.rank})` : name;
 }
 
 /** The newest runs; of a group all or none. */

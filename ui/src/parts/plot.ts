@@ -63,7 +63,7 @@ export function options(lines: Line[], log: boolean, size: { width: number; heig
   const hidden = { stroke: "transparent", width: 0, points: { show: false } };
   const series: uPlot.Series[] = [{}];
   for (const { label, colour, dash } of lines) {
-    series.push({ label, stroke: colour, width: 1.5, dash, points: { size: 4, fill: colour } });
+    series.push({ label, stroke: colour, width: 1.5, dash, points: { size: 6, fill: colour } });
     if (bands) series.push({ ...hidden, label: `${label} min` }, { ...hidden, label: `${label} max` });
   }
   return {
