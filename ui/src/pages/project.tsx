@@ -67,9 +67,11 @@ export function ProjectPage({ place }: { place: Place }): JSX.Element {
   );
 }
 
+/** Made-up names of a group's runs do not tell its ranks apart. */
 function labelOf(run: Run): string {
   const name = run.name || run.id;
-  return run.group && run.rank !== null && !name.endsWith(String(run.rank)) ? `${name} (rank ${run.rank})` : name;
+  const told = /\br(?:ank)?[-_ ]?(\d+)$/.exec(name)?.[1] === String(run.rank);
+  return run.group && run.rank !== null && !told ? `${name} (rank ${run.rank})` : name;
 }
 
 /** The newest runs; of a group all or none. */
