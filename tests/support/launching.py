@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -38,6 +39,8 @@ class Launched:
                 env={**os.environ, "WBDIST_TEST_MARK": self.mark},
                 stdout=log,
                 stderr=log,
+                # The launcher respects nohup; a suite that was started under it must not make it deaf to SIGHUP.
+                preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),
                 **kwargs,
             )
 
