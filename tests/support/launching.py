@@ -40,7 +40,7 @@ class Launched:
                 stdout=log,
                 stderr=log,
                 # The launcher respects nohup; a suite that was started under it must not make it deaf to SIGHUP.
-                preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),
+                preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),  # noqa: PLW1509  (no threads here)
                 **kwargs,
             )
 
