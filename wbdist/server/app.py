@@ -6,8 +6,7 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import AsyncIterator
-from importlib import import_module, metadata
-from importlib.util import find_spec
+from importlib import metadata
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -15,7 +14,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
 
-from wbdist.server import http, sessions, silence, stream, transfers
+from wbdist.server import http, sessions, silence, stream, transfers, ui_routes
 from wbdist.server.context import AppContext
 from wbdist.server.gql import endpoint
 
@@ -47,7 +46,7 @@ def create_app(ctx: AppContext) -> Starlette:
         *stream.routes(ctx),
         *transfers.routes(ctx),
         *sessions.routes(ctx),
-        *_pages(ctx),
+        *ui_routes.routes(ctx),  # last: /{entity}/{project} takes whatever is left
     ]
 
     @contextlib.asynccontextmanager
@@ -64,14 +63,6 @@ def create_app(ctx: AppContext) -> Starlette:
     app.add_exception_handler(HTTPException, _refuse)
     app.add_exception_handler(Exception, _fail)
     return app
-
-
-def _pages(ctx: AppContext) -> list[BaseRoute]:
-    """The pages, where they are part of this installation; the API serves without them."""
-    if find_spec("wbdist.server.ui_routes") is None:
-        return []
-    found: list[BaseRoute] = import_module("wbdist.server.ui_routes").routes(ctx)
-    return found
 
 
 async def _refuse(_request: Request, error: Exception) -> Response:

@@ -9,7 +9,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import FrameType
 from urllib.parse import unquote, urlsplit
@@ -117,7 +117,7 @@ def _run(
     )
     # uvicorn stops on SIGTERM and SIGINT and then raises them again: being told to stop is no failure of a server.
     with _handling_stops(lambda *_: None):
-        _AnnouncingServer(config, listening).run(sockets=[listener])
+        _AnnouncingServer(config, listening, ctx.on_stop).run(sockets=[listener])
 
 
 @contextlib.contextmanager
@@ -137,14 +137,20 @@ def _exit_quietly(_number: int, _frame: FrameType | None) -> None:
 class _AnnouncingServer(uvicorn.Server):
     """Tells when it really accepts connections; uvicorn's lifespan events come before that."""
 
-    def __init__(self, config: uvicorn.Config, listening: Callable[[], None]) -> None:
+    def __init__(self, config: uvicorn.Config, listening: Callable[[], None], on_stop: Sequence[Callable[[], None]]) -> None:
         super().__init__(config)
         self._listening = listening
+        self._on_stop = on_stop
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         if self.started:
             self._listening()
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        for stop in self._on_stop:
+            stop()
+        await super().shutdown(sockets)
 
 
 def listen(host: str, port: int) -> tuple[socket.socket, int]:

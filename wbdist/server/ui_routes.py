@@ -49,6 +49,7 @@ def routes(ctx: AppContext) -> list[BaseRoute]:
     """
     store = ctx.store
     live = LiveUpdates(store, ctx.clock)
+    ctx.on_stop.append(live.stopping.set)
 
     def for_users(handler: Handler) -> Handler:
         async def checked(request: Request) -> Response:

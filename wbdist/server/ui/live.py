@@ -62,6 +62,8 @@ class LiveUpdates:
         self._store = store
         self.clock = clock
         self._watches: dict[Watched, _Watch] = {}
+        self.stopping = asyncio.Event()
+        """Set when the server stops: every stream ends at once, and the pages come back when it is there again."""
 
     def stream(self, watched: Watched) -> Response:
         """The answer to a page that wants to know about `watched`. Raises TooManyStreamsError."""
@@ -153,15 +155,16 @@ class EventStream(Response):
         page = self._updates.join(self._watched)
         telling = asyncio.create_task(self._tell(page, send))
         leaving = asyncio.create_task(_disconnected(receive))
+        stopping = asyncio.create_task(self._updates.stopping.wait())
         try:
             # uvicorn cancels the requests that outlast a stop's grace: for a stream an ordinary end, no failure to log.
             with suppress(asyncio.CancelledError):
-                await asyncio.wait({telling, leaving}, timeout=_LIFE, return_when=asyncio.FIRST_COMPLETED)
+                await asyncio.wait({telling, leaving, stopping}, timeout=_LIFE, return_when=asyncio.FIRST_COMPLETED)
         finally:
             self._updates.leave(self._watched, page)
-            for task in (telling, leaving):
+            for task in (telling, leaving, stopping):
                 task.cancel()
-            await asyncio.gather(telling, leaving, return_exceptions=True)
+            await asyncio.gather(telling, leaving, stopping, return_exceptions=True)
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
     async def _tell(self, page: Page, send: Send) -> None:
