@@ -9,6 +9,9 @@ from wbdist.server.store.sql import SqlStore
 
 __all__ = ["SqlStore", "StoreError", "open_store"]
 
+_MIGRATION_LOCK = 7_622_034_917
+"""PostgreSQL advisory lock: of several servers that start at once, one migrates and the others wait."""
+
 
 def open_store(url: str, *, durable: bool = False) -> SqlStore:
     """Opens (and creates, and migrates) the database at `url`: sqlite:///path or postgresql://...
@@ -25,9 +28,12 @@ def open_store(url: str, *, durable: bool = False) -> SqlStore:
     config.set_main_option("script_location", str(Path(__file__).with_name("migrations")).replace("%", "%%"))
     try:
         with connections.write() as connection:
+            if not connections.sqlite:
+                connection.execute(sa.select(sa.func.pg_advisory_xact_lock(_MIGRATION_LOCK)))
             config.attributes["connection"] = connection
             command.upgrade(config, "head")
-    except (CommandError, sa.exc.SQLAlchemyError) as error:
+    except (CommandError, StoreError) as error:
         connections.close()
-        raise StoreError(f"the database {url} cannot be used: {error}") from error
+        shown = sa.make_url(url).render_as_string(hide_password=True)
+        raise StoreError(f"the database {shown} cannot be used: {error}") from error
     return SqlStore(connections)

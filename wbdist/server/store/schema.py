@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import sqlalchemy as sa
 
+from wbdist.server.store.anytext import AnyText
+
 metadata = sa.MetaData()
+_BIG = sa.BigInteger().with_variant(sa.Integer, "sqlite")
+"""A key that does not run out; only an INTEGER is SQLite's own rowid, of 64 bits anyway."""
 
 projects = sa.Table(
     "projects",
     metadata,
-    sa.Column("entity", sa.Text, primary_key=True),
-    sa.Column("project", sa.Text, primary_key=True),
+    sa.Column("entity", AnyText, primary_key=True),
+    sa.Column("project", AnyText, primary_key=True),
     sa.Column("created_at", sa.Double, nullable=False),
     sa.Column("runs", sa.Integer, nullable=False),
 )
@@ -19,21 +23,21 @@ runs = sa.Table(
     "runs",
     metadata,
     sa.Column("pk", sa.Integer, primary_key=True),
-    sa.Column("entity", sa.Text, nullable=False),
-    sa.Column("project", sa.Text, nullable=False),
-    sa.Column("run_id", sa.Text, nullable=False),
-    sa.Column("display_name", sa.Text, nullable=False),
+    sa.Column("entity", AnyText, nullable=False),
+    sa.Column("project", AnyText, nullable=False),
+    sa.Column("run_id", AnyText, nullable=False),
+    sa.Column("display_name", AnyText, nullable=False),
     sa.Column("state", sa.Text, nullable=False),
     sa.Column("config", sa.Text, nullable=False),
     sa.Column("summary", sa.Text, nullable=False),
-    sa.Column("run_group", sa.Text, nullable=False),
-    sa.Column("job_type", sa.Text, nullable=False),
-    sa.Column("notes", sa.Text, nullable=False),
+    sa.Column("run_group", AnyText, nullable=False),
+    sa.Column("job_type", AnyText, nullable=False),
+    sa.Column("notes", AnyText, nullable=False),
     sa.Column("tags", sa.Text, nullable=False),
-    sa.Column("host", sa.Text, nullable=False),
-    sa.Column("program", sa.Text, nullable=False),
-    sa.Column("git_commit", sa.Text, nullable=False),
-    sa.Column("repo", sa.Text, nullable=False),
+    sa.Column("host", AnyText, nullable=False),
+    sa.Column("program", AnyText, nullable=False),
+    sa.Column("git_commit", AnyText, nullable=False),
+    sa.Column("repo", AnyText, nullable=False),
     sa.Column("created_at", sa.Double, nullable=False),
     sa.Column("heartbeat_at", sa.Double, nullable=False),
     sa.Column("attempt", sa.Integer, nullable=False),
@@ -41,6 +45,7 @@ runs = sa.Table(
     sa.Column("last_step", sa.BigInteger, nullable=False),
     sa.Column("metrics", sa.Text, nullable=False),
     sa.Column("version", sa.BigInteger, nullable=False),
+    sa.Column("summary_given", sa.Boolean, nullable=False, server_default=sa.false()),  # by a client, in the current attempt
     sa.UniqueConstraint("entity", "project", "run_id"),
     sa.Index("runs_by_group", "entity", "project", "run_group"),
     sa.Index("runs_by_beat", "state", "heartbeat_at"),
@@ -51,15 +56,13 @@ attempts = sa.Table(
     metadata,
     sa.Column("run_pk", sa.Integer, sa.ForeignKey("runs.pk"), primary_key=True),
     sa.Column("attempt", sa.Integer, primary_key=True),
-    sa.Column(
-        "nonce", sa.Text, nullable=False
-    ),  # '' for a placeholder: an attempt that a later one is based on, not heard of yet
+    sa.Column("nonce", AnyText, nullable=False),  # '' for a placeholder: a base of a later attempt, not heard of yet
     sa.Column("base_run", sa.Integer),  # for forks: the run whose attempt `base` counts in; NULL is this run
     sa.Column("base", sa.Text),  # Watermark as JSON; NULL is a start from nothing
     sa.Column("started_at", sa.Double, nullable=False),
     sa.Column("ended_at", sa.Double),
-    sa.Column("cause", sa.Text, nullable=False),
-    sa.Column("end_cause", sa.Text, nullable=False),
+    sa.Column("cause", AnyText, nullable=False),
+    sa.Column("end_cause", AnyText, nullable=False),
     sa.Column("exit_code", sa.Integer),
 )
 
@@ -68,37 +71,41 @@ cursors = sa.Table(
     metadata,
     sa.Column("run_pk", sa.Integer, sa.ForeignKey("runs.pk"), primary_key=True),
     sa.Column("attempt", sa.Integer, primary_key=True),
-    sa.Column("lane", sa.Text, primary_key=True),  # '' for the attempt's own nonce; a rival's nonce for what it sent
+    sa.Column("lane", AnyText, primary_key=True),  # '' for the attempt's own nonce; a rival's nonce for what it sent
     sa.Column("stream", sa.Text, primary_key=True),
-    sa.Column("writer", sa.Text, primary_key=True),
+    sa.Column("writer", AnyText, primary_key=True),
     sa.Column("next", sa.BigInteger, nullable=False),
+    sa.Column(
+        "loose", sa.Integer, nullable=False, server_default="0"
+    ),  # how near the next merge of level 0 is; see chunks.LOOSE
 )
 
 chunks = sa.Table(
     "chunks",
     metadata,
-    sa.Column("pk", sa.Integer, primary_key=True),
+    sa.Column("pk", _BIG, primary_key=True),
     sa.Column("run_pk", sa.Integer, sa.ForeignKey("runs.pk"), nullable=False),
     sa.Column("attempt", sa.Integer, nullable=False),
-    sa.Column("lane", sa.Text, nullable=False),
+    sa.Column("lane", AnyText, nullable=False),
     sa.Column("stream", sa.Text, nullable=False),
-    sa.Column("writer", sa.Text, nullable=False),
+    sa.Column("writer", AnyText, nullable=False),
     sa.Column("seq_lo", sa.BigInteger, nullable=False),
     sa.Column("seq_hi", sa.BigInteger, nullable=False),  # exclusive
     sa.Column("step_lo", sa.BigInteger, nullable=False),
     sa.Column("step_hi", sa.BigInteger, nullable=False),  # inclusive; -1 when no row has a step
-    sa.Column("level", sa.Integer, nullable=False),  # 0: one append, the blob holds the rows; 1: packed, `columns` holds them
+    sa.Column("level", sa.Integer, nullable=False),  # 0: one append; merged upwards; see chunks.py
     sa.Column("keys", sa.Text, nullable=False),  # {key: numeric?}
-    sa.Column("blob", sa.LargeBinary),
+    sa.Column("blob", sa.LargeBinary),  # all columns; NULL when `columns` holds them
     sa.UniqueConstraint("run_pk", "attempt", "lane", "stream", "writer", "seq_lo"),
 )
 
 columns = sa.Table(
     "columns",
     metadata,
-    sa.Column("chunk_pk", sa.Integer, sa.ForeignKey("chunks.pk"), primary_key=True),
-    sa.Column("key", sa.Text, primary_key=True),
+    sa.Column("chunk_pk", _BIG, sa.ForeignKey("chunks.pk"), primary_key=True),
+    sa.Column("key", AnyText, primary_key=True),
     sa.Column("blob", sa.LargeBinary, nullable=False),
+    sa.Column("rollup", sa.LargeBinary),  # see rollups.py; NULL for columns without numbers
 )
 
 console_lines = sa.Table(
@@ -106,8 +113,8 @@ console_lines = sa.Table(
     metadata,
     sa.Column("run_pk", sa.Integer, sa.ForeignKey("runs.pk"), primary_key=True),
     sa.Column("attempt", sa.Integer, primary_key=True),
-    sa.Column("lane", sa.Text, primary_key=True),
-    sa.Column("writer", sa.Text, primary_key=True),
+    sa.Column("lane", AnyText, primary_key=True),
+    sa.Column("writer", AnyText, primary_key=True),
     sa.Column("seq", sa.BigInteger, primary_key=True),
-    sa.Column("line", sa.Text, nullable=False),
+    sa.Column("line", AnyText, nullable=False),
 )

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import msgspec
-import numpy as np
 import sqlalchemy as sa
 
 from wbdist.core.attempts import Segment, live_view
-from wbdist.core.position import HISTORY, Watermark
-from wbdist.protocol.jsonvalues import dumps
-from wbdist.server.store import columns as cols
-from wbdist.server.store import lines as lining
-from wbdist.server.store.schema import attempts, chunks, cursors, runs
+from wbdist.core.position import STREAMS, Watermark
+from wbdist.server.store.chunks import Chunk, Key
+from wbdist.server.store.schema import attempts, chunks, cursors
 
 
 class View(msgspec.Struct):
@@ -24,7 +21,16 @@ class View(msgspec.Struct):
     run_pk: int
     segments: tuple[Segment, ...]
     cursors: dict[int, dict[str, dict[str, int]]]
-    """attempt -> stream -> writer -> next seq, in the attempts' own lanes."""
+    """attempt -> stream -> writer -> next seq, in the lane."""
+    lane: str = ""
+
+    def visible(self, segment: Segment, stream: str) -> dict[str, int]:
+        """writer -> its visible lines in a segment, sorted by writer, those with none left out."""
+        written = self.cursors.get(segment.attempt, {}).get(stream, {})
+        if segment.limits is None:
+            return {writer: written[writer] for writer in sorted(written) if written[writer]}
+        limits = segment.limits.get(stream, {})
+        return {w: n for w in sorted(written) if (n := min(written[w], limits.get(w, 0))) > 0}
 
     def written(self, stream: str, attempt: int) -> int:
         """Lines of an attempt, seen or not."""
@@ -32,12 +38,11 @@ class View(msgspec.Struct):
 
     def live(self, stream: str, attempt: int) -> int:
         """Lines of an attempt that are visible."""
-        segment = next((s for s in self.segments if s.attempt == attempt), None)
-        return 0 if segment is None else self._visible(segment, stream)
+        return sum(sum(self.visible(s, stream).values()) for s in self.segments if s.attempt == attempt)
 
     def total(self, stream: str) -> int:
         """Visible lines."""
-        return sum(self._visible(segment, stream) for segment in self.segments)
+        return sum(sum(self.visible(segment, stream).values()) for segment in self.segments)
 
     def below(self, stream: str, attempt: int) -> int:
         """Lines that an attempt is built on: the W&B offset of its first. Counted by the watermarks, whether they have
@@ -45,168 +50,82 @@ class View(msgspec.Struct):
         total = 0
         for segment in self.segments:
             if segment.attempt < attempt:
-                limits = segment.limits
-                total += self._visible(segment, stream) if limits is None else sum(limits.get(stream, {}).values())
+                counts = segment.limits.get(stream, {}) if segment.limits is not None else self.visible(segment, stream)
+                total += sum(counts.values())
         return total
 
-    def _visible(self, segment: Segment, stream: str) -> int:
-        written = self.cursors.get(segment.attempt, {}).get(stream, {})
-        if segment.limits is None:
-            return sum(written.values())
-        limits = segment.limits.get(stream, {})
-        return sum(min(count, limits.get(writer, 0)) for writer, count in written.items())
+    def all_below(self, attempt: int) -> dict[str, int]:
+        """stream -> `below`, for the streams that have any."""
+        return {stream: below for stream in STREAMS if (below := self.below(stream, attempt))}
+
+    def admits(self, attempt: int, writer: str, counts: Mapping[str, int]) -> bool:
+        """Whether all of these lines (stream -> their number) are visible."""
+        segment = next((s for s in self.segments if s.attempt == attempt), None)
+        return segment is not None and all(segment.admits(stream, writer, n - 1) for stream, n in counts.items() if n)
 
 
-def view_of(db: sa.Connection, pk: int, attempt: int) -> View:
-    """The view of `attempt`; of attempt 0 (a plain SDK run) everything outside attempts."""
-    bases: dict[int, Watermark | None] = {0: None}
-    for row in db.execute(sa.select(attempts.c.attempt, attempts.c.base).where(attempts.c.run_pk == pk)):
-        bases[row.attempt] = None if row.base is None else msgspec.json.decode(row.base, type=Watermark)
-    where = (cursors.c.run_pk == pk) & (cursors.c.lane == "")
+def view_of(db: sa.Connection, pk: int, attempt: int, lane: str | None = None) -> View:
+    """The view of `attempt`; of attempt 0 (a run of the plain SDK) everything outside attempts; nothing of an unknown one.
+
+    `lane`: instead, what a rival of that attempt wrote under this nonce; nothing of that is ever part of a live view.
+    """
     found: dict[int, dict[str, dict[str, int]]] = {}
+    where = (cursors.c.run_pk == pk) & (cursors.c.lane == (lane or ""))
     statement = sa.select(cursors.c.attempt, cursors.c.stream, cursors.c.writer, cursors.c.next).where(where)
     for at, stream, writer, count in db.execute(statement):
         found.setdefault(at, {}).setdefault(stream, {})[writer] = count
-    segments = live_view(bases, attempt) if attempt in bases else ()
-    return View(pk, segments, found)
+    if lane is not None:
+        return View(pk, (Segment(attempt),), found, lane)
+    bases: dict[int, Watermark | None] = {0: None}
+    for row in db.execute(sa.select(attempts.c.attempt, attempts.c.base).where(attempts.c.run_pk == pk)):
+        bases[row.attempt] = None if row.base is None else msgspec.json.decode(row.base, type=Watermark)
+    return View(pk, live_view(bases, attempt) if attempt in bases else (), found)
 
 
-def live_chunks(
+def next_of(db: sa.Connection, pk: int, attempt: int) -> dict[str, dict[str, int]]:
+    """stream -> writer -> next seq of an attempt."""
+    return view_of(db, pk, attempt).cursors.get(attempt, {})
+
+
+def chunks_of(
     db: sa.Connection,
     view: View,
+    segment: Segment,
     stream: str,
     *,
-    min_step: int | None = None,
-    max_step: int | None = None,
-    newest_first: bool = False,
-) -> Iterator[tuple[sa.Row[Any], int]]:
-    """(chunk, how many of its first rows are visible), in order."""
-    segments = reversed(view.segments) if newest_first else view.segments
-    for segment in segments:
-        where = (
-            (chunks.c.run_pk == view.run_pk)
-            & (chunks.c.attempt == segment.attempt)
-            & (chunks.c.lane == "")
-            & (chunks.c.stream == stream)
-        )
-        if min_step is not None and min_step > 0:
-            where &= chunks.c.step_hi >= min_step
-        if max_step is not None:
-            where &= chunks.c.step_lo < max_step
-        order = [chunks.c.step_lo, chunks.c.writer, chunks.c.seq_lo]
-        statement = sa.select(chunks).where(where).order_by(*([c.desc() for c in order] if newest_first else order))
-        for chunk in db.execute(statement):
-            rows = chunk.seq_hi - chunk.seq_lo
-            if segment.limits is not None:
-                rows = min(rows, segment.limits.get(stream, {}).get(chunk.writer, 0) - chunk.seq_lo)
-            if rows > 0:
-                yield chunk, rows
-
-
-def live_rows(
-    db: sa.Connection,
-    view: View,
-    stream: str,
-    *,
-    keys: Sequence[str] | None = None,
     min_step: int = 0,
     max_step: int | None = None,
-    limit: int | None = None,
-) -> list[dict[str, Any]]:
-    """Visible rows in order. With `keys`, those keys of the rows that have all of them."""
-    out: list[dict[str, Any]] = []
-    wanted = None if keys is None else list(dict.fromkeys(keys))
-    for chunk, visible in live_chunks(db, view, stream, min_step=min_step, max_step=max_step):
-        having = json.loads(chunk.keys)
-        if wanted is not None and not all(key in having for key in wanted):
-            continue
-        load = None if wanted is None else list(dict.fromkeys([*wanted, "_step"]))
-        for row in cols.join(lining.load_columns(db, chunk, load), chunk.seq_hi - chunk.seq_lo)[:visible]:
-            step = lining.step_of(row)
-            if step >= 0 and (step < min_step or (max_step is not None and step >= max_step)):
-                continue
-            if wanted is None:
-                out.append(row)
-            elif all(key in row for key in wanted):
-                out.append({key: row[key] for key in wanted})
-            if limit is not None and len(out) >= limit:
-                return out
-    return out
+    keys: bool = False,
+) -> dict[str, list[Chunk]]:
+    """writer -> its visible chunks in a segment, in order, without those outside [min_step, max_step).
 
-
-def live_columns(db: sa.Connection, view: View, key: str) -> tuple[lining.Ints, lining.Floats]:
-    """(steps, numbers) of one metric, in order."""
-    steps: list[lining.Ints] = []
-    values: list[lining.Floats] = []
-    for chunk, visible in live_chunks(db, view, HISTORY):
-        if not json.loads(chunk.keys).get(key):
-            continue
-        loaded = lining.load_columns(db, chunk, [key, "_step"])
-        where, numbers = loaded[key].numbers()
-        if "_step" not in loaded:
-            continue
-        step_rows, step_numbers = loaded["_step"].numbers()
-        at = np.full(chunk.seq_hi - chunk.seq_lo, -1, dtype=np.int64)
-        at[step_rows] = step_numbers.astype(np.int64)
-        keep = (where < visible) & (at[where] >= 0)
-        steps.append(at[where[keep]])
-        values.append(numbers[keep])
-    if not steps:
-        return np.zeros(0, dtype=np.int64), np.zeros(0)
-    return np.concatenate(steps), np.concatenate(values)
-
-
-def tail(db: sa.Connection, view: View, stream: str) -> dict[str, Any] | None:
-    """The last visible line of a stream of objects."""
-    for chunk, visible in live_chunks(db, view, stream, newest_first=True):
-        return cols.join(lining.load_columns(db, chunk, None), chunk.seq_hi - chunk.seq_lo)[visible - 1]
-    return None
-
-
-def recount(
-    db: sa.Connection, pk: int, view: View, *, fresh: Mapping[str, Sequence[Any]] | None = None, summary: bool = False
-) -> None:
-    """Brings the run's derived columns up to date: from `fresh` lines alone, or, without them, from the whole view."""
-    streams = {stream for by in view.cursors.values() for stream in by}
-    change: dict[str, Any] = {"line_counts": json.dumps({stream: view.total(stream) for stream in sorted(streams)})}
-    if fresh is None:
-        change |= _from_all(db, view, summary=summary)
-    elif fresh.get(HISTORY):
-        known = db.execute(sa.select(runs.c.metrics, runs.c.last_step).where(runs.c.pk == pk)).one()
-        # Only what is visible counts: late lines of an older attempt may lie above the newer one's base.
-        last = tail(db, view, HISTORY)
-        change["last_step"] = max(known.last_step, -1 if last is None else lining.step_of(last))
-        metrics = set(json.loads(known.metrics))
-        seen = {
-            key for row in fresh[HISTORY] for key, value in row.items() if cols.is_number(value) and not key.startswith("_")
-        }
-        if not seen <= metrics:
-            change["metrics"] = json.dumps(sorted(metrics | seen))
-    db.execute(sa.update(runs).where(runs.c.pk == pk).values(**change, version=runs.c.version + 1))
-
-
-def _from_all(db: sa.Connection, view: View, *, summary: bool) -> dict[str, Any]:
-    numeric: set[str] = set()
-    latest: dict[str, Any] = {}
-    last_step = -1
-    for chunk, visible in live_chunks(db, view, HISTORY, newest_first=True):
-        keys = json.loads(chunk.keys)
-        last_step = max(last_step, chunk.step_hi if visible == chunk.seq_hi - chunk.seq_lo else -1)
-        partial = visible < chunk.seq_hi - chunk.seq_lo
-        unknown = [key for key in keys if key not in latest]
-        if not partial and not unknown and all(key in numeric for key, is_numeric in keys.items() if is_numeric):
-            continue
-        for key, column in lining.load_columns(db, chunk, None if partial else [*unknown, *keys]).items():
-            held = [(i, v) for i, v in zip(column.indices().tolist(), column.values(), strict=True) if i < visible]
-            if not held:
-                continue
-            latest.setdefault(key, held[-1][1])
-            if any(cols.is_number(value) for _, value in held):
-                numeric.add(key)
-            if key == "_step":
-                last_step = max(last_step, *(int(value) for _, value in held if cols.is_number(value)))
-    metrics = json.dumps(sorted(key for key in numeric if not key.startswith("_")))
-    change: dict[str, Any] = {"metrics": metrics, "last_step": last_step}
-    if summary:
-        change["summary"] = dumps(latest)
-    return change
+    `keys`: also which keys they have. Reads index entries only.
+    """
+    where = (
+        (chunks.c.run_pk == view.run_pk)
+        & (chunks.c.attempt == segment.attempt)
+        & (chunks.c.lane == view.lane)
+        & (chunks.c.stream == stream)
+    )
+    if min_step > 0:
+        where &= chunks.c.step_hi >= min_step
+    if max_step is not None:
+        where &= chunks.c.step_lo < max_step
+    entry: list[sa.ColumnElement[Any]] = [
+        chunks.c.pk,
+        chunks.c.writer,
+        chunks.c.seq_lo,
+        chunks.c.seq_hi,
+        chunks.c.step_hi,
+        chunks.c.blob.is_not(None),
+    ]
+    # Not `chunks.c.keys`: that is a method.
+    entry.append(chunks.c["keys"] if keys else sa.literal("{}"))
+    statement = sa.select(*entry).where(where)
+    out: dict[str, list[Chunk]] = {writer: [] for writer in view.visible(segment, stream)}
+    for pk, writer, low, high, step_hi, whole, names in db.execute(statement.order_by(chunks.c.writer, chunks.c.seq_lo)):
+        limit = high if segment.limits is None else segment.limits.get(stream, {}).get(writer, 0)
+        if limit > low:
+            key = Key(view.run_pk, segment.attempt, view.lane, stream, writer)
+            out[writer].append(Chunk(pk, key, low, high, step_hi, bool(whole), min(high, limit) - low, json.loads(names)))
+    return {writer: found for writer, found in out.items() if found}

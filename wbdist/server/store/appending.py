@@ -1,0 +1,150 @@
+"""Appending: which lines of a request are new, where they go, and what the run's row says afterwards."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import msgspec
+import sqlalchemy as sa
+
+from wbdist.core.position import CONSOLE, HISTORY
+from wbdist.server.store import lines as lining
+from wbdist.server.store.attempts import attempt_of
+from wbdist.server.store.chunks import LOOSE, Key, compact, store
+from wbdist.server.store.derived import recount
+from wbdist.server.store.interface import Appended
+from wbdist.server.store.lines import Batch
+from wbdist.server.store.schema import console_lines, cursors, runs
+from wbdist.server.store.views import view_of
+
+Insert = Callable[[sa.Table], Any]
+"""The dialect's INSERT, with ON CONFLICT."""
+
+NO_NONCE = "(none)"
+"""Lane of lines that name an attempt but no nonce."""
+
+
+class Lines(msgspec.Struct, frozen=True):
+    """Lines of one stream as a request brought them."""
+
+    seq: int
+    """As the client counts: seq in the attempt, or for the plain SDK the offset in the live view."""
+    parsed: list[Any]
+    batch: Batch | None
+    """All of them, ready to be stored: the usual case is that all are new. None for the console."""
+
+    @classmethod
+    def of(cls, stream: str, seq: int, texts: list[str]) -> Lines:
+        """Raises ValueError for a line that is not what the stream holds."""
+        if seq < 0:
+            raise ValueError(f"{stream}: the first line's number must not be negative, and is {seq}")
+        parsed = lining.parse(stream, texts)
+        return cls(seq, parsed, Batch.of(parsed) if parsed and stream != CONSOLE else None)
+
+
+def append(
+    db: sa.Connection,
+    insert: Insert,
+    run: sa.RowMapping,
+    lines: Mapping[str, Lines],
+    now: float,
+    *,
+    attempt: int | None,
+    nonce: str,
+    writer: str,
+) -> Appended:
+    """See `Store.append`; `run` is locked by the caller."""
+    pk, current = int(run["pk"]), int(run["attempt"])
+    target = current if attempt is None else attempt
+    lane = ""
+    if attempt is not None:
+        known = attempt_of(db, pk, target)
+        if known is None or known["nonce"] == "":
+            return Appended(code="gap", next={}, attempt=current)
+        lane = "" if known["nonce"] == nonce else nonce or NO_NONCE
+    position, loose = _cursors(db, pk, target, lane, writer)
+    next_seq = {stream: position.get(stream, 0) for stream in lines}
+    view = None if attempt is not None or current == 0 else view_of(db, pk, current)
+    below = {stream: 0 if view is None else view.below(stream, target) for stream in lines}
+    if any(part.seq - below[stream] > next_seq[stream] for stream, part in lines.items()):
+        return Appended(code="gap", next=next_seq, attempt=current)
+    fresh: dict[str, Batch | None] = {}
+    for stream, part in lines.items():
+        first = part.seq - below[stream]
+        # W&B's client rewrites console lines: progress bars.
+        start = max(first, 0) if attempt is None and stream == CONSOLE else max(first, next_seq[stream])
+        rows = part.parsed[start - first :]
+        if not rows:
+            continue
+        key = Key(pk, target, lane, stream, writer)
+        if stream == CONSOLE:
+            _write_console(db, insert, key, start, rows)
+            fresh[stream] = None
+        else:
+            batch = part.batch if part.batch is not None and start == first else Batch.of(rows)
+            fresh[stream] = batch
+            loose[stream] = loose.get(stream, 0) + store(db, key, start, batch)
+            if loose[stream] >= LOOSE:
+                compact(db, key)
+                loose[stream] = 0
+        next_seq[stream] = max(next_seq[stream], start + len(rows))
+        _move_cursor(db, insert, key, next_seq[stream], loose.get(stream, 0))
+    fenced = bool(lane)
+    change: dict[str, Any] = {}
+    if not lane and target == current:
+        change = _advance(run, position, next_seq, fresh)
+    elif not lane:  # a rival's lines are part of no view
+        view = view_of(db, pk, current)
+        fenced = not view.admits(target, writer, next_seq)
+        if fresh:
+            change = recount(db, view, summary=not run["summary_given"])
+            change.pop("summary_given", None)
+    if fresh:
+        change["version"] = runs.c.version + 1
+    if not fenced:
+        change["heartbeat_at"] = now
+    if change:
+        db.execute(sa.update(runs).where(runs.c.pk == pk).values(**change))
+    return Appended(code="fenced" if fenced else "", next=next_seq, attempt=current)
+
+
+def _advance(
+    run: sa.RowMapping, before: Mapping[str, int], after: Mapping[str, int], fresh: Mapping[str, Batch | None]
+) -> dict[str, Any]:
+    """The run's row after lines of the current attempt, all of which are live: no need to look at what lies there."""
+    if not fresh:
+        return {}
+    counts: dict[str, int] = json.loads(run["line_counts"])
+    for stream in fresh:
+        counts[stream] = counts.get(stream, 0) + after[stream] - before.get(stream, 0)
+    change: dict[str, Any] = {"line_counts": json.dumps(counts)}
+    batch = fresh.get(HISTORY)
+    if batch is not None:
+        if batch.step_hi > run["last_step"]:
+            change["last_step"] = batch.step_hi
+        known = set(json.loads(run["metrics"]))
+        if not batch.numeric <= known:
+            change["metrics"] = json.dumps(sorted(known | batch.numeric))
+    return change
+
+
+def _cursors(db: sa.Connection, pk: int, attempt: int, lane: str, writer: str) -> tuple[dict[str, int], dict[str, int]]:
+    """stream -> next seq, and -> how near its next merge is, of one writer."""
+    where = (cursors.c.run_pk == pk) & (cursors.c.attempt == attempt) & (cursors.c.lane == lane) & (cursors.c.writer == writer)
+    found = db.execute(sa.select(cursors.c.stream, cursors.c.next, cursors.c.loose).where(where)).all()
+    return {row.stream: row.next for row in found}, {row.stream: row.loose for row in found}
+
+
+def _move_cursor(db: sa.Connection, insert: Insert, key: Key, value: int, loose: int) -> None:
+    where = msgspec.structs.asdict(key)
+    change = {"next": value, "loose": loose}
+    db.execute(insert(cursors).values(**where, **change).on_conflict_do_update(index_elements=list(where), set_=change))
+
+
+def _write_console(db: sa.Connection, insert: Insert, key: Key, first: int, texts: list[str]) -> None:
+    where = {"run_pk": key.run_pk, "attempt": key.attempt, "lane": key.lane, "writer": key.writer}
+    statement = insert(console_lines)
+    statement = statement.on_conflict_do_update(index_elements=[*where, "seq"], set_={"line": statement.excluded.line})
+    db.execute(statement, [{**where, "seq": first + i, "line": text} for i, text in enumerate(texts)])

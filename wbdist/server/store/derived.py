@@ -1,0 +1,69 @@
+"""What a run's row says of its live history: line counts, last step, metric names, summary."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import numpy as np
+import sqlalchemy as sa
+
+from wbdist.core.position import HISTORY
+from wbdist.server.store.chunks import load_many, steps_of
+from wbdist.server.store.lines import visible_keys
+from wbdist.server.store.views import View, chunks_of
+
+_SHOWN = frozenset({"_step", "_timestamp", "_runtime"})
+"""Internal keys that belong to a summary."""
+
+
+def recount(db: sa.Connection, view: View, *, summary: bool) -> dict[str, Any]:
+    """Columns of `runs` as the view has them; `summary`: that too, as the last value that is not None of every key.
+
+    Reads index entries, and of the data what is needed to find each key's last value: for a run whose rows are alike that is
+    one chunk, whatever its length, and the chunk that the base cuts in two.
+    """
+    streams = sorted({stream for by in view.cursors.values() for stream in by})
+    numeric: dict[str, bool] = {}
+    last_step = -1
+    latest: dict[str, Any] = {}
+    for segment in reversed(view.segments):
+        newest: dict[str, tuple[int, Any]] = {}
+        for found in chunks_of(db, view, segment, HISTORY, keys=True).values():
+            seen: set[str] = set()
+            for chunk in reversed(found):
+                cut = chunk.visible < chunk.rows
+                if not cut:
+                    last_step = max(last_step, chunk.step_hi)
+                    numeric.update((key, True) for key, is_numeric in chunk.numeric.items() if is_numeric)
+                unknown = [key for key in chunk.numeric if key not in seen and key not in latest and _in_summary(key)]
+                wanted = {*unknown, *(key for key in chunk.numeric if cut and key not in numeric), "_step"}
+                if not (unknown and summary) and not cut:
+                    continue
+                loaded = load_many(db, [chunk.pk], sorted(wanted))[chunk.pk]
+                steps = steps_of(loaded, chunk.rows)
+                if cut:
+                    last_step = max(last_step, int(np.max(steps[: chunk.visible])))
+                for key, column in loaded.items():
+                    stop = column.span(0, chunk.visible)[1]
+                    if cut and column.numeric(stop):
+                        numeric[key] = True
+                    at = column.last(stop) if summary and key in unknown else -1
+                    if at >= 0:
+                        seen.add(key)
+                        step = int(steps[column.indices()[at]])
+                        if key not in newest or step >= newest[key][0]:
+                            newest[key] = (step, column.values(at, at + 1)[0])
+        latest |= {key: value for key, (_, value) in newest.items()}
+    change: dict[str, Any] = {
+        "line_counts": json.dumps({stream: view.total(stream) for stream in streams}),
+        "metrics": json.dumps(sorted(visible_keys(numeric))),
+        "last_step": last_step,
+    }
+    if summary:
+        change |= {"summary": json.dumps(latest), "summary_given": False}
+    return change
+
+
+def _in_summary(key: str) -> bool:
+    return not key.startswith("_") or key in _SHOWN

@@ -1,0 +1,160 @@
+"""Reading a view: rows, charts, the last line, the console."""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Iterator, Sequence
+from operator import itemgetter
+from typing import Any
+
+import numpy as np
+import sqlalchemy as sa
+
+from wbdist.core.position import CONSOLE, HISTORY
+from wbdist.server.store import columns as cols
+from wbdist.server.store.chunks import MANY, Chunk, ColumnCache, Key, load_many, points, steps_of
+from wbdist.server.store.columns import Column, Floats, Ints
+from wbdist.server.store.interface import Bucket
+from wbdist.server.store.rollups import WIDTH, Blocks, bucketed
+from wbdist.server.store.schema import chunks, columns, console_lines
+from wbdist.server.store.views import View, chunks_of
+
+_PAGE = 512
+"""Rows made at a time: a caller that wants one row of a chunk of 32,768 does not wait for all."""
+_RAW = 2 * WIDTH
+"""Values a bucket above which rollups are fine enough for a chart."""
+
+
+def live_rows(
+    db: sa.Connection,
+    view: View,
+    stream: str,
+    cache: ColumnCache,
+    *,
+    keys: Sequence[str] | None = None,
+    min_step: int = 0,
+    max_step: int | None = None,
+    limit: int | None = None,
+) -> list[dict[str, Any]]:
+    """Visible rows in order: by attempt, then as written; several writers of one attempt are merged by step.
+
+    With `keys`, those keys of the rows that have all of them. Rows without a step belong to the unbounded read only.
+    """
+    out: list[dict[str, Any]] = []
+    for segment in view.segments:
+        found = chunks_of(db, view, segment, stream, min_step=min_step, max_step=max_step, keys=keys is None)
+        writers = [_rows(db, part, cache, keys, (min_step, max_step)) for part in found.values()]
+        merged = writers[0] if len(writers) == 1 else heapq.merge(*writers, key=itemgetter(0))
+        for _, row in merged:
+            if limit is not None and len(out) >= limit:
+                return out
+            out.append(row)
+    return out
+
+
+def _rows(
+    db: sa.Connection, found: Sequence[Chunk], cache: ColumnCache, keys: Sequence[str] | None, between: tuple[int, int | None]
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(step, row) of one writer's chunks."""
+    wanted = None if keys is None else list(dict.fromkeys(keys))
+    min_step, max_step = between
+    bounded = min_step > 0 or max_step is not None
+    for chunk in found:
+        names = list(chunk.numeric) if wanted is None else list(dict.fromkeys([*wanted, "_step"]))
+        loaded = cache.load(db, chunk, names)
+        if wanted is not None and not all(key in loaded for key in wanted):
+            continue
+        steps = steps_of(loaded, chunk.rows)[: chunk.visible]
+        keep = np.ones(len(steps), dtype=bool)
+        if bounded:
+            keep &= steps >= max(0, min_step)
+            if max_step is not None:
+                keep &= steps < max_step
+        for key in wanted or ():
+            where = loaded[key].index
+            if where is not None:
+                having = np.zeros(chunk.rows, dtype=bool)
+                having[where] = True
+                keep &= having[: chunk.visible]
+        chosen = np.flatnonzero(keep)
+        shown = loaded if wanted is None else {key: loaded[key] for key in wanted}
+        while len(chosen):
+            low, high = int(chosen[0]), int(chosen[0]) + _PAGE
+            count = int(np.searchsorted(chosen, high))
+            page, chosen = chosen[:count], chosen[count:]
+            rows = cols.join(shown, low, int(page[-1]) + 1)
+            for at, step in zip((page - low).tolist(), steps[page].tolist(), strict=True):
+                yield step, rows[at]
+
+
+def series(db: sa.Connection, view: View, key: str, buckets: int) -> list[Bucket]:
+    """One metric, downsampled: from rollups when they are fine enough, else from its values."""
+    found: list[Chunk] = []
+    for segment in view.segments:
+        for part in chunks_of(db, view, segment, HISTORY).values():
+            found += part
+    ready = _rollups(db, [chunk.pk for chunk in found if not chunk.whole and chunk.visible == chunk.rows], key)
+    if sum(part.total for part in ready.values()) > _RAW * buckets:
+        rest = _values(db, [chunk for chunk in found if chunk.pk not in ready], key)
+        ready |= {pk: Blocks.of_values(*part) for pk, part in rest.items()}
+        ordered, apart = Blocks.join([ready[chunk.pk] for chunk in found if chunk.pk in ready]).in_order()
+        if apart:
+            return bucketed(ordered, buckets)
+        # Steps run back within or across blocks: buckets of blocks would overlap.
+    parts = list(_values(db, found, key).values())
+    if not parts:
+        return []
+    steps, values = (np.concatenate(part) for part in zip(*parts, strict=True))
+    return bucketed(Blocks.of_values(steps, values).in_order()[0], buckets)
+
+
+def _rollups(db: sa.Connection, pks: Sequence[int], key: str) -> dict[int, Blocks]:
+    out: dict[int, Blocks] = {}
+    select = sa.select(columns.c.chunk_pk, columns.c.rollup).where((columns.c.key == key) & columns.c.rollup.is_not(None))
+    for at in range(0, len(pks), MANY):
+        for pk, blob in db.execute(select.where(columns.c.chunk_pk.in_(pks[at : at + MANY]))):
+            out[pk] = Blocks.unpack(blob)
+    return out
+
+
+def _values(db: sa.Connection, found: Sequence[Chunk], key: str) -> dict[int, tuple[Ints, Floats]]:
+    """chunk pk -> steps and values of what is visible, in order; without the chunks that lack the key."""
+    loaded = load_many(db, [chunk.pk for chunk in found], [key, "_step"])
+    out = {}
+    for chunk in found:
+        held = loaded.pop(chunk.pk)
+        if key in held:
+            out[chunk.pk] = points(held[key], steps_of(held, chunk.rows), chunk.visible)
+    return out
+
+
+def tail(db: sa.Connection, view: View, stream: str) -> dict[str, Any] | None:
+    """The last visible line of a stream of objects; of several writers', the one with the greatest step."""
+    for segment in reversed(view.segments):
+        last: list[tuple[int, dict[str, Any]]] = []
+        for writer, count in view.visible(segment, stream).items():
+            key = Key(view.run_pk, segment.attempt, view.lane, stream, writer)
+            where = key.where() & (chunks.c.seq_lo < count)
+            newest = sa.select(chunks.c.pk, chunks.c.seq_lo, chunks.c.seq_hi).where(where).order_by(chunks.c.seq_lo.desc())
+            pk, low, high = db.execute(newest.limit(1)).one()
+            loaded: dict[str, Column] = load_many(db, [pk], None)[pk]
+            at = count - 1 - low
+            last.append((int(steps_of(loaded, high - low)[at]), cols.join(loaded, at, at + 1)[0]))
+        if last:
+            return max(last, key=itemgetter(0))[1]
+    return None
+
+
+def console(db: sa.Connection, view: View, first: int, limit: int) -> list[str]:
+    """Visible console lines [first, first + limit): by attempt, then by writer."""
+    out: list[str] = []
+    for segment in view.segments:
+        for writer, count in view.visible(segment, CONSOLE).items():
+            low, high = min(first, count), min(first + limit - len(out), count)
+            first -= low
+            if high <= low:
+                continue
+            where = {"run_pk": view.run_pk, "attempt": segment.attempt, "lane": view.lane, "writer": writer}
+            statement = sa.select(console_lines.c.line).filter_by(**where).order_by(console_lines.c.seq)
+            out += db.execute(statement.where((console_lines.c.seq >= low) & (console_lines.c.seq < high))).scalars()
+    return out

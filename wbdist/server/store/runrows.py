@@ -1,0 +1,98 @@
+"""A run between its interface forms and its row in `runs`.
+
+JSON is written in ASCII with bare NaN and Infinity, by the standard library: every value that came in comes out again.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import sqlalchemy as sa
+
+from wbdist.core.states import RunEvent, RunState, next_state
+from wbdist.server.store import names
+from wbdist.server.store.interface import RunRow
+
+_COLUMN = {"group": "run_group", "commit": "git_commit"}
+"""interface field -> column, where SQL reserves the word"""
+
+
+def new_run(entity: str, project: str, run_id: str, now: float) -> dict[str, Any]:
+    texts = dict.fromkeys(("display_name", "run_group", "job_type", "notes", "host", "program", "git_commit", "repo"), "")
+    state = next_state(RunState.PENDING, RunEvent.START)
+    return {
+        **texts,
+        "entity": entity,
+        "project": project,
+        "run_id": run_id,
+        "state": state.value,
+        "config": "{}",
+        "summary": "{}",
+        "tags": "[]",
+        "created_at": now,
+        "heartbeat_at": now,
+        "attempt": 0,
+        "line_counts": "{}",
+        "last_step": -1,
+        "metrics": "[]",
+        "version": 1,
+        "summary_given": False,
+    }
+
+
+def to_columns(given: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
+    """Given fields of an upsert as columns; `config` is the stored one, to merge into."""
+    out: dict[str, Any] = {}
+    for field, value in given.items():
+        if field == "config":
+            out["config"] = json.dumps(_merged_config(config, value))
+        elif field in {"summary", "tags"}:
+            out[field] = json.dumps(value)
+            if field == "summary":
+                out["summary_given"] = True
+        else:
+            out[_COLUMN.get(field, field)] = value
+    return out
+
+
+def _merged_config(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+    """User keys are replaced as a whole; `_wandb` keeps one environment (`e`) per writer: they do not know each other's."""
+    merged = dict(new)
+    ours, theirs = (e.get("value") if isinstance(e := config.get("_wandb"), dict) else None for config in (old, new))
+    if isinstance(ours, dict):
+        theirs = theirs if isinstance(theirs, dict) else {}
+        value = {**ours, **theirs}
+        if isinstance(ours.get("e"), dict) and isinstance(theirs.get("e"), dict):
+            value["e"] = {**ours["e"], **theirs["e"]}
+        merged["_wandb"] = {"value": value}
+    return merged
+
+
+def run_row(row: sa.RowMapping) -> RunRow:
+    return RunRow(
+        pk=row["pk"],
+        storage_id=names.storage_id(row["entity"], row["project"], row["run_id"]),
+        entity=row["entity"],
+        project=row["project"],
+        run_id=row["run_id"],
+        display_name=row["display_name"],
+        state=RunState(row["state"]),
+        config=json.loads(row["config"]),
+        summary=json.loads(row["summary"]),
+        group=row["run_group"],
+        job_type=row["job_type"],
+        notes=row["notes"],
+        tags=json.loads(row["tags"]),
+        host=row["host"],
+        program=row["program"],
+        commit=row["git_commit"],
+        repo=row["repo"],
+        created_at=row["created_at"],
+        heartbeat_at=row["heartbeat_at"],
+        attempt=row["attempt"],
+        line_counts=json.loads(row["line_counts"]),
+        last_step=row["last_step"],
+        metrics=json.loads(row["metrics"]),
+        version=row["version"],
+    )
