@@ -74,6 +74,20 @@ def test_position_is_of_the_step_not_of_the_moment(ranks: Ranks) -> None:
         assert event["position"]["summary"]["_step"] == 9
 
 
+def test_printed_lines_keep_their_place_between_the_rows(ranks: Ranks) -> None:
+    """Proves that a position's console lines are those printed up to its step, however far rank 0 is ahead of the others: a
+    job that goes on from there prints the rest again, and no line stands twice."""
+    ranks.start(2, strategy="rank0", steps=30, prints=True, gate={"1": 5}, drain=9)
+    wait_until(lambda: "at step 29" in (ranks.root / "rank0.out").read_text(), "rank 0 to be far ahead")
+    ranks.open_gate()
+    assert ranks.wait() == [0, 0], ranks.errors()
+    count = ranks.events("drained")[0]["position"]["watermark"]["counts"]["output.log"]["rank0"]
+    (journal,) = ranks.journals()
+    texts = [record["text"] for record in records_of(journal, Kind.CONSOLE)]
+    assert [text for text in texts[:count] if text.startswith("at step")] == [f"at step {step}" for step in range(10)]
+    assert [text for text in texts[count:] if text.startswith("at step")] == [f"at step {step}" for step in range(10, 30)]
+
+
 def test_continues_from_a_position(ranks: Ranks) -> None:
     """Proves that a new attempt opened at a position starts behind its step, and carries its summary."""
     base = {
@@ -148,7 +162,8 @@ def test_killed_aggregator_loses_nothing(ranks: Ranks, times: int) -> None:
     assert ranks.rows() == expected(range(300), range(2))
     counts = ranks.events("drained")[0]["position"]["watermark"]["counts"]["wandb-history.jsonl"]
     writers = ["rank0", "rank0.1", "rank0.2"][: times + 1]
-    assert list(counts) == writers
+    # One that was killed before it listened has a journal but no rows, and its successor does not know of it.
+    assert {"rank0", writers[-1]} <= set(counts) <= set(writers)
     assert counts["rank0"] == 150
     assert sum(counts.values()) == 300
     summaries = [data for path in ranks.journals() for data in records_of(path, Kind.SUMMARY)]

@@ -20,6 +20,7 @@ import signal
 import sys
 import threading
 import time
+from collections import deque
 from multiprocessing.connection import Connection, Listener
 from pathlib import Path
 from typing import Any
@@ -119,6 +120,9 @@ class Aggregator:
         self._own_records = journal.seq + 1
         self._passed_on = 0
         """Records of rank 0, from its first, that the predecessors passed on."""
+        self._held: deque[tuple[int, Record]] = deque()
+        """Records of rank 0 that wait until every step below the one named is written: they keep their place between the rows,
+        since a checkpoint's cut lies behind a row."""
         earlier = [Path(path) for path in plan.earlier]
         self._cursor = PositionCursor([*earlier, journal.path])
         self._continue_after(earlier)
@@ -138,7 +142,7 @@ class Aggregator:
                         if record.kind is Kind.ROW:
                             assert record.step is not None  # our rows always name it
                             self._aligner.skip_to(record.step + 1)
-                        elif record.kind not in MARKS:
+                        elif record.kind not in MARKS and record.kind is not Kind.PREEMPTING:
                             others += 1
                 self._passed_on += max(0, others - self._own_records)
 
@@ -285,18 +289,27 @@ class Aggregator:
             self._aligner.add(rank.number, step, row, rank.ops)
 
     def _pass_on(self, record: Record) -> None:
-        if self._passed_on:
-            self._passed_on -= 1
-        elif record.kind is Kind.PREEMPTING:
+        if record.kind is Kind.PREEMPTING:  # at once, also when a predecessor said it: saying it twice changes nothing
             self._run.mark_preempting()
+        elif self._passed_on:
+            self._passed_on -= 1
         else:
-            self._journal.append(record.kind, record.data, record.time)
+            self._held.append((self._aligner.next_of(0), record))
 
     def _write_complete_steps(self) -> None:
         append_row = self._journal.append_row
         for step, entries in self._aligner.complete():
+            if self._held:
+                self._write_held(step)
             times = [row.pop("_timestamp") for _, row, _ in entries]
             append_row(reduce_rows(entries), step=step, commit=True, time=times[0])
+        self._write_held(self._aligner.frontier)
+
+    def _write_held(self, step: int) -> None:
+        """What may stand before the row of `step`."""
+        while self._held and self._held[0][0] <= step:
+            record = self._held.popleft()[1]
+            self._journal.append(record.kind, record.data, record.time)
 
     # Ranks that leave -----------------------------------------------------------------------------------
 

@@ -2,6 +2,9 @@
 
 Saving is asynchronous: when the position of step s is asked for, rows of later steps may lie in the journal already. So
 it is not the moment of the asking that counts. The journal says it exactly, row by row, as the shipper and the server see it.
+
+A cut lies right behind a row. What was journalled after it (printed lines, a changed summary) belongs to the next step, which a
+resumed job does again; whether it was there already when we looked must not make a difference.
 """
 
 from __future__ import annotations
@@ -34,8 +37,10 @@ class PositionCursor:
         self._step = header.starting_step - 1
         self._runtime = header.runtime
         self._summary = SummaryTracker(header.summary)
-        self._waiting: deque[tuple[str, Any]] = deque()
-        """Read, but behind the last cut: rows and changes in order."""
+        self._waiting: deque[tuple[list[tuple[str, Any]], str, dict[str, Any]]] = deque()
+        """Rows read that lie behind the last cut, each after what came between it and the row before, and its writer."""
+        self._since_row: list[tuple[str, Any]] = []
+        """What came after the last row that was read."""
         self._begin(self._readers[0])
 
     def position(self, step: int) -> RunPosition:
@@ -92,31 +97,32 @@ class PositionCursor:
         elif record.kind in (Kind.COMMIT, Kind.END):
             self._queue_rows(self._rows.close())
         elif record.kind is Kind.SUMMARY:
-            self._waiting.append(("summary", record.data))
+            self._since_row.append(("summary", record.data))
         elif record.kind in _LINES:
-            self._waiting.append(("line", (_LINES[record.kind], self._writer)))
+            self._since_row.append(("line", (_LINES[record.kind], self._writer)))
 
     def _queue_rows(self, rows: list[dict[str, Any]]) -> None:
-        self._waiting.extend(("row", (self._writer, row)) for row in rows)
+        for row in rows:
+            self._waiting.append((self._since_row, self._writer, row))
+            self._since_row = []
 
     def _consume(self, step: int) -> bool:
-        """Takes what waits into the cut, up to the first row behind `step`; True when more has to be read."""
+        """Takes rows up to `step` into the cut, each with what came before it; True when more has to be read."""
         waiting = self._waiting
         while waiting:
-            what, value = waiting[0]
-            if what == "row":
-                writer, row = value
-                if row["_step"] > step:
-                    return False
-                self._counts[HISTORY][writer] += 1
-                self._step = row["_step"]
-                self._runtime = row["_runtime"]
-                self._summary.add_row(row)
-            elif what == "line":
-                stream, writer = value
-                of_stream = self._counts.setdefault(stream, {})
-                of_stream[writer] = of_stream.get(writer, 0) + 1
-            else:
-                self._summary.change(value.get("set", {}), value.get("delete", ()))
+            before, writer, row = waiting[0]
+            if row["_step"] > step:
+                return False
+            for what, value in before:
+                if what == "line":
+                    stream, of = value
+                    of_stream = self._counts.setdefault(stream, {})
+                    of_stream[of] = of_stream.get(of, 0) + 1
+                else:
+                    self._summary.change(value.get("set", {}), value.get("delete", ()))
+            self._counts[HISTORY][writer] += 1
+            self._step = row["_step"]
+            self._runtime = row["_runtime"]
+            self._summary.add_row(row)
             waiting.popleft()
         return True

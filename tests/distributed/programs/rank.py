@@ -1,7 +1,8 @@
 """One rank that logs rows and does as told: `rank.py ROOT RANK WORLD_SIZE '{"strategy", "steps", ...}'`. Prints JSON lines.
 
 orders: strategy, steps; gate: {rank: step}: before that step wait for ROOT/open; kill_self: {rank: step}; silent: ranks that
-log nothing; drain: step to drain at the end (rank order: all); base: a position to continue from; id.
+log nothing; prints: print a line at the start of each step, and keep what is printed; drain: step to drain at the end (rank
+order: all); base: a position to continue from; id.
 """
 
 from __future__ import annotations
@@ -39,7 +40,14 @@ def main() -> None:
     identity = RankIdentity(rank=rank, world_size=size, local_rank=rank, local_world_size=size, source="test")
     peers = FileCoordinator(root / "keys", rank, size)
     settings = resolve(
-        {"mode": "offline", "root_dir": str(root), "project": "p", "run_id": "job", "console": "off", "quiet": True}
+        {
+            "mode": "offline",
+            "root_dir": str(root),
+            "project": "p",
+            "run_id": "job",
+            "console": "wrap" if orders.get("prints") else "off",
+            "quiet": True,
+        }
     )
     spec = make_spec(settings, config={"lr": 0.5})
     base = orders.get("base")
@@ -70,6 +78,8 @@ def main() -> None:
             wait_for(root / "open")
         if step == kill:
             os.kill(os.getpid(), signal.SIGKILL)
+        if orders.get("prints"):
+            print(f"at step {step}", flush=True)
         if rank not in orders.get("silent", []):
             runs.log({"loss": 0.1 * step + rank, "step_again": step}, step=step)
             runs.log({"count": rank + 1}, step=step, reduce="sum")
