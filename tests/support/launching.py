@@ -32,6 +32,8 @@ class Launched:
         self.cwd = cwd
         self.mark = f"{os.getpid()}-{number}-{time.monotonic_ns()}"
         self._log = cwd / f"launcher-{number}.log"
+        # The launcher respects nohup; a suite that was started under it must not make it deaf to SIGHUP.
+        kwargs.setdefault("preexec_fn", lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL))
         with self._log.open("wb") as log:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "wbdist", "launch", *arguments],
@@ -39,8 +41,6 @@ class Launched:
                 env={**os.environ, "WBDIST_TEST_MARK": self.mark},
                 stdout=log,
                 stderr=log,
-                # The launcher respects nohup; a suite that was started under it must not make it deaf to SIGHUP.
-                preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),  # noqa: PLW1509  (no threads here)
                 **kwargs,
             )
 
