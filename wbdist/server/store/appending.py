@@ -13,7 +13,7 @@ from wbdist.core.position import CONSOLE, HISTORY
 from wbdist.server.store import lines as lining
 from wbdist.server.store.attempts import attempt_of
 from wbdist.server.store.chunks import LOOSE, Key, compact, store
-from wbdist.server.store.derived import recount
+from wbdist.server.store.derived import in_summary, recount
 from wbdist.server.store.interface import Appended
 from wbdist.server.store.lines import Batch
 from wbdist.server.store.schema import console_lines, cursors, runs
@@ -94,7 +94,7 @@ def append(
     fenced = bool(lane)
     change: dict[str, Any] = {}
     if not lane and target == current:
-        change = _advance(run, position, next_seq, fresh)
+        change = _advance(db, run, position, next_seq, fresh)
     elif not lane:  # a rival's lines are part of no view
         view = view_of(db, pk, current)
         fenced = not view.admits(target, writer, next_seq)
@@ -111,9 +111,13 @@ def append(
 
 
 def _advance(
-    run: sa.RowMapping, before: Mapping[str, int], after: Mapping[str, int], fresh: Mapping[str, Batch | None]
+    db: sa.Connection,
+    run: sa.RowMapping,
+    before: Mapping[str, int],
+    after: Mapping[str, int],
+    fresh: Mapping[str, Batch | None],
 ) -> dict[str, Any]:
-    """The run's row after lines of the current attempt, all of which are live: no need to look at what lies there."""
+    """The run's row after lines of the current attempt, all of which are live: mostly no need to look at what lies there."""
     if not fresh:
         return {}
     counts: dict[str, int] = json.loads(run["line_counts"])
@@ -127,6 +131,14 @@ def _advance(
         known = set(json.loads(run["metrics"]))
         if not batch.numeric <= known:
             change["metrics"] = json.dumps(sorted(known | batch.numeric))
+        if not run["summary_given"]:
+            if batch.step_lo > run["last_step"]:
+                latest = {key: value for row in batch.rows for key, value in row.items() if value is not None}
+                shown = {key: value for key, value in latest.items() if in_summary(key)}
+                change["summary"] = json.dumps(json.loads(run["summary"]) | shown)
+            else:  # several writers: which value is the last is a matter of steps, not of arrival
+                view = view_of(db, int(run["pk"]), int(run["attempt"]))
+                change["summary"] = recount(db, view, summary=True)["summary"]
     return change
 
 

@@ -90,27 +90,40 @@ def store(db: sa.Connection, key: Key, first: int, batch: Batch) -> int:
 
 
 def compact(db: sa.Connection, key: Key) -> None:
-    """Merges the level 0 chunks of a sequence, and higher levels where that filled one."""
-    level = 0
-    select = sa.select(chunks.c.pk, chunks.c.seq_lo, chunks.c.seq_hi, chunks.c.step_lo, chunks.c.step_hi, chunks.c["keys"])
-    while True:
-        found = db.execute(select.where(key.where() & (chunks.c.level == level)).order_by(chunks.c.seq_lo)).all()
-        rows = sum(chunk.seq_hi - chunk.seq_lo for chunk in found)
-        # Two writers of one attempt are two sequences; within one, chunks of a level always follow each other.
-        names: dict[str, bool] = {}
-        for chunk in found:
-            for name, numeric in json.loads(chunk.keys).items():
-                names[name] = names.get(name, False) or numeric
-        sealed = rows >= SEAL_ROWS or rows * len(names) >= SEAL_CELLS
-        if not found or (level and len(found) < FAN and not sealed) or (len(found) == 1 and not sealed):
-            return
-        _merge(db, key, found, names, SEALED if sealed else level + 1)
-        if sealed:
-            return
+    """Merges the level 0 chunks of a sequence, higher levels where that filled one, and all that is open when it is enough
+    for a sealed chunk: so the chunks of one level always follow each other, and those of higher levels lie before them."""
+    entry = [chunks.c.pk, chunks.c.seq_lo, chunks.c.seq_hi, chunks.c.step_lo, chunks.c.step_hi, chunks.c.level]
+    statement = sa.select(*entry, chunks.c["keys"]).where(key.where() & (chunks.c.level < SEALED)).order_by(chunks.c.seq_lo)
+    open_ones = db.execute(statement).all()
+    names = _names(open_ones)
+    rows = sum(chunk.seq_hi - chunk.seq_lo for chunk in open_ones)
+    if rows >= SEAL_ROWS or rows * len(names) >= SEAL_CELLS:
+        _merge(db, key, open_ones, names, SEALED)
+        return
+    by_level: dict[int, list[Any]] = {}
+    for chunk in open_ones:
+        by_level.setdefault(chunk.level, []).append(chunk)
+    # What a merge adds to a level is counted without being read again; the loop stops at the first level that it does not fill.
+    level, group = 0, by_level.get(0, [])
+    while len(group) > 1:
+        _merge(db, key, group, _names(group), level + 1)
         level += 1
+        if len(by_level.get(level, [])) + 1 < FAN:
+            return
+        group = list(db.execute(statement.where(chunks.c.level == level)))
+
+
+def _names(found: Sequence[Any]) -> dict[str, bool]:
+    """key -> holds a number, over these chunks."""
+    out: dict[str, bool] = {}
+    for chunk in found:
+        for name, numeric in json.loads(chunk.keys).items():
+            out[name] = out.get(name, False) or numeric
+    return out
 
 
 def _merge(db: sa.Connection, key: Key, found: Sequence[Any], names: dict[str, bool], level: int) -> None:
+    """Puts one chunk of `level` in the place of `found`, which follow each other."""
     pks = [chunk.pk for chunk in found]
     loaded = load_many(db, pks, None)
     rows = found[-1].seq_hi - found[0].seq_lo
@@ -119,7 +132,7 @@ def _merge(db: sa.Connection, key: Key, found: Sequence[Any], names: dict[str, b
     }
     db.execute(sa.delete(columns).where(columns.c.chunk_pk.in_(pks)))
     db.execute(sa.delete(chunks).where(chunks.c.pk.in_(pks)))
-    whole = rows * len(names) < COLUMNAR_CELLS
+    whole = level < SEALED and rows * len(names) < COLUMNAR_CELLS
     steps = [chunk.step_lo for chunk in found if chunk.step_lo >= 0]
     values = {
         **msgspec.structs.asdict(key),

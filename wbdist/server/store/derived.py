@@ -36,7 +36,7 @@ def recount(db: sa.Connection, view: View, *, summary: bool) -> dict[str, Any]:
                 if not cut:
                     last_step = max(last_step, chunk.step_hi)
                     numeric.update((key, True) for key, is_numeric in chunk.numeric.items() if is_numeric)
-                unknown = [key for key in chunk.numeric if key not in seen and key not in latest and _in_summary(key)]
+                unknown = [key for key in chunk.numeric if key not in seen and key not in latest and in_summary(key)]
                 wanted = {*unknown, *(key for key in chunk.numeric if cut and key not in numeric), "_step"}
                 if not (unknown and summary) and not cut:
                     continue
@@ -65,5 +65,6 @@ def recount(db: sa.Connection, view: View, *, summary: bool) -> dict[str, Any]:
     return change
 
 
-def _in_summary(key: str) -> bool:
+def in_summary(key: str) -> bool:
+    """Whether a history key shows up in the summary that the server makes where no client gives one."""
     return not key.startswith("_") or key in _SHOWN

@@ -22,7 +22,7 @@ from wbdist.server.store.schema import projects, runs
 from wbdist.server.store.views import View, view_of
 
 _ENDINGS = {RunEvent.EXIT_ZERO, RunEvent.EXIT_NONZERO, RunEvent.LOST, RunEvent.SILENCE, RunEvent.KILL}
-_FOR_APPEND = (runs.c.pk, runs.c.attempt, runs.c.line_counts, runs.c.last_step, runs.c.metrics, runs.c.summary_given)
+_FOR_APPEND = [runs.c[name] for name in ("pk", "attempt", "line_counts", "last_step", "metrics", "summary", "summary_given")]
 
 
 class SqlStore:
