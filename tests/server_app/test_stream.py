@@ -195,6 +195,35 @@ def test_senseless_requests_are_named(ctx: AppContext, fields: dict[str, Any], m
     assert job.steps == []
 
 
+def test_the_last_word_beats_a_guess(ctx: AppContext, clock: Any) -> None:
+    """Proves that an attempt thought dead of silence, or ended by its successor, gets its true end when that is told."""
+    job = Job(ctx)
+    started = clock.now
+    clock.now += 301
+    silence.sweep(ctx, started)
+    job.send(complete=True, exitcode=0, ended="exit")
+    assert [(a.end_cause, a.exit_code) for a in ctx.store.attempts(job.pk)] == [("exit", 0)]
+    job.begin(2)
+    job.begin(3)
+    job.send(rows(0, 1), attempt=2, ended="lost")
+    assert [a.end_cause for a in ctx.store.attempts(job.pk)] == ["exit", "lost", ""]
+
+
+def test_a_fenced_attempt_may_tell_its_end(ctx: AppContext) -> None:
+    """Proves that the end of an attempt whose lines only go to the archive is kept, and changes nothing of the run; and that a
+    rival incarnation of its number cannot end it."""
+    job = Job(ctx)
+    job.begin(2)
+    request = StreamRequest(wbdist=StreamStamp(1, "rival", "rank0", {}, Ended("lost")))
+    assert stream.take(ctx, job.row, request)[0] == 409
+    assert ctx.store.attempts(job.pk)[0].end_cause == "superseded"
+    status, reply = job.send(rows(0, 1), complete=True, exitcode=75, ended="exit")
+    assert (status, reply.wbdist.code if reply.wbdist else "") == (409, "fenced")
+    first = ctx.store.attempts(job.pk)[0]
+    assert (first.end_cause, first.exit_code, first.rows, first.rows_live) == ("exit", 75, 2, 0)
+    assert (job.row.state, job.steps) == (RunState.RUNNING, [])
+
+
 def test_silence_ends_runs_but_not_before_the_server_has_listened(ctx: AppContext, clock: Any) -> None:
     """Proves the heartbeat rule to the second, for running and marked runs, and that a beat brings a crashed run back."""
     job = Job(ctx)
@@ -208,8 +237,12 @@ def test_silence_ends_runs_but_not_before_the_server_has_listened(ctx: AppContex
     assert silence.sweep(ctx, clock.now - 10) == 0, "a server that just started has not listened long enough"
     assert silence.sweep(ctx, started) == 1
     assert job.row.state == RunState.CRASHED
+    (attempt,) = ctx.store.attempts(job.pk)
+    assert (attempt.end_cause, attempt.ended_at) == ("silence", clock.now)
     job.send()
     assert job.row.state == RunState.RUNNING
+    (attempt,) = ctx.store.attempts(job.pk)
+    assert (attempt.end_cause, attempt.ended_at) == ("", None)
     job.send(preempting=True)
     clock.now += 301
     silence.sweep(ctx, started)

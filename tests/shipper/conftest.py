@@ -43,6 +43,8 @@ class LoopbackServer:
         self.facts: dict[str, Any] = {}
         self.marks: list[str] = []
         """In order: "begin N", "preempting", "complete CODE", "ended CAUSE"."""
+        self.archived_ends: dict[int, str] = {}
+        """attempt -> how it ended, as told after it was fenced."""
         self.requests: list[tuple[str, Any]] = []
         self.offsets: dict[int, str] = {}
         """Foreign mode: line number -> history line."""
@@ -160,6 +162,8 @@ class LoopbackServer:
                 stored.extend(body["files"][stream]["content"][len(stored) - stamp["seq"][stream] :])
                 expected[stream] = len(stored)
         if fenced:
+            if "ended" in stamp:
+                self.archived_ends[attempt] = stamp["ended"]["cause"]
             return 409, {"error": "fenced", "wbdist": {"code": "fenced", "attempt": self.attempt, "next": expected}}
         if "wandb-summary.json" in body.get("files", {}):
             self.summary = json.loads(body["files"]["wandb-summary.json"]["content"][-1])

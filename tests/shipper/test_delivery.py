@@ -192,7 +192,7 @@ def test_heartbeats(loopback: Any, wandb: Any, deliver: Callable[..., Delivery])
 
 def test_a_superseded_attempt_is_fenced(loopback: Any, wandb: Any, deliver: Callable[..., Delivery]) -> None:
     """Proves that a delivery learns that a newer attempt took over, puts what was logged into the archive, changes nothing
-    else of the run, and stops."""
+    else of the run, and goes on for as long as the writer logs, until it has told how that one ended."""
     writer = wandb.journal(loopback.url)
     wandb.rows(writer, 0, 10)
     delivery = run(deliver(writer), wandb)
@@ -200,13 +200,23 @@ def test_a_superseded_attempt_is_fenced(loopback: Any, wandb: Any, deliver: Call
     writer.append(Kind.SUMMARY, {"set": {"late": 1}})
     wandb.rows(writer, 10, 20)
     run(delivery, wandb)
-    assert delivery.state is State.FENCED
+    assert delivery.fenced
     assert "attempt 2" in delivery.error
     assert steps(loopback) == list(range(20))
+    wandb.rows(writer, 20, 30)
+    run(delivery, wandb)
+    assert steps(loopback) == list(range(30)), "a zombie that keeps logging is archived to its last row"
+    assert (delivery.finished, loopback.archived_ends) == (False, {})
+    wandb.rows(writer, 30, 40)
+    writer.close(1)
+    run(delivery, wandb)
+    assert delivery.state is State.FENCED
+    assert steps(loopback) == list(range(40))
+    assert loopback.archived_ends == {1: "exit"}
     assert "late" not in loopback.summary
     again = run(deliver(writer), wandb)
     assert again.state is State.FENCED
-    assert steps(loopback) == list(range(20))
+    assert steps(loopback) == list(range(40))
 
 
 def test_a_rival_incarnation_of_the_same_attempt_sends_nothing(

@@ -23,7 +23,7 @@ def sweep(ctx: AppContext, started_at: float) -> int:
         return 0
     silent = ctx.store.silent_runs(now - ctx.settings.silence_timeout)
     for pk in silent:
-        ctx.store.record_event(pk, RunEvent.SILENCE, now, cause="lost")
+        ctx.store.record_event(pk, RunEvent.SILENCE, now)
     return len(silent)
 
 

@@ -54,7 +54,10 @@ def _take_stamped(ctx: AppContext, run: RunRow, request: StreamRequest, stamp: S
         raise ValueError("wbdist.seq must not be negative")
     done = ctx.store.append(run.pk, lines, now, attempt=stamp.attempt, nonce=stamp.nonce, writer=stamp.writer)
     answer = StreamAnswer(next=done.next, code=done.code, attempt=done.attempt if done.code == "fenced" else 0)
+    cause = stamp.ended.cause if stamp.ended else ""
     if done.code == "fenced":
+        if cause and not done.rival:
+            _mark(ctx, run, request, now, attempt=stamp.attempt, cause=cause)
         message = f"attempt {stamp.attempt} of this run is superseded by attempt {done.attempt}; its lines are in the archive"
         return 409, StreamReply(error=message, wbdist=answer)
     if done.code == "gap" and not done.next:
@@ -64,7 +67,7 @@ def _take_stamped(ctx: AppContext, run: RunRow, request: StreamRequest, stamp: S
         return 409, StreamReply(error="lines are missing before these; send from `wbdist.next` on", wbdist=answer)
     if summary is not None:
         ctx.store.set_summary(run.pk, summary, now, attempt=stamp.attempt)
-    _mark(ctx, run, request, now, attempt=stamp.attempt, cause=stamp.ended.cause if stamp.ended else "")
+    _mark(ctx, run, request, now, attempt=stamp.attempt, cause=cause)
     return 200, StreamReply(wbdist=answer)
 
 

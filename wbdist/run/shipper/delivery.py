@@ -110,7 +110,8 @@ class Delivery:
         self._last_sent = 0.0
         self._last_look = 0.0
         self._tries = 0
-        self._fenced = False
+        self.fenced = False
+        """A newer attempt owns the run; the journal goes to the archive."""
         self._behind = True
         """Whether there may be more in the journal than was ever read: then no pause between reads."""
 
@@ -163,15 +164,12 @@ class Delivery:
             self._open()
             if self.finished:
                 return
-        if self._fenced:
-            self._archive(grew)
-            return
         ended = translator.end is not None
         lost = not alive and not ended and at_end
         if lost:
             translator.close_row()
         if self._must_send(now, ticket, grew, ended or lost):
-            self._send(now, end=ended or lost)
+            (self._archive if self.fenced else self._send)(now, end=ended or lost)
             if self.finished:
                 return
         self._settle(now, ticket, at_end)
@@ -191,7 +189,7 @@ class Delivery:
 
     def _must_send(self, now: float, ticket: int, grew: bool, ending: bool) -> bool:
         translator = self._translator
-        if ending or (translator.preempting and not self._preempting_sent) or self._full():
+        if ending or self._full() or (translator.preempting and not self._preempting_sent and not self.fenced):
             return True
         quiet = now - self._last_sent
         if not self._unsent() and not translator.pending():
@@ -203,7 +201,7 @@ class Delivery:
     def _unsent(self) -> bool:
         """Whether something beside lines waits to be sent."""
         translator = self._translator
-        return (
+        return not self.fenced and (
             translator.facts_version != self._facts_sent
             or translator.summary_version != self._summary_sent
             or (translator.preempting and not self._preempting_sent)
@@ -363,26 +361,34 @@ class Delivery:
         end = self._translator.end
         return None if end is None else end.get("exit_code")
 
-    def _archive(self, grew: bool) -> None:
-        """Fenced: what was logged so far goes to the archive, then it is over."""
+    def _archive(self, now: float, *, end: bool) -> None:
+        """Fenced: what is logged goes to the archive, as long as the writer logs; then its end."""
         translator = self._translator
         while True:
             chunks, counts = self._batch()
-            if chunks:
-                answer = self._stream(file_stream.StreamRequest(files=chunks, wbdist=self._stamp(counts, False)))
-                if answer is not None and answer.code == "gap":
-                    break
-                for stream, count in counts.items():
-                    translator.take(stream, count)
-            if not translator.pending():
-                records = self._reader.read()
-                if not records:
-                    break
-                translator.feed(records)
-        self._finish(State.FENCED, self.error)
+            last = all(counts.get(stream, 0) == len(lines) for stream, lines in translator.lines.items())
+            final = end and last
+            request = file_stream.StreamRequest(
+                files=chunks,
+                complete=final and self._exit_code() is not None,
+                exitcode=self._exit_code() if final else None,
+                wbdist=self._stamp(counts, final),
+            )
+            answer = self._stream(request)
+            if answer is not None and answer.code == "gap":
+                self._go_on_from(dict(answer.next))
+                self.due = 0.0
+                return
+            for stream, count in counts.items():
+                translator.take(stream, count)
+            self._last_sent = now
+            if last:
+                break
+        if end:
+            self._finish(State.FENCED, self.error)
 
     def _fence(self, current: int) -> None:
-        self._fenced = True
+        self.fenced = True
         self.due = 0.0
         self.error = f"fenced: attempt {current} of run {self.header.run_id} has taken over from attempt {self.header.attempt}"
         self._log.warning("%s: %s", self.path.name, self.error)

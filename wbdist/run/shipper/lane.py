@@ -51,9 +51,12 @@ class Lane:
             if priority:
                 self._deliveries = {path: delivery, **self._deliveries}
             self._condition.notify_all()
-            while delivery.flushed < ticket and not delivery.finished and (rest := deadline - monotonic()) > 0:
+            while delivery.flushed < ticket and not (delivery.finished or delivery.fenced):
+                if (rest := deadline - monotonic()) <= 0:
+                    break
                 self._condition.wait(rest)
-            return delivery.flushed >= ticket or delivery.state is State.DONE, delivery.error
+            acked = not delivery.fenced and (delivery.flushed >= ticket or delivery.state is State.DONE)
+            return acked, delivery.error
 
     def snapshot(self) -> list[Delivery]:
         with self._condition:

@@ -70,5 +70,5 @@ def _ship_one(path: Path, header: JournalHeader, remote: Remote, timeout: float,
     finally:
         delivery.close()
         remote.close()
-    outcome = {State.DONE: "complete", State.FENCED: "fenced", State.FAILED: "failed"}.get(delivery.state, "current")
+    outcome = {State.DONE: "complete", State.FAILED: "failed"}.get(delivery.state, "fenced" if delivery.fenced else "current")
     return Synced(path, header, outcome, delivery.error)

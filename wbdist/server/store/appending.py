@@ -107,7 +107,7 @@ def append(
         change["heartbeat_at"] = now
     if change:
         db.execute(sa.update(runs).where(runs.c.pk == pk).values(**change))
-    return Appended(code="fenced" if fenced else "", next=next_seq, attempt=current)
+    return Appended(code="fenced" if fenced else "", next=next_seq, attempt=current, rival=bool(lane))
 
 
 def _advance(

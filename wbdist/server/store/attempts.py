@@ -17,7 +17,8 @@ from wbdist.server.store.schema import attempts, runs
 from wbdist.server.store.views import view_of
 
 _SUPERSEDED = "superseded"
-_GUESSES = ("", _SUPERSEDED, "silence")
+_SILENCE = RunEvent.SILENCE.value
+_GUESSES = ("", _SUPERSEDED, _SILENCE)
 """Ends that a later word about the attempt may correct."""
 
 
@@ -86,6 +87,12 @@ def end(
     where = (attempts.c.run_pk == pk) & (attempts.c.attempt == attempt)
     where &= attempts.c.ended_at.is_(None) if only_open else attempts.c.end_cause.in_(_GUESSES)
     db.execute(sa.update(attempts).where(where).values(ended_at=now, end_cause=cause, exit_code=exit_code))
+
+
+def reopen(db: sa.Connection, pk: int, attempt: int) -> None:
+    """It was only believed dead: it speaks again."""
+    where = (attempts.c.run_pk == pk) & (attempts.c.attempt == attempt) & (attempts.c.end_cause == _SILENCE)
+    db.execute(sa.update(attempts).where(where).values(ended_at=None, end_cause="", exit_code=None))
 
 
 def describe(db: sa.Connection, pk: int, current: int) -> list[AttemptRow]:

@@ -74,7 +74,7 @@ class AttemptRow(msgspec.Struct, kw_only=True):
     cause: str
     """Why it began."""
     end_cause: str
-    """'' while it runs; 'exit', 'lost', 'preempted', 'superseded'."""
+    """'' while it runs; 'exit', 'lost', 'preempted'; 'silence' and 'superseded' are guesses, which a later word corrects."""
     exit_code: int | None
     rows: int
     """History lines ever written in it."""
@@ -88,6 +88,8 @@ class Appended(msgspec.Struct, kw_only=True):
     code: str = ""
     next: dict[str, int] = {}
     attempt: int = 0
+    rival: bool = False
+    """The nonce is not the attempt's: the lines are kept apart, and are not that attempt's."""
 
 
 class Bucket(msgspec.Struct):

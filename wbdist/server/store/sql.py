@@ -130,6 +130,8 @@ class SqlStore:
                 change |= {"state": state.value, "version": runs.c.version + 1}
             if change:
                 db.execute(sa.update(runs).where(runs.c.pk == pk).values(**change))
+            if event is RunEvent.BEAT and "state" in change:
+                attempts.reopen(db, pk, run["attempt"])
             if event in _ENDINGS and run["attempt"] > 0:
                 guess = event is RunEvent.SILENCE
                 attempts.end(db, pk, run["attempt"], now, cause=cause, exit_code=exit_code, only_open=guess)
