@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from wbdist.core.rows import RowAssembler, StepRule
@@ -43,6 +43,7 @@ def test_calls_become_rows(calls: list[Any], rows: list[dict[str, Any]]) -> None
     assert bare(assemble(calls)) == rows
 
 
+@settings(deadline=None)
 @given(calls=CALLS, start=st.integers(0, 5))
 def test_the_arithmetic_agrees_with_the_assembler(calls: list[tuple[int | None, bool | None]], start: int) -> None:
     """Proves that `StepRule`, with which a client counts, numbers and counts the very rows that `RowAssembler` makes, that

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import math
 import os
+import signal
 import threading
+import time
 from collections.abc import Callable
+from types import FrameType
 from typing import Any
 
 import msgspec
@@ -16,9 +19,11 @@ import torch
 import wbdist
 from wbdist.core.position import CONSOLE, HISTORY, RunPosition
 from wbdist.core.rows import RowAssembler
+from wbdist.errors import DiskFullError
 from wbdist.run.handle import Run
 from wbdist.run.init import make_spec
 from wbdist.run.journal import JournalReader, Kind
+from wbdist.run.journal_storage import refuse
 from wbdist.run.lifecycle import open_run
 from wbdist.settings import resolve
 
@@ -295,3 +300,105 @@ def _end(path: Any) -> Any:
         while reader.read():
             continue
         return reader.ended
+
+
+class _InterruptError(Exception):
+    """What the signal handlers below raise."""
+
+
+def _shaken(run: Run, handler: Callable[[], None], seconds: float) -> int:
+    """Logs for `seconds` while a timer's signal runs `handler` wherever `log` is; how many calls were interrupted."""
+    inside = Run.log.__code__
+    interrupted = 0
+
+    def on_signal(_number: int, frame: FrameType | None) -> None:
+        while frame is not None:
+            if frame.f_code is inside:
+                return handler()
+            frame = frame.f_back
+        return None
+
+    previous = signal.signal(signal.SIGALRM, on_signal)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.0005, 0.0003)
+        end = time.monotonic() + seconds
+        number = 0
+        while time.monotonic() < end:
+            try:
+                number += 1
+                run.log({"x": 0.5, "y": number} if number % 7 else {"other": float(number)})
+            except _InterruptError:
+                interrupted += 1
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, previous)
+    return interrupted
+
+
+def test_exceptions_out_of_signal_handlers_break_nothing() -> None:
+    """Proves that a handler's exception (Ctrl-C) out of `log`, at any place, leaves a journal that reads to its end, with steps
+    that count on and a position that agrees with it."""
+    run = wbdist.init(project="p", settings={"console": "off"})
+
+    def stop() -> None:
+        raise _InterruptError
+
+    interrupted = _shaken(run, stop, 0.8)
+    position = run.position()
+    run.finish()
+    found = rows(run)
+    assert interrupted > 20
+    assert [row["_step"] for row in found] == list(range(len(found)))
+    assert position.watermark.counts[HISTORY] == {"rank0": len(found)}
+    assert run.journal_path is not None
+    assert _end(run.journal_path) == {"exit_code": 0, "cause": "exit"}
+
+
+def test_signal_handlers_may_log() -> None:
+    """Proves that rows logged by a handler that interrupts `log` are kept, between the others, none lost and none twice."""
+    run = wbdist.init(project="p", settings={"console": "off"})
+    logged = 0
+
+    def log_too() -> None:
+        nonlocal logged
+        logged += 1
+        run.log({"handler": logged} if logged % 3 else {"x": -0.5, "y": logged})
+
+    _shaken(run, log_too, 0.6)
+    last = run.summary.get("handler")
+    run.finish()
+    found = rows(run)
+    assert logged > 20
+    assert [row["_step"] for row in found] == list(range(len(found)))
+    # Sorted: a handler may itself be interrupted by the next signal.
+    ours = [row["handler"] for row in found if "handler" in row]
+    assert sorted(ours) == [n for n in range(1, logged + 1) if n % 3]
+    assert sorted(row["y"] for row in found if row.get("x") == -0.5) == [n for n in range(1, logged + 1) if n % 3 == 0]
+    assert last in ours
+
+
+def test_the_summary_knows_the_last_row_that_was_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Proves that the summary is that of the rows in the journal: across changes of shape, and after a row that did not fit."""
+    run = wbdist.init(project="p", settings={"console": "off"})
+    for number in range(5):
+        run.log({"a": float(number), "n": number})
+    assert run.summary.a == 4.0
+    run.log({"b": 1.5})
+    run.log({"a": 5.0, "n": 5})
+    run.log({"a": 6.0, "n": 2**70})  # does not fit its place, and is written in full
+    assert (run.summary.a, run.summary.n, run.summary.b) == (6.0, float(2**70), 1.5)
+    run.log({"a": 7.0, "n": 7})
+    monkeypatch.setattr(run.journal, "_write", refuse)
+    monkeypatch.setattr(run.journal, "_make_room", _no_space)
+    with pytest.raises(DiskFullError):
+        run.log({"a": 8.0, "n": 8})
+    assert (run.summary.a, run.summary.n, run.step) == (7.0, 7, 9)
+    monkeypatch.undo()
+    run.log({"a": 9.0, "n": 9})
+    assert run.summary.a == 9.0
+    run.finish()
+    assert [row.get("a") for row in rows(run)] == [0.0, 1.0, 2.0, 3.0, 4.0, None, 5.0, 6.0, 7.0, 9.0]
+
+
+def _no_space(_need: int) -> None:
+    raise DiskFullError("no space")

@@ -71,7 +71,7 @@ def test_a_whole_run(loopback: Any, wandb: Any, deliver: Callable[..., Delivery]
     assert (delivery.state, delivery.error) == (State.DONE, "")
     first, second = loopback.history()
     assert str(first.pop("loss")) == "nan"
-    assert first == {"n": {"a": 1}, "acc": None, "_step": 0, "_timestamp": 102.0, "_runtime": 9.0}
+    assert first == {"n.a": 1, "acc": None, "_step": 0, "_timestamp": 102.0, "_runtime": 9.0}
     assert second == {"loss": 0.5, "_step": 1, "_timestamp": 105.0, "_runtime": 12.0}
     assert loopback.lines[1, "rank0", "output.log"] == ["ERROR 1970-01-01T00:01:43.000000 hello"]
     assert json.loads(loopback.lines[1, "rank0", "wandb-events.jsonl"][0])["_runtime"] == 11.0
@@ -79,7 +79,7 @@ def test_a_whole_run(loopback: Any, wandb: Any, deliver: Callable[..., Delivery]
     assert "t" in loopback.config["_wandb"]["value"]
     assert (loopback.facts["displayName"], loopback.facts["groupName"], loopback.facts["tags"]) == ("first", "g", ["t"])
     summary = {k: v for k, v in loopback.summary.items() if not k.startswith("_")}
-    assert summary == {"before": 1, "loss": 0.5, "n": {"a": 1}, "best": 2}
+    assert summary == {"before": 1, "loss": 0.5, "n.a": 1, "best": 2}
     assert loopback.marks == ["begin 1", "complete 0", "ended exit"]
 
 

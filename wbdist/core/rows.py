@@ -26,6 +26,11 @@ class StepRule:
         self.last_step = starting_step - 1
         """Step of the last closed row, one below the starting step when there is none: a watermark's `step`."""
 
+    def copy(self) -> StepRule:
+        made = StepRule(self.step)
+        made.open, made.rows, made.last_step = self.open, self.rows, self.last_step
+        return made
+
     def accept(self, step: int | None, commit: bool | None) -> tuple[int, bool] | None:
         """The call's (step, commit) with nothing left open, or None when the call must be dropped (step < current)."""
         if step is None:

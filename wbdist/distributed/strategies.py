@@ -30,7 +30,6 @@ from wbdist.distributed.identity import RankIdentity
 from wbdist.errors import DeadlineError, EnvironmentFault, Error, PeerLostError, UsageError
 from wbdist.protocol import names
 from wbdist.run.handle import Run
-from wbdist.run.journal import Kind
 from wbdist.run.lifecycle import RunSpec, open_run
 from wbdist.run.values import flat_row
 
@@ -183,9 +182,9 @@ class SharedRun(RankRun):
                 project=meeting.project or spec.project,
                 name=meeting.name or spec.name,
                 capture_console=spec.capture_console and identity.rank == 0,
+                url=meeting.url,
             )
         )
-        self.run.url = meeting.url
         self.group = self.run.group
         self._declared: set[tuple[str, ...]] = set()
         self._ops: dict[str, str] = {}
@@ -251,7 +250,7 @@ class SharedRun(RankRun):
             wanted = {key: reduce.get(key, DEFAULT) for key in data} | dict(reduce)
         changed = {key: op for key, op in wanted.items() if self._ops.get(key, DEFAULT) != op}
         if changed:
-            self.run._record(Kind.DEFINE, {"reduce": changed}, "log()")  # noqa: SLF001  (Run has no word for it yet)
+            self.run.define_reduction(changed)
             self._ops.update(changed)
             self._declared.clear()
         if isinstance(reduce, str) and len(self._declared) < 1024:  # ever new keys: then they are looked at each time

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import operator
 import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -13,7 +12,6 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, Self
 
 from wbdist.core.position import CONSOLE, HISTORY, RunPosition, Watermark
-from wbdist.core.rows import StepRule
 from wbdist.errors import JournalError, ShutdownError, UsageError
 from wbdist.protocol import names
 from wbdist.run import console, process_end
@@ -22,9 +20,10 @@ from wbdist.run.journal import Kind
 from wbdist.run.summary import Summary
 
 if TYPE_CHECKING:
+    from wbdist.run.disabled import NoJournal
+    from wbdist.run.journal import JournalWriter
     from wbdist.run.lifecycle import RunSpec
     from wbdist.run.shipping import Shipping
-    from wbdist.run.values import RowJournal
     from wbdist.settings import Settings
 
 logger = logging.getLogger("wbdist.run")
@@ -41,9 +40,15 @@ class Run:
     """
 
     def __init__(
-        self, spec: RunSpec, *, journal: RowJournal | None, shipping: Shipping | None, directory: Path | None, opened_at: float
+        self,
+        spec: RunSpec,
+        *,
+        journal: JournalWriter | NoJournal,
+        shipping: Shipping | None,
+        directory: Path | None,
+        opened_at: float,
     ) -> None:
-        """Use `init` or `open_run`. `journal` None: a disabled run. `shipping` None: nothing leaves this machine by itself."""
+        """Use `init` or `open_run`. `shipping` None: nothing leaves this machine by itself."""
         self.id = spec.run_id
         self.project = spec.project
         self.entity = spec.entity
@@ -54,7 +59,7 @@ class Run:
         self.settings: Settings = spec.settings
         self.opened_at = opened_at
         """Unix seconds at which this attempt began."""
-        self.url: str | None = None
+        self.url: str | None = spec.url
         """The run's page; None offline."""
         self.dropped_rows = 0
         """`log` calls that were dropped because their step lay behind the run's."""
@@ -65,71 +70,35 @@ class Run:
         self._journal = journal
         self._shipping = shipping
         self._run_directory = directory
-        self._lock = threading.RLock()
+        self._lock = journal.lock
         self._state: Literal["open", "finished", "foreign"] = "open"
         self._warned_at = 0.0
         base = spec.base
         self.starting_step = base.watermark.step + 1 if base is not None else 0
-        self._rule = StepRule(self.starting_step)
         self._lines = 0
         self._on_finish: list[Callable[[], None]] = []
-        self._append_row: Callable[..., None] = journal.append_row if journal is not None else _ignore_row
-        self._latest: dict[str, Any] = dict(base.summary) if base is not None else {}
-        self._summary = Summary(self._set_summary, self._latest)
+        self._log_row: Callable[[Mapping[str, Any], int | None, bool | None], bool] = journal.log
+        self._summary = Summary(self._set_summary, journal.summary)
         self._config = Config(self._set_config, allow_val_change=spec.allow_val_change)
 
     # Logging ------------------------------------------------------------------------------------------
 
     def log(self, data: Mapping[str, Any], step: int | None = None, commit: bool | None = None) -> None:
-        """Adds `data` to the row of `step`; durable against SIGKILL at return, about 3 us for ten numbers.
+        """Adds `data` to the row of `step`; durable against SIGKILL at return, about 2 us for ten numbers.
 
         Without `step` the row is complete and the next call makes the next one (`commit=False` leaves it open for more).
         With `step`, rows stay open until a greater step comes (`commit=True` closes at once); a smaller step than the
         current one is dropped with a warning, since history only grows. Nested dicts become `a.b.c`.
 
+        A scalar tensor is read at once, for about 2 us; on an accelerator that waits for everything queued there, so bring
+        such values to the host together, when the step does so anyway. (Rows are durable at return; a value that is not
+        known yet cannot be.)
+
         Raises TypeError for what cannot be logged (nothing of the call is then kept), DiskFullError when the journal's
         disk is full, ShutdownError when the run is finished, UsageError in a forked child.
         """
-        with self._lock:
-            if step is None and commit is None:
-                # StepRule.accept(None, None), in line: the common call, and a call in Python costs a tenth of the budget.
-                rule = self._rule
-                step = rule.step
-                try:
-                    self._append_row(data, step=step, commit=True, time=time())
-                except AttributeError:
-                    _refuse_what_is_no_mapping(data)
-                    raise
-                rule.step = step + 1
-                rule.last_step = step
-                rule.rows += 1
-                rule.open = False
-            elif not self._log_at(data, step, commit):
-                return
-            journal = self._journal
-            if journal is None or journal.reduced is None:
-                self._latest.update(data)
-            else:
-                self._latest.update((key, value) for key, value in journal.reduced.items() if value is not None)
-                journal.reduced = None
-
-    def _log_at(self, data: Mapping[str, Any], step: int | None, commit: bool | None) -> bool:
-        """The whole step rule; whether the row was kept."""
-        rule = self._rule
-        asked = step if step is None else _as_step(step)
-        before = (rule.step, rule.open, rule.rows, rule.last_step)
-        accepted = rule.accept(asked, commit)
-        if accepted is None:
-            self._drop(asked)
-            return False
-        try:
-            self._append_row(data, step=accepted[0], commit=accepted[1], time=time())
-        except BaseException as error:
-            rule.step, rule.open, rule.rows, rule.last_step = before
-            if isinstance(error, AttributeError):
-                _refuse_what_is_no_mapping(data)
-            raise
-        return True
+        if not self._log_row(data, step, commit):
+            self._drop(step)
 
     def _drop(self, step: int | None) -> None:
         self.dropped_rows += 1
@@ -139,19 +108,22 @@ class Run:
         self._warned_at = now
         counted = f" ({self.dropped_rows} rows dropped so far)" if self.dropped_rows > 1 else ""
         self._say(
-            f"run {self.id}: log(step={step}) is dropped, the current step is {self._rule.step} and steps must be "
+            f"run {self.id}: log(step={step}) is dropped, the current step is {self._journal.rule.step} and steps must be "
             f"monotonically increasing{counted}; log another count as a metric of its own if you need it",
             warning=True,
         )
 
     def commit_row(self) -> None:
         """Closes the pending row, if there is one. Raises as `log`."""
-        with self._lock:
-            self._check_usable("commit_row()")
-            if self._rule.open:
-                if self._journal is not None:
-                    self._journal.append(Kind.COMMIT, {})
-                self._rule.close()
+        self._check_usable("commit_row()")
+        self._journal.commit_row()
+
+    def define_reduction(self, operations: Mapping[str, str]) -> None:
+        """Journals how ranks' values of these keys become one (`core/reducers.py`), for the aggregator that reads a feed.
+
+        Holds for rows logged after it. Raises as `log`.
+        """
+        self._record(Kind.DEFINE, {"reduce": dict(operations)}, "log()")
 
     def position(self) -> RunPosition:
         """Where the run stands now: everything logged so far, the pending row excluded (so `commit_row()` first). No I/O.
@@ -166,8 +138,8 @@ class Run:
                 entity=self.entity,
                 watermark=Watermark(
                     attempt=self.attempt,
-                    counts={HISTORY: {self.writer: self._rule.rows}, CONSOLE: {self.writer: self._lines}},
-                    step=self._rule.last_step,
+                    counts={HISTORY: {self.writer: self._journal.rule.rows}, CONSOLE: {self.writer: self._lines}},
+                    step=self._journal.rule.last_step,
                 ),
                 summary=self._summary.as_dict(),
                 runtime=(base.runtime if base is not None else 0.0) + (time() - self.opened_at),
@@ -184,7 +156,7 @@ class Run:
     @property
     def step(self) -> int:
         """The step that the next `log` without a step goes to."""
-        return self._rule.step
+        return self._journal.rule.step
 
     @property
     def name(self) -> str | None:
@@ -229,8 +201,13 @@ class Run:
         return str(self._run_directory / "files") if self._run_directory is not None else ""
 
     @property
+    def journal(self) -> JournalWriter | NoJournal:
+        """What the run's rows and records go into; for who stamps them with other times, as the aggregator."""
+        return self._journal
+
+    @property
     def journal_path(self) -> Path | None:
-        return self._journal.path if self._journal is not None else None
+        return self._journal.path
 
     @property
     def path(self) -> str:
@@ -276,9 +253,9 @@ class Run:
         sent before it is closed. Raises JournalError when the disk fails.
         """
         self._check_usable("flush()")
-        if self._journal is None:
-            return True
         self._journal.sync()
+        if self.disabled:
+            return True
         return self._shipping is not None and self._shipping.flush(timeout).acked
 
     def mark_preempting(self, timeout: float = 1.0) -> bool:
@@ -288,10 +265,10 @@ class Run:
         ends with another code than 0, is `preempted`, which schedulers requeue.
         """
         self._check_usable("mark_preempting()")
-        if self._journal is None:
-            return True
         self._journal.append(Kind.PREEMPTING, {})
         self._journal.sync()
+        if self.disabled:
+            return True
         return self._shipping is not None and self._shipping.flush(timeout, priority=True).acked
 
     def finish(self, exit_code: int | None = None, *, cause: str = "exit", quiet: bool | None = None) -> None:
@@ -310,16 +287,15 @@ class Run:
                 return
             console.detach(self._keep_line)
             self._state = "finished"
-            self._append_row = self._refuse_row
+            self._log_row = self._refuse_row
         process_end.forget(self)
         try:
-            if self._journal is not None:
-                self._journal.close(code, cause)
+            self._journal.close(code, cause)
         finally:
             # Also when the disk fails at the end. Not under the lock: a callback may wait for other processes.
             for callback in self._on_finish:
                 callback()
-        if self._journal is not None and self._shipping is not None:
+        if self._shipping is not None:
             self._wait_for_server(self._shipping)
 
     def _wait_for_server(self, shipping: Shipping) -> None:
@@ -357,7 +333,7 @@ class Run:
             self.finish(0 if error is None else 1)
 
     def __repr__(self) -> str:
-        return f"<wbdist.Run {self.path} attempt {self.attempt} step {self._rule.step} {self._state}>"
+        return f"<wbdist.Run {self.path} attempt {self.attempt} step {self._journal.rule.step} {self._state}>"
 
     def capture_console(self) -> None:
         """From now on, what this process prints is kept with the run."""
@@ -377,17 +353,12 @@ class Run:
 
     def _record(self, kind: Kind, payload: dict[str, Any], what: str) -> None:
         self._check_usable(what)
-        if self._journal is not None:
-            self._journal.append(kind, payload)
+        self._journal.append(kind, payload)
 
     def _keep_line(self, text: str, stream: str) -> None:
         """One printed line -> the journal. A failing journal must not break `print`: it is said once, and rows raise it."""
-        journal = self._journal
-        if journal is None:
-            return
         try:
-            # Not under our lock, which a thread that prints a warning of ours holds: lines come one at a time anyway.
-            journal.append(Kind.CONSOLE, {"text": text, "stream": stream})
+            self._journal.append(Kind.CONSOLE, {"text": text, "stream": stream})
             self._lines += 1
         except (JournalError, TypeError) as error:
             console.detach(self._keep_line)
@@ -413,26 +384,7 @@ class Run:
         if self._state == "open":
             self._state = "foreign"
         self._lock = threading.RLock()
-        self._append_row = self._refuse_row
+        self._log_row = self._refuse_row
 
     def _say(self, text: str, *, warning: bool = False) -> None:
         self.settings.say(text, warning=warning)
-
-
-def _as_step(step: object) -> int:
-    if isinstance(step, bool):
-        raise TypeError("step must be an int, not a bool")
-    try:
-        return operator.index(step)  # type: ignore[arg-type]  # takes numpy's integers, refuses floats and text
-    except TypeError:
-        raise TypeError(f"step must be an int, not {type(step).__name__} ({step!r})") from None
-
-
-def _refuse_what_is_no_mapping(data: object) -> None:
-    """Asked only when a row has failed: the check in front of every call would cost a twentieth of it."""
-    if not isinstance(data, Mapping):
-        raise TypeError(f"log() takes a dict of str -> value, not {type(data).__name__}") from None
-
-
-def _ignore_row(data: Mapping[str, Any], **_: Any) -> None:
-    """A disabled run's row."""

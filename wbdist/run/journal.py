@@ -11,29 +11,33 @@ import fcntl
 import os
 import struct
 import threading
-import time as clock
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
+from time import time as now
 from types import TracebackType
 from typing import Any, Final, NoReturn, Self
 from zlib import crc32
 
+from wbdist.core.rows import StepRule
+from wbdist.core.summary import SummaryTracker
 from wbdist.errors import DiskFullError, JournalError, ShutdownError, UsageError
 from wbdist.run.journal_format import (
+    BODY_HEAD,
     FRAME_HEAD,
     FrameDecoder,
     JournalHeader,
     Kind,
     Record,
-    Schema,
     encode_frame,
     encode_header,
     encode_record,
 )
 from wbdist.run.journal_reader import SUFFIX, JournalReader, find_journals, lock_path, own_writers, writer_alive
-from wbdist.run.journal_storage import NO_SPACE, storage_for
-from wbdist.run.journal_values import plain, plain_row
+from wbdist.run.journal_shapes import NO_SHAPE, Shape, Shapes
+from wbdist.run.journal_storage import NO_SPACE, NoWindow, Window, refuse, storage_for
+from wbdist.run.values import as_step, flat_row, plain
 
 __all__ = [
     "SUFFIX",
@@ -49,11 +53,9 @@ __all__ = [
     "writer_alive",
 ]
 
-MAX_SCHEMAS: Final = 1024
-"""Shapes of rows that are packed; further ones (a script with ever new keys) are written in full, so memory stays bounded."""
-
-_FRAME_HEAD = FRAME_HEAD.pack
-_PACKED: Final = {True: int(Kind.ROW_PACKED_COMMIT), False: int(Kind.ROW_PACKED)}
+_head_into = FRAME_HEAD.pack_into
+_OPEN: Final = int(Kind.ROW_PACKED)
+_COMMIT: Final = int(Kind.ROW_PACKED_COMMIT)
 _live: weakref.WeakSet[JournalWriter] = weakref.WeakSet()
 
 
@@ -65,31 +67,41 @@ def journal_name(writer: str, attempt: int) -> str:
 class JournalWriter:
     """The one writer of one journal. Thread-safe. Belongs to the process that made it: a forked child must make its own.
 
-    None of its calls waits for a network, a server, another process or (but for `sync` and `close`) for the disk.
+    It knows where its run stands: `rule` and `summary`. None of its calls waits for a network, a server, another process or
+    (but for `sync` and `close`) for the disk.
+
+    A signal's handler may raise at any moment (Ctrl-C), or log a row itself. CPython runs handlers behind calls; so what must
+    happen together (the rule, the next seq, the frame) is plain stores and then one call into C, after a look whether a handler
+    has logged meanwhile. No frame is then doubled or skipped, which would end the journal for its readers.
     """
 
     def __init__(self, path: Path, header: JournalHeader, fd: int, lock_fd: int, storage: str | None) -> None:
         """Use `create`."""
         self.path = path
         self.header = header
+        self.lock = threading.RLock()
+        """Held by every call; for callers who must see several things at one moment."""
+        self.rule = StepRule(header.starting_step)
+        """Where `log` stands: step and rows."""
         self._fd = fd
         self._lock_fd = lock_fd
-        self._lock = threading.Lock()
         self._sync_lock = threading.Lock()
         self._directory_synced = False
         self._gone: UsageError | None = None
         """Why nothing more can be written."""
         self._seq = 0
-        self._rows = 0
-        self._shapes: dict[tuple[str, ...], Schema] = {}
-        """keys -> the schema used last for them."""
-        self._schemas: dict[tuple[tuple[str, ...], str], Schema] = {}
-        self._at = 0
+        self._shapes = Shapes()
+        self._shape = NO_SHAPE
+        """Of the last row packed in place."""
+        self._summary = SummaryTracker(header.summary)
+        self._folded = 0
+        """Seq up to which `_summary` knows the rows, but for `_row`. Then come rows of `_shape`: the last one says it all."""
+        self._row: Mapping[str, Any] | None = None
+        """The row that was written last the long way, when the summary does not know it yet."""
         self._storage = storage_for(fd, storage)
-        self._window = self._storage.window
-        self._base = 0
-        self._limit = -1
-        """Offset behind the window; -1 sends every call through `_advance`, which says why nothing can be written."""
+        self._window: Window = NoWindow(0)
+        self._write: Callable[[bytes | bytearray], int] = refuse
+        """`_window.write`"""
 
     @classmethod
     def create(cls, path: Path | str, header: JournalHeader, *, storage: str | None = None) -> Self:
@@ -117,8 +129,7 @@ class JournalWriter:
             made = True
             writer = cls(path, header, fd, lock_fd, storage)
             facts = os.fstat(lock_fd)
-            head = encode_header(header)
-            writer._store(head)
+            writer._write_header(encode_header(header))
         except BaseException as error:
             for open_fd in (fd, lock_fd):
                 if open_fd >= 0:
@@ -147,52 +158,100 @@ class JournalWriter:
         return self._seq - 1
 
     @property
-    def rows(self) -> int:
-        """`append_row` calls that are in the journal."""
-        return self._rows
-
-    @property
     def size(self) -> int:
         """Bytes written."""
-        return self._at
+        return self._window.tell()
+
+    def summary(self) -> dict[str, Any]:
+        """The run's summary so far, as a copy: the header's, rows, and SUMMARY records."""
+        with self.lock:
+            self._fold()
+            return dict(self._summary.values)
+
+    def log(self, data: Mapping[str, Any], step: int | None = None, commit: bool | None = None) -> bool:
+        """Journals one `log` call under W&B's step rule (`core/rows.py`), stamped now; False when its step has passed.
+
+        Durable against SIGKILL at return; about 2 us for ten numbers of the same keys and types as before. Raises DiskFullError
+        (this row is not in the journal, all earlier ones are; later calls work again when there is space), TypeError for what
+        cannot be journalled (nothing is changed then), ShutdownError after `close`, UsageError in a forked child.
+        """
+        with self.lock:
+            shape = self._shape
+            try:
+                values = data.values()
+                if shape.keys != tuple(data) or shape.types != tuple(map(type, values)):
+                    return self._log_other(data, step, commit)
+                seq, rule = self._seq, self.rule
+                # StepRule.accept, in line: a call costs a tenth of the budget.
+                at, was_open, rows, last = rule.step, rule.open, rule.rows, rule.last_step
+                to, closes = at, commit
+                if step is None:
+                    closes = commit is None or commit
+                elif type(step) is int and step >= at:
+                    to = step
+                else:
+                    return self._log_other(data, step, commit)
+                frame = shape.frame
+                size = shape.size
+                shape.pack_into(frame, 8, seq, _COMMIT if closes else _OPEN, shape.number, to, now(), *values)
+                _head_into(frame, 0, size, crc32(shape.body, size))
+                if self._seq == seq:
+                    # No call, so no handler, between here and the write.
+                    self._seq = seq + 1
+                    if was_open and to > at:
+                        rule.rows = rows + 1
+                        rule.last_step = at
+                    if closes:
+                        rule.step = to + 1
+                        rule.rows += 1
+                        rule.last_step = to
+                        rule.open = False
+                    else:
+                        rule.step = to
+                        rule.open = True
+                    try:
+                        if (written := self._write(frame)) == shape.length:
+                            return True
+                        self._window.take_back(written)
+                    except (ValueError, OSError):
+                        pass  # no room in the window, or none on the disk: the long way makes it, or says so
+                    self._seq = seq
+                    rule.step, rule.open, rule.rows, rule.last_step = at, was_open, rows, last
+            except (AttributeError, TypeError, struct.error):
+                pass  # no mapping, or a number too large for its place: the long way says so, or finds it another
+            return self._log_other(data, step, commit)
+
+    def commit_row(self) -> None:
+        """Closes the open row, if there is one. Durable and failing as `log`."""
+        with self.lock:
+            while self.rule.open:
+                seq, rule = self._seq, self.rule.copy()
+                rule.close()
+                if self._store(encode_record(seq, Kind.COMMIT, (now(), {})), seq, rule):
+                    return
 
     def append_row(self, data: Mapping[str, Any], *, step: int | None = None, commit: bool | None = None, time: float) -> None:
-        """Journals one `log` call; durable against SIGKILL at return. `time`: Unix seconds, becomes `_timestamp`.
+        """Journals a row as it is, past the step rule: for who assembles rows of others. Durable and failing as `log`.
 
-        About 2 us for ten numbers when `step` (0 <= step < 2**32) and `commit` are given; other rows about 5. Raises
-        DiskFullError (this row is not in the journal, all earlier ones are; later calls work again when there is space),
-        TypeError for what cannot be journalled (nothing is written), ShutdownError after `close`.
+        `time`: Unix seconds, becomes `_timestamp`.
         """
-        try:
-            values = data.values()
-            schema = self._shapes[tuple(data)]
-            if schema.plain and schema.types == tuple(map(type, values)):
-                with self._lock:
-                    # `pack` refuses a step of None, beyond 32 bits, and ints beyond 64: struct.error, the full form below.
-                    body = schema.pack(self._seq, _PACKED[commit], schema.number, step, time, *values)  # type: ignore[index]
-                    size = len(body)
-                    at = self._at
-                    end = at + size + 8
-                    if end > self._limit:
-                        self._advance(at, size + 8)
-                    self._window[at - self._base : end - self._base] = _FRAME_HEAD(size, crc32(body, size)) + body
-                    self._at = end
-                    self._seq += 1
-                    self._rows += 1
-                return
-        except (KeyError, struct.error):
-            pass
-        except OSError as error:
-            raise _fault(error, self.path, "this row is not journalled") from error
-        self._append_other(data, step, commit, time)
+        with self.lock:
+            row = data if self._shapes.find(data) else flat_row(data)
+            while True:
+                seq = self._seq
+                if self._store(self._row_frame(row, seq, step, commit, time), seq, self.rule, row):
+                    return
 
     def append(self, kind: Kind, payload: Mapping[str, Any], time: float | None = None) -> int:
-        """Journals a record of any other kind; returns its seq. Durable and failing as `append_row`. `time`: default now."""
+        """Journals a record of any other kind; returns its seq. Durable and failing as `log`. `time`: default now."""
         if kind in (Kind.ROW, Kind.SCHEMA, Kind.ROW_PACKED, Kind.ROW_PACKED_COMMIT):
-            raise UsageError(f"append() does not take {kind!r}; rows go through append_row")
-        fields = (clock.time() if time is None else time, plain(payload))
-        with self._lock:
-            return self._put(kind, fields)
+            raise UsageError(f"append() does not take {kind!r}; rows go through log or append_row")
+        kept = plain(payload)
+        with self.lock:
+            seq = self._put(kind, (now() if time is None else time, kept))
+            if kind is Kind.SUMMARY:
+                self._summary.change(kept.get("set", {}), kept.get("delete", ()))
+            return seq
 
     def sync(self) -> int:
         """Waits for the disk (fsync): all records up to the returned seq are then durable against power loss. Other threads
@@ -219,15 +278,18 @@ class JournalWriter:
         if self._gone:
             return
         fault: JournalError | None = None
-        with self._sync_lock, self._lock:
+        with self._sync_lock, self.lock:
             try:
-                self._put(Kind.END, (clock.time(), {"exit_code": exit_code, "cause": cause}))
+                self._put(Kind.END, (now(), {"exit_code": exit_code, "cause": cause}))
             except JournalError as error:
                 fault = error
             self._gone = ShutdownError(f"the journal {self.path} is closed: its run has ended")
-            self._limit = -1
+            self._fold()
+            self._write = refuse
+            old, self._window = self._window, NoWindow(self.size)
+            old.close()
             try:
-                self._storage.finish(self._at)
+                self._storage.finish(self.size)
                 os.fsync(self._fd)
                 if not self._directory_synced:
                     _sync_directory(self.path.parent)
@@ -243,61 +305,112 @@ class JournalWriter:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close(0 if error is None else 1, "exit")
 
-    def _append_other(self, data: Mapping[str, Any], step: int | None, commit: bool | None, time: float) -> None:
-        """Rows of a new shape, and rows that cannot be packed."""
-        row = plain_row(data)
-        keys = tuple(row)
-        codes = "".join(Schema.CODES.get(type(value), "x") for value in row.values())
-        packable = "x" not in codes and commit is not None and step is not None
-        with self._lock:
-            schema = self._schemas.get((keys, codes)) if packable else None
-            if packable and schema is None and len(self._schemas) < MAX_SCHEMAS:
-                schema = Schema(len(self._schemas), keys, codes)
-                self._store(encode_frame(struct.pack("<IB", self._seq, Kind.SCHEMA) + schema.describe()))
-                self._seq += 1
-                self._schemas[keys, codes] = schema
-            if schema is not None and step is not None and commit is not None:
-                self._shapes[keys] = schema
-                try:
-                    body = schema.encode(self._seq, _PACKED[commit], step, time, tuple(row.values()))
-                except struct.error:
-                    pass
-                else:
-                    self._store(encode_frame(body))
-                    self._seq += 1
-                    self._rows += 1
-                    return
-            self._put(Kind.ROW, (time, step, commit, row))
-            self._rows += 1
+    # Under the lock ------------------------------------------------------------------------------------
 
-    def _put(self, kind: Kind, fields: tuple[Any, ...]) -> int:
-        """Under the lock."""
-        try:
-            frame = encode_record(self._seq, kind, fields)
-        except OverflowError as error:
-            raise TypeError(f"cannot journal {kind.name}: a number does not fit in 64 bits ({error})") from error
-        self._store(frame)
-        self._seq += 1
-        return self._seq - 1
-
-    def _store(self, frame: bytes) -> None:
-        """Puts `frame` at the end. Under the lock; nothing changes when it raises."""
-        at = self._at
-        end = at + len(frame)
-        try:
-            if end > self._limit:
-                self._advance(at, len(frame))
-            self._window[at - self._base : end - self._base] = frame
-        except OSError as error:
-            raise _fault(error, self.path, "this record is not journalled") from error
-        self._at = end
-
-    def _advance(self, at: int, need: int) -> None:
+    def _log_other(self, data: Mapping[str, Any], step: int | None, commit: bool | None) -> bool:
+        """`log` for rows of another shape than the last, and for all that is special."""
         if self._gone:
             self._refuse()
-        storage = self._storage
-        storage.advance(at, need)
-        self._window, self._base, self._limit = storage.window, storage.base, storage.limit
+        asked = None if step is None else as_step(step)
+        known = self._shapes.find(data)
+        if known is not None and (known is not self._shape or asked is not step):
+            self._fold()
+            self._shape = known
+            return self.log(data, asked, commit)
+        row = flat_row(data)
+        time = now()
+        while True:
+            seq, rule = self._seq, self.rule.copy()
+            accepted = rule.accept(asked, commit)
+            if accepted is None:
+                return False
+            if self._store(self._row_frame(row, seq, *accepted, time), seq, rule, row):
+                return True
+
+    def _row_frame(self, row: Mapping[str, Any], seq: int, step: int | None, commit: bool | None, time: float) -> bytes:
+        """A plain row's frame; packed when it can be. A new shape is declared first, and `seq` is then no longer the next."""
+        if step is not None and commit is not None and (shape := self._shape_for(row)):
+            with suppress(struct.error):  # a number too large for its place
+                return encode_frame(shape.schema.encode(seq, _COMMIT if commit else _OPEN, step, time, tuple(row.values())))
+        return _encode(seq, Kind.ROW, (time, step, commit, row))
+
+    def _shape_for(self, row: Mapping[str, Any]) -> Shape | None:
+        """The shape of a plain row, declared in the journal; None when it is to be written in full."""
+        while True:
+            shape, is_new = self._shapes.of(row)
+            if shape is None or not is_new:
+                return shape
+            seq = self._seq
+            frame = encode_frame(BODY_HEAD.pack(seq, Kind.SCHEMA) + shape.schema.describe())
+            if self._store(frame, seq, self.rule):
+                self._shapes.add(shape)
+                return shape
+
+    def _put(self, kind: Kind, fields: tuple[Any, ...]) -> int:
+        while True:
+            seq = self._seq
+            if self._store(_encode(seq, kind, fields), seq, self.rule):
+                return seq
+
+    def _store(self, frame: bytes, seq: int, rule: StepRule, row: Mapping[str, Any] | None = None) -> bool:
+        """Appends the frame of `seq` (holding `row`), after which the rule is `rule`. False when there is another by now.
+
+        Nothing is changed when it raises.
+        """
+        self._fold()
+        while True:
+            # Not the loop's own condition: CPython runs signals' handlers where a loop jumps back.
+            if self._seq != seq:
+                return False
+            before, folded = self.rule, self._folded
+            self.rule, self._row = rule, row
+            self._seq = self._folded = seq + 1
+            try:
+                if (written := self._write(frame)) == len(frame):
+                    return True
+                self._window.take_back(written)
+            except ValueError:
+                pass  # the window is full
+            except OSError as error:
+                self.rule, self._row, self._seq, self._folded = before, None, seq, folded
+                raise _fault(error, self.path, "this record is not journalled") from error
+            self.rule, self._row, self._seq, self._folded = before, None, seq, folded
+            self._make_room(len(frame))
+
+    def _make_room(self, need: int) -> None:
+        if self._gone:
+            self._refuse()
+        seq, old = self._seq, self._window
+        try:
+            fresh = self._storage.window(old.tell(), need)
+        except OSError as error:
+            raise _fault(error, self.path, "this record is not journalled") from error
+        if self._seq == seq:
+            self._window = fresh
+            self._write = fresh.write  # the old one goes with its last user, who may be what this call interrupts
+        else:
+            fresh.close()  # a signal's handler has moved the end meanwhile
+
+    def _write_header(self, head: bytes) -> None:
+        self._make_room(len(head))
+        self._write(head)
+
+    def _fold(self) -> None:
+        """Lets the summary know the rows that were packed in place: the last one is still in its shape's frame."""
+        if (row := self._row) is not None:
+            self._summary.add_row(row)
+            if self._row is row:
+                self._row = None
+        last = self._seq - 1
+        if self._folded > last:
+            return
+        shape = self._shape
+        frame: bytes | bytearray = shape.frame
+        if shape.seq_in(frame) != last:  # of a row that did not make it to the journal
+            frame = os.pread(self._fd, shape.length, self._window.tell() - shape.length)
+        if shape.seq_in(frame) == last:
+            self._summary.add_row(shape.row_in(frame))
+        self._folded = last + 1
 
     def _refuse(self) -> NoReturn:
         kind = ShutdownError if self._gone is None else type(self._gone)
@@ -317,10 +430,17 @@ class JournalWriter:
             f"the journal {self.path} belongs to process {self.header.pid or 'that forked this one'}; "
             "a forked child cannot log to its parent's run: start a run of its own in the child, or log in the parent"
         )
-        self._limit = -1
+        self._write = refuse
         # A thread of the parent may have held these; it does not exist here.
-        self._lock = threading.Lock()
+        self.lock = threading.RLock()
         self._sync_lock = threading.Lock()
+
+
+def _encode(seq: int, kind: Kind, fields: tuple[Any, ...]) -> bytes:
+    try:
+        return encode_record(seq, kind, fields)
+    except OverflowError as error:
+        raise TypeError(f"cannot journal {kind.name}: a number does not fit in 64 bits ({error})") from error
 
 
 def _exists(path: Path) -> str:

@@ -126,7 +126,7 @@ class Record(msgspec.Struct, frozen=True):
 class Schema:
     """Keys and types of packed rows: made by the writer at a shape's first row, by a reader from the SCHEMA frame."""
 
-    __slots__ = ("codes", "keys", "number", "pack", "plain", "types", "unpack")
+    __slots__ = ("codes", "keys", "number", "packed", "plain", "types", "unpack")
 
     CODES: Final = {float: "d", int: "q", bool: "?", str: "s", type(None): "n"}
     _TYPES: Final = {code: kind for kind, code in CODES.items()}
@@ -138,7 +138,7 @@ class Schema:
         self.codes = codes
         self.types = tuple(self._TYPES[code] for code in codes)
         values = "".join(self._STRUCT[code] for code in codes)
-        self.pack = struct.Struct(f"<IBHId{values}").pack
+        self.packed = struct.Struct(f"<IBHId{values}")
         self.unpack = struct.Struct(f"<{values}")
         self.plain = not set(codes) & {"s", "n"}
         """Every value has a fixed place: the row is one `pack` of the dict's values."""
@@ -155,7 +155,7 @@ class Schema:
     def encode(self, seq: int, kind: int, step: int, time: float, values: tuple[Any, ...]) -> bytes:
         """A packed row's body. Raises struct.error for a step or an int that does not fit (the caller then writes a ROW)."""
         if self.plain:
-            return self.pack(seq, kind, self.number, step, time, *values)
+            return self.packed.pack(seq, kind, self.number, step, time, *values)
         fixed: list[Any] = []
         tail: list[bytes] = []
         for code, value in zip(self.codes, values, strict=True):
@@ -165,7 +165,7 @@ class Schema:
                 tail.append(text)
             elif code != "n":
                 fixed.append(value)
-        return self.pack(seq, kind, self.number, step, time, *fixed) + b"".join(tail)
+        return self.packed.pack(seq, kind, self.number, step, time, *fixed) + b"".join(tail)
 
     def decode(self, frames: memoryview, at: int) -> dict[str, Any]:
         """The row's data; its values begin at `at`."""

@@ -1,10 +1,12 @@
-"""Where a journal's bytes go: a window of reserved, mapped file where that is safe, `pwrite` elsewhere (ADR 0001)."""
+"""Where a journal's bytes go: a window of reserved, mapped file where that is safe, `write` elsewhere (ADR 0001)."""
 
 from __future__ import annotations
 
 import errno
 import mmap
 import os
+from collections.abc import Callable
+from functools import partial
 from typing import Final, Protocol
 
 WINDOW: Final = 1 << 18
@@ -21,24 +23,82 @@ MAPPABLE: Final = frozenset({"ext4", "xfs", "tmpfs", "overlay"})
 Copy-on-write ones (btrfs, zfs) and network ones need not keep that promise."""
 
 
-class Storage(Protocol):
-    """Space for frames. `window[a - base : b - base] = frame` stores, for base <= a, b <= limit; OSError when it cannot."""
-
-    window: Window
-    base: int
-    limit: int
-
-    def advance(self, at: int, need: int) -> None:
-        """Moves the window so that [at, at + need) lies in it. Raises OSError; the old window then still stands."""
-        ...
-
-    def finish(self, at: int) -> None:
-        """Releases the window and what was reserved behind `at`."""
-        ...
-
-
 class Window(Protocol):
-    def __setitem__(self, place: slice, frame: bytes, /) -> None: ...
+    """Room for frames, filled from its start."""
+
+    write: Callable[[bytes | bytearray], int]
+    """Appends a frame; returns how much of it was written (the rest: `take_back`). Raises ValueError when the window is full,
+    OSError when the disk is. A function of C: no signal's handler runs inside."""
+
+    def tell(self) -> int:
+        """Where the next frame goes: the end of the journal."""
+        ...
+
+    def take_back(self, written: int) -> None:
+        """Puts the end back by what was written of a frame."""
+        ...
+
+    def close(self) -> None: ...
+
+
+class Storage(Protocol):
+    def window(self, at: int, need: int) -> Window:
+        """A window that begins at offset `at` with room for `need` bytes. Raises OSError; windows before it stay good."""
+        ...
+
+    def finish(self, end: int) -> None:
+        """Releases what was reserved behind `end`."""
+        ...
+
+
+def refuse(_frame: bytes | bytearray) -> int:
+    """`write` where there is no window."""
+    raise ValueError("no window")
+
+
+class NoWindow:
+    """Before the first window, and after the last: it only knows where the journal ends."""
+
+    write: Callable[[bytes | bytearray], int] = staticmethod(refuse)
+
+    def __init__(self, at: int) -> None:
+        self._at = at
+
+    def tell(self) -> int:
+        return self._at
+
+    def take_back(self, written: int) -> None:
+        """Nothing was written."""
+
+    def close(self) -> None:
+        """Nothing to close."""
+
+
+class MappedWindow:
+    def __init__(self, fd: int, base: int, length: int, at: int) -> None:
+        self._map = mmap.mmap(fd, length, mmap.MAP_SHARED, offset=base)
+        self._base = base
+        try:
+            # Takes the page faults here, once a window, and not in 64 calls of the training loop.
+            self._map.madvise(_MADV_POPULATE_WRITE)
+        except OSError as error:
+            if error.errno not in (errno.EINVAL, errno.ENOSYS):  # older kernels: the faults come one by one
+                self._map.close()
+                # EFAULT is what would have been SIGBUS: the file system broke its word about the reserved space.
+                raise OSError(
+                    errno.ENOSPC if error.errno == errno.EFAULT else error.errno, os.strerror(errno.ENOSPC)
+                ) from error
+        self._map.seek(at - base)
+        self.write: Callable[[bytes | bytearray], int] = self._map.write
+
+    def tell(self) -> int:
+        return self._base + self._map.tell()
+
+    def take_back(self, written: int) -> None:
+        self._map.seek(-written, os.SEEK_CUR)
+
+    def close(self) -> None:
+        self._map.close()
 
 
 class MappedStorage:
@@ -47,38 +107,16 @@ class MappedStorage:
     def __init__(self, fd: int) -> None:
         self._fd = fd
         self._reserved = os.fstat(fd).st_size
-        self._map: mmap.mmap | None = None
-        self.window: Window = _Nowhere()
-        self.base = 0
-        self.limit = -1
 
-    def advance(self, at: int, need: int) -> None:
+    def window(self, at: int, need: int) -> Window:
         base = at - at % _PAGE
         wanted = at + need
         self._reserve(base, wanted)
         length = min(self._reserved, max(base + WINDOW, -(-wanted // _PAGE) * _PAGE)) - base
-        fresh = mmap.mmap(self._fd, length, mmap.MAP_SHARED, offset=base)
-        try:
-            # Takes the page faults here, once a window, and not in 64 calls of the training loop.
-            fresh.madvise(_MADV_POPULATE_WRITE)
-        except OSError as error:
-            if error.errno not in (errno.EINVAL, errno.ENOSYS):  # older kernels: the faults come one by one
-                fresh.close()
-                # EFAULT is what would have been SIGBUS: the file system broke its word about the reserved space.
-                raise OSError(
-                    errno.ENOSPC if error.errno == errno.EFAULT else error.errno, os.strerror(errno.ENOSPC)
-                ) from error
-        old, self._map = self._map, fresh
-        self.window, self.base, self.limit = fresh, base, base + length
-        if old is not None:
-            old.close()
+        return MappedWindow(self._fd, base, length, at)
 
-    def finish(self, at: int) -> None:
-        if self._map is not None:
-            self._map.close()
-            self._map = None
-        self.window, self.limit = _Nowhere(), -1
-        os.ftruncate(self._fd, at)
+    def finish(self, end: int) -> None:
+        os.ftruncate(self._fd, end)
 
     def _reserve(self, base: int, wanted: int) -> None:
         """Reserves up to `wanted`, generously when the disk allows it, to the page when it is nearly full."""
@@ -95,38 +133,33 @@ class MappedStorage:
                 if error.errno not in NO_SPACE or goal == page_end:
                     raise
             else:
-                self._reserved = goal
+                self._reserved = max(self._reserved, goal)  # a signal's handler may have been faster
                 return
 
 
 class WrittenStorage:
-    """Frames are written by one `pwrite` each: for file systems on which a mapping is not safe. 1.3 to 2 times the cost."""
+    """Frames are written by one `write` each: for file systems on which a mapping is not safe. 1.3 to 2 times the cost."""
 
     def __init__(self, fd: int) -> None:
         self._fd = fd
-        self.window: Window = self
-        self.base = 0
-        self.limit = 1 << 62
+        self.write: Callable[[bytes | bytearray], int] = partial(os.write, fd)
 
-    def __setitem__(self, place: slice, frame: bytes) -> None:
-        written = os.pwrite(self._fd, frame, place.start)
-        while written < len(frame):  # a full disk takes a part first, and says ENOSPC to the rest
-            written += os.pwrite(self._fd, frame[written:], place.start + written)
+    def window(self, at: int, need: int) -> Window:
+        # Asked for at the start, and after a write that was cut short: says why, or finds that there is space again.
+        os.posix_fallocate(self._fd, at, need)
+        return self
 
-    def advance(self, at: int, need: int) -> None:
-        if at + need > self.limit:
-            raise OSError(errno.EFBIG, os.strerror(errno.EFBIG))
+    def tell(self) -> int:
+        return os.lseek(self._fd, 0, os.SEEK_CUR)
 
-    def finish(self, at: int) -> None:
-        self.window, self.limit = _Nowhere(), -1
-        os.ftruncate(self._fd, at)
+    def take_back(self, written: int) -> None:
+        os.lseek(self._fd, -written, os.SEEK_CUR)
 
+    def close(self) -> None:
+        """One window is all of the file."""
 
-class _Nowhere:
-    """The window of a storage that has none: the limit of -1 keeps everybody out of it."""
-
-    def __setitem__(self, place: slice, frame: bytes) -> None:
-        raise ValueError("this journal has no window")
+    def finish(self, end: int) -> None:
+        os.ftruncate(self._fd, end)
 
 
 def storage_for(fd: int, kind: str | None = None) -> Storage:

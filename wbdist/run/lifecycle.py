@@ -14,9 +14,9 @@ from wbdist.core import ids
 from wbdist.core.position import RunPosition
 from wbdist.errors import CommError, InitStartError, UsageError
 from wbdist.run import console, machine, process_end
+from wbdist.run.disabled import NoJournal
 from wbdist.run.handle import Run
-from wbdist.run.journal import JournalHeader, Kind, journal_name
-from wbdist.run.values import RowJournal
+from wbdist.run.journal import JournalHeader, JournalWriter, Kind, journal_name
 from wbdist.settings import Settings
 
 REGISTER_SECONDS = 5.0
@@ -53,6 +53,8 @@ class RunSpec(msgspec.Struct, frozen=True, kw_only=True):
     force: bool = False
     """Raise instead of going on with the journal alone when the server is away."""
     capture_console: bool = True
+    url: str | None = None
+    """The run's page, when somebody else has registered the run (a feed's)."""
 
 
 _lock = threading.RLock()
@@ -86,7 +88,9 @@ def open_run(spec: RunSpec) -> Run:
     if spec.settings.mode == "disabled":
         name = spec.name or f"dummy-{spec.run_id}"
         quiet = msgspec.structs.replace(spec, name=name, capture_console=False)
-        return _enlist(Run(quiet, journal=None, shipping=None, directory=None, opened_at=opened_at))
+        base = spec.base
+        nothing = NoJournal(base.watermark.step + 1 if base else 0, base.summary if base else {})
+        return _enlist(Run(quiet, journal=nothing, shipping=None, directory=None, opened_at=opened_at))
 
     online = spec.settings.mode == "online" and spec.role == "run"
     placed = _register(spec) if online else _Placed(spec)
@@ -112,7 +116,7 @@ def open_run(spec: RunSpec) -> Run:
         runtime=spec.base.runtime if spec.base else 0.0,
         summary=spec.base.summary if spec.base else {},
     )
-    journal = RowJournal.create(directory / journal_name(spec.writer, spec.attempt), header)
+    journal = JournalWriter.create(directory / journal_name(spec.writer, spec.attempt), header)
     shipping = None
     if placed.base_url:
         from wbdist.run.shipping import Shipping
@@ -129,7 +133,7 @@ def open_run(spec: RunSpec) -> Run:
     except BaseException:
         run.finish(1, cause="init")
         raise
-    run.url = placed.url
+    run.url = placed.url or spec.url
     if spec.role == "run":
         _announce(run, placed)
     if spec.capture_console:

@@ -2,26 +2,52 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Final
 
-from wbdist.run.journal import JournalWriter
-from wbdist.run.journal_values import plain as _plain
-
-MAX_ARRAY = 32
+MAX_ARRAY: Final = 32
 """Elements of an array or list in a row; larger ones want a histogram."""
 
-RESERVED = frozenset({"_step", "_timestamp", "_runtime"})
+RESERVED: Final = frozenset({"_step", "_timestamp", "_runtime"})
 """Columns that the journal makes itself; a user's are dropped, as in W&B."""
 
+_EXACT: Final = frozenset({float, bool, str, type(None)})
+"""Types that are kept as they are; so are ints of up to 64 bits."""
+_INT_MIN: Final = -(1 << 63)
+_INT_MAX: Final = (1 << 64) - 1
 
-def plain(value: Any, where: str) -> Any:
-    """`value` made of None, bool, int, float, str, lists and dicts. Raises TypeError naming `where` when there is no such form.
 
-    A torch tensor on an accelerator makes this wait for it: log what the step has brought to the host anyway.
+def plain(value: Any) -> Any:
+    """`value` made of None, bool, int, float, str, lists and dicts, exactly where that is possible. Raises TypeError.
+
+    Numbers and arrays of other libraries are told by their `item` and `tolist` methods, so none of these libraries is
+    imported. As in W&B, an int beyond 64 bits becomes a float, bytes become text, a set becomes a list. A torch tensor on an
+    accelerator makes this wait for it.
     """
+    kind = type(value)
+    if kind in _EXACT:
+        return value
+    if kind is int or (isinstance(value, int) and not isinstance(value, bool)):
+        value = int(value)
+        return value if _INT_MIN <= value <= _INT_MAX else float(value)
+    if isinstance(value, float):
+        return float(value)
+    if isinstance(value, str):
+        return str.__str__(value)
+    if isinstance(value, Mapping):
+        return {key if type(key) is str else str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return [plain(item) for item in value]
+    if isinstance(value, (bytes, bytearray)):
+        return bytes(value).decode("utf-8", "replace")
+    return _foreign(value)
+
+
+def plain_at(where: str, value: Any) -> Any:
+    """As `plain`; the TypeError names `where`."""
     try:
-        return _plain(value)
+        return plain(value)
     except (TypeError, ValueError) as error:
         raise TypeError(f"{where}: {error}") from error
 
@@ -35,26 +61,42 @@ def config_value(value: Any, where: str) -> Any:
     if hasattr(value, "__dataclass_fields__") and not isinstance(value, type):
         return {name: config_value(getattr(value, name), where) for name in value.__dataclass_fields__}
     try:
-        return _plain(value)
+        return plain(value)
     except (TypeError, ValueError):
         return str(value)
 
 
 def flat_row(data: Mapping[Any, Any]) -> dict[str, Any]:
     """A row in plain form, nested dicts flattened to `a.b.c`. Raises TypeError naming what cannot be logged."""
+    if not isinstance(data, Mapping):
+        raise TypeError(f"log() takes a dict of str -> value, not {type(data).__name__}")
     row: dict[str, Any] = {}
     _flatten("", data, row)
     return row
 
 
+def as_step(step: object) -> int:
+    """Takes numpy's integers; raises TypeError for floats, bools and text."""
+    if isinstance(step, bool):
+        raise TypeError("step must be an int, not a bool")
+    try:
+        return operator.index(step)  # type: ignore[arg-type]
+    except TypeError:
+        raise TypeError(f"step must be an int, not {type(step).__name__} ({step!r})") from None
+
+
 def _flatten(prefix: str, data: Mapping[Any, Any], row: dict[str, Any]) -> None:
     for raw, value in data.items():
         key = prefix + _key(raw, "log()")
-        if isinstance(value, Mapping) and "_type" not in value:  # with it: one media value
+        kind = type(value)
+        if kind in _EXACT:
+            if key not in RESERVED:
+                row[key] = value
+        elif isinstance(value, Mapping) and "_type" not in value:  # with it: one media value
             _flatten(f"{key}.", value, row)
         elif key not in RESERVED:
-            row[key] = kept = plain(value, f'log(): key "{key}"')
-            if isinstance(kept, list) and len(kept) > MAX_ARRAY:
+            row[key] = kept = plain_at(f'log(): key "{key}"', value)
+            if type(kept) is list and len(kept) > MAX_ARRAY:
                 raise TypeError(
                     f'log(): key "{key}" has {len(kept)} elements, at most {MAX_ARRAY} fit in a row; log numbers made of them'
                 )
@@ -66,17 +108,19 @@ def _key(key: Any, where: str) -> str:
     raise TypeError(f"{where}: key {key!r} is {type(key).__name__}; keys must be strings")
 
 
-class RowJournal(JournalWriter):
-    """A journal writer whose rows may hold anything `log` accepts.
+def _foreign(value: Any) -> Any:
+    """Scalars and arrays of numpy, torch and their like."""
+    if callable(item := getattr(value, "item", None)) and _size(value) == 1:
+        return plain(item())
+    if callable(tolist := getattr(value, "tolist", None)):
+        return plain(tolist())
+    raise TypeError(
+        f"{type(value).__module__}.{type(value).__qualname__} is no number, text, list, dict or array; convert it first"
+    )
 
-    The writer packs a row of a shape it knows without looking further, and sends every other row through `_append_other`:
-    so flattening and converting there costs the common row nothing, where a check in front would cost it a fifth.
-    """
 
-    reduced: dict[str, Any] | None = None
-    """What became of the last row that was not packed at once; whoever reads it sets it back to None."""
-
-    def _append_other(self, data: Mapping[str, Any], step: int | None, commit: bool | None, time: float) -> None:
-        row = flat_row(data)
-        super()._append_other(row, step, commit, time)
-        self.reduced = row
+def _size(value: Any) -> int:
+    """Number of elements: torch's `numel()`, numpy's `size`; 1 for scalars that have neither."""
+    numel = getattr(value, "numel", None)
+    size = numel() if callable(numel) else getattr(value, "size", 1)
+    return 1 if callable(size) else int(size)
