@@ -16,13 +16,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import msgspec
-import numpy as np
 import sqlalchemy as sa
 
 from wbdist.core.position import HISTORY
 from wbdist.server.store import columns as cols
 from wbdist.server.store import rollups
-from wbdist.server.store.columns import Column, Floats, Ints
+from wbdist.server.store.columns import Column, Floats, Ints, steps_of
 from wbdist.server.store.lines import Batch
 from wbdist.server.store.schema import chunks, columns
 
@@ -36,6 +35,7 @@ SEALED = 99
 """The level of chunks that are never merged again."""
 LOOSE = 1024
 """`cursors.loose` counts in 1/1024 of what triggers a merge of level 0."""
+_INSERT = sa.insert(chunks)
 
 
 class Key(msgspec.Struct, frozen=True):
@@ -85,7 +85,7 @@ def store(db: sa.Connection, key: Key, first: int, batch: Batch) -> int:
         "keys": batch.keys,
         "blob": batch.blob,
     }
-    db.execute(sa.insert(chunks), [values])
+    db.execute(_INSERT, [values])
     return LOOSE * max(SEAL_CELLS // FAN, rows * SEAL_CELLS // SEAL_ROWS, rows * batch.width) // SEAL_CELLS
 
 
@@ -155,18 +155,6 @@ def _merge(db: sa.Connection, key: Key, found: Sequence[Any], names: dict[str, b
             summary = rollups.rollup(*points(column, per_row, rows)).pack()
         parts.append({"chunk_pk": pk, "key": name, "blob": cols.pack(column), "rollup": summary})
     db.execute(sa.insert(columns), parts)
-
-
-def steps_of(loaded: dict[str, Column], rows: int) -> Ints:
-    """The step of each row, -1 for a row without."""
-    out = np.full(rows, -1, dtype=np.int64)
-    column = loaded.get("_step")
-    if column is not None:
-        where, steps = column.numbers()
-        # As `lines.step_of`, for all rows at once; an int column skips the detour through floats, which lose above 2**53.
-        exact = column.data if column.kind == "i" else np.where((steps >= 0) & (steps < 2**62), steps, -1).astype(np.int64)
-        out[where] = np.where((exact >= 0) & (exact < 2**62), exact, -1)
-    return out
 
 
 def points(column: Column, steps: Ints, visible: int) -> tuple[Ints, Floats]:

@@ -186,9 +186,10 @@ def _as_float(value: float) -> float:
 
 def split(rows: Sequence[Mapping[str, Any]]) -> dict[str, Column]:
     """Rows to columns; keys in order of first appearance."""
-    if rows and all(map(rows[0].keys().__eq__, map(dict.keys, rows))):  # type: ignore[arg-type]
-        names = list(rows[0])
-        return {name: Column.of([row[name] for row in rows], None, len(rows)) for name in names}
+    names = tuple(rows[0]) if rows else ()
+    if names and all(tuple(row) == names for row in rows):  # the usual case: every row comes from the same line of a script
+        transposed = zip(*map(dict.values, rows), strict=True)  # type: ignore[arg-type]
+        return {name: Column.of(values, None, len(rows)) for name, values in zip(names, transposed, strict=True)}
     values: dict[str, list[Any]] = {}
     indices: dict[str, list[int]] = {}
     for index, row in enumerate(rows):
@@ -243,6 +244,18 @@ def _fits_float(column: Column) -> bool:
 
 def _which_int(column: Column) -> npt.NDArray[np.bool_]:
     return np.full(len(column), column.kind == "i") if column.ints is None else column.ints
+
+
+def steps_of(loaded: Mapping[str, Column], rows: int) -> Ints:
+    """The step of each row; -1 for a row that has none, or nothing that a step can be."""
+    out = np.full(rows, -1, dtype=np.int64)
+    column = loaded.get("_step")
+    if column is not None:
+        where, steps = column.numbers()
+        # An int column skips the detour through floats, which lose above 2**53.
+        exact = column.data if column.kind == "i" else np.where((steps >= 0) & (steps < 2**62), steps, -1).astype(np.int64)
+        out[where] = np.where((exact >= 0) & (exact < 2**62), exact, -1)
+    return out
 
 
 def pack(column: Column) -> bytes:

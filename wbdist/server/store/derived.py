@@ -9,7 +9,8 @@ import numpy as np
 import sqlalchemy as sa
 
 from wbdist.core.position import HISTORY
-from wbdist.server.store.chunks import load_many, steps_of
+from wbdist.server.store.chunks import load_many
+from wbdist.server.store.columns import steps_of
 from wbdist.server.store.lines import visible_keys
 from wbdist.server.store.views import View, chunks_of
 

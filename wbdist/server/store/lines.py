@@ -14,6 +14,7 @@ from wbdist.server.store import columns as cols
 
 _DEEPEST = 200
 """Levels of nesting: far below the interpreter's own limit, at which a value could be read but not written again."""
+_decode = msgspec.json.Decoder(dict[str, Any]).decode
 
 
 class Batch(msgspec.Struct, frozen=True):
@@ -34,7 +35,8 @@ class Batch(msgspec.Struct, frozen=True):
     @classmethod
     def of(cls, rows: list[dict[str, Any]]) -> Batch:
         split = cols.split(rows)
-        steps = [step for row in rows if (step := step_of(row)) >= 0] or [-1]
+        steps = cols.steps_of(split, len(rows))
+        having = steps[steps >= 0]
         numeric = {key: column.numeric() for key, column in split.items()}
         return cls(
             rows,
@@ -42,8 +44,8 @@ class Batch(msgspec.Struct, frozen=True):
             json.dumps(numeric),
             len(split),
             visible_keys(numeric),
-            min(steps),
-            max(steps),
+            int(having.min()) if len(having) else -1,
+            int(steps.max()),
         )
 
 
@@ -56,13 +58,16 @@ def parse(stream: str, lines: Sequence[str]) -> list[Any]:
     """JSON objects of a history or events stream, texts of the console. Raises ValueError naming the line."""
     if stream == CONSOLE:
         return list(lines)
-    out = []
-    for number, line in enumerate(lines):
+    try:
         # Not orjson: it turns integers beyond 64 bits into floats, silently.
-        row = jsonvalues.loads_object(line, f"line {number} of {stream}")
-        if line.count("[") + line.count("{") > _DEEPEST and _depth(row) > _DEEPEST:
+        out = [_decode(line) for line in lines]
+    except (msgspec.DecodeError, UnicodeError, RecursionError):
+        # Some line has a NaN, or is no object: one by one, to take the first and to name the other.
+        out = [jsonvalues.loads_object(line, f"line {number} of {stream}") for number, line in enumerate(lines)]
+    for number, line in enumerate(lines):
+        # Such depth takes as many brackets, opened and closed.
+        if len(line) > 2 * _DEEPEST and line.count("[") + line.count("{") > _DEEPEST and _depth(out[number]) > _DEEPEST:
             raise ValueError(f"line {number} of {stream} is nested deeper than {_DEEPEST} levels")
-        out.append(row)
     return out
 
 
@@ -73,11 +78,3 @@ def _depth(value: Any) -> int:
         depth += 1
         level = [inner for item in level for inner in (item.values() if isinstance(item, dict) else item)]
     return depth
-
-
-def step_of(row: dict[str, Any]) -> int:
-    """The row's `_step`; -1 when it has none that a step can be."""
-    step = row.get("_step", -1)
-    if type(step) is int:
-        return step if 0 <= step < 2**62 else -1
-    return int(step) if type(step) is float and 0 <= step < 2**62 else -1

@@ -12,8 +12,8 @@ import sqlalchemy as sa
 
 from wbdist.core.position import CONSOLE, HISTORY
 from wbdist.server.store import columns as cols
-from wbdist.server.store.chunks import MANY, Chunk, ColumnCache, Key, load_many, points, steps_of
-from wbdist.server.store.columns import Column, Floats, Ints
+from wbdist.server.store.chunks import MANY, Chunk, ColumnCache, Key, load_many, points
+from wbdist.server.store.columns import Column, Floats, Ints, steps_of
 from wbdist.server.store.interface import Bucket
 from wbdist.server.store.rollups import WIDTH, Blocks, bucketed
 from wbdist.server.store.schema import chunks, columns, console_lines
