@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import pytest
-
 from support.storing import NOW, StoredRun, cut, rows
+
 from wbdist.core.position import CONSOLE, EVENTS, HISTORY, Watermark
 from wbdist.core.states import RunEvent, RunState
 from wbdist.errors import UsageError

@@ -11,8 +11,8 @@ import pytest
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule, run_state_machine_as_test
-
 from support.storing import StoredRun
+
 from wbdist.core.position import CONSOLE, EVENTS, HISTORY, STREAMS, Watermark
 from wbdist.server.store import open_store
 

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import sqlalchemy as sa
-
 from support.storing import NOW, StoredRun, cut, rows
+
 from wbdist.core.position import CONSOLE, HISTORY
 from wbdist.errors import UsageError
 from wbdist.server.store import SqlStore, chunks, rollups
@@ -55,7 +55,7 @@ def test_charts_hold_every_live_value_once(store: SqlStore, tiny: None, buckets:
 
 
 def test_a_chart_of_many_steps_comes_from_rollups(store: SqlStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A long metric is drawn without reading its values, and as exactly; NaN takes no part in the figures, only in the count."""
+    """A long metric is drawn without reading its values, and as exactly; NaN counts, but takes no part in the figures."""
     monkeypatch.setattr(chunks, "SEAL_ROWS", 4096)
     run = StoredRun(store)
     count = 3 * 4096 + 5

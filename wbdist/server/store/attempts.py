@@ -22,9 +22,11 @@ _GUESSES = ("", _SUPERSEDED, _SILENCE)
 """Ends that a later word about the attempt may correct."""
 
 
+_ATTEMPT = sa.select(attempts).where((attempts.c.run_pk == sa.bindparam("pk")) & (attempts.c.attempt == sa.bindparam("number")))
+
+
 def attempt_of(db: sa.Connection, pk: int, attempt: int) -> sa.RowMapping | None:
-    where = (attempts.c.run_pk == pk) & (attempts.c.attempt == attempt)
-    return db.execute(sa.select(attempts).where(where)).mappings().first()
+    return db.execute(_ATTEMPT, {"pk": pk, "number": attempt}).mappings().first()
 
 
 def begin(db: sa.Connection, run: sa.RowMapping, request: BeginAttempt, now: float) -> BegunAttempt:

@@ -48,8 +48,8 @@ class SqlStore:
                 values = new_run(entity, project, run_id, now) | to_columns(given, {})
                 if not values["display_name"]:
                     values["display_name"] = names.invent(run_id, number)
-                inserted = self._db.insert(runs).values(**values).on_conflict_do_nothing()
-                if db.execute(inserted).rowcount:
+                inserted = self._db.insert(runs).values(**values).on_conflict_do_nothing().returning(runs.c.pk)
+                if db.execute(inserted).first() is not None:
                     return run_row(db.execute(sa.select(runs).where(named)).mappings().one()), True
                 found = db.execute(self._db.locked(sa.select(runs).where(named))).mappings().one()
             changes = to_columns(given, json.loads(found["config"]))
