@@ -231,3 +231,15 @@ def test_a_stranger_in_the_runtime_directory_is_refused(tmp_path: Path, monkeypa
             control.runtime_directory()
     finally:
         control_directory.rmdir()
+
+
+def test_journals_of_this_disk_under_another_host_name(loopback: Any, wandb: Any) -> None:
+    """Proves that a journal written before this machine (a pod with its volume) got another name is found and shipped, and that
+    its writer's death is told by the lock, not by the name."""
+    writer = wandb.journal(loopback.url, host="the-name-before")
+    wandb.rows(writer, 0, 5)
+    writer._release()  # as if killed: no END, the lock gone
+    writer.close = lambda *_: None
+    wandb.shipper()
+    wandb.wait_for("the rows and the loss", lambda: "ended lost" in loopback.marks)
+    assert [row["i"] for row in loopback.history()] == list(range(5))

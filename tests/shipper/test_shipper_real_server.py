@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -33,9 +34,11 @@ class RealServer:
         self.start()
         self.key = (self.data / "admin.key").read_text().strip()
 
-    def start(self) -> None:
+    def start(self, port: str = "") -> None:
+        """On its old port, or on `port`."""
         self._port_file.unlink(missing_ok=True)
-        port = self.url.rpartition(":")[2] or "0"
+        moves = bool(port)
+        port = port or self.url.rpartition(":")[2] or "0"
         command = [
             sys.executable,
             "-m",
@@ -54,7 +57,7 @@ class RealServer:
             assert self.process.poll() is None, "the server ended"
             assert time.monotonic() < deadline, "the server did not start in 30 s"
             time.sleep(0.02)
-        assert not self.url or url == self.url, "the server must come back on its old port"
+        assert moves or not self.url or url == self.url, "the server must come back on its old port"
         self.url = url
 
     def kill(self) -> None:
@@ -126,3 +129,26 @@ def test_both_are_killed_while_shipping(server: RealServer, wandb: Any) -> None:
     assert client.flush(wandb.root, second.path, 30.0), wandb.log()
     assert server.steps() == list(range(written + 200))
     assert server.state() == "finished"
+
+
+def test_the_embedded_server_is_found_again_on_another_port(server: RealServer, wandb: Any) -> None:
+    """Proves that rows for an embedded server that came back elsewhere arrive there: from the shipper that was sending to its
+    old address, and from the next one, which only has the journal; while another server sits on the old port."""
+    old = server.url
+    first = wandb.journal(old, data_dir=str(server.data))
+    client.watch(wandb.root, first.path, old, server.key)
+    wandb.rows(first, 0, 10)
+    assert client.flush(wandb.root, first.path, 30.0), wandb.log()
+    server.kill()
+    wandb.rows(first, 10, 20)
+    with socket.create_server(("127.0.0.1", int(old.rpartition(":")[2]))):  # so that the old port is surely another's
+        server.start("0")
+    assert server.url != old
+    assert client.flush(wandb.root, first.path, 30.0), wandb.log()
+    assert server.steps() == list(range(20))
+    os.kill(wandb.pid(), signal.SIGKILL)
+    wandb.rows(first, 20, 30)
+    first.close(0)
+    client.ensure_shipper(wandb.root)
+    wandb.wait_for("the end", lambda: server.state() == "finished")
+    assert server.steps() == list(range(30))

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import click
+import msgspec
 
 from wbdist.errors import EXIT_FAILED_FOR_GOOD, EXIT_RETRYABLE, Error
 from wbdist.run import backend, credentials
@@ -55,8 +56,10 @@ def _remotes(base_url: str | None) -> Callable[[JournalHeader], Remote]:
 
     def remote_for(header: JournalHeader) -> Remote:
         if not base_url and header.base_url:
-            embedded = backend.running(Path(settings.data_dir)) == header.base_url
-            return Remote(header.base_url, credentials.find(settings, header.base_url, embedded=embedded))
+            home = header.data_dir or settings.data_dir
+            embedded = bool(header.data_dir) or backend.running(Path(home)) == header.base_url
+            key = credentials.find(msgspec.structs.replace(settings, data_dir=home), header.base_url, embedded=embedded)
+            return Remote(header.base_url, key, header.data_dir)
         server = backend.server_for(settings)
         return Remote(server.base_url, server.api_key)
 

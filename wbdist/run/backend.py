@@ -73,12 +73,17 @@ def embedded_url(data_dir: Path, timeout: float) -> str:
 
 def running(data_dir: Path) -> str | None:
     """URL of the server that serves `data_dir` now, None when there is none. At most about 2 s."""
+    url = last_url(data_dir)
+    return url if url is not None and healthy(url) else None
+
+
+def last_url(data_dir: Path) -> str | None:
+    """URL that the data directory's server said last; it may not run any more. Asks nobody."""
     try:
         found = msgspec.json.decode((data_dir / SERVER_FILE).read_bytes(), type=_ServerFile)
-    except (FileNotFoundError, msgspec.DecodeError):
+    except (OSError, msgspec.DecodeError):
         return None
-    url = found.url.rstrip("/")
-    return url if healthy(url) else None
+    return found.url.rstrip("/")
 
 
 def healthy(url: str) -> bool:

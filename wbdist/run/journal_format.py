@@ -99,6 +99,8 @@ class JournalHeader(msgspec.Struct, frozen=True, kw_only=True):
     """False: the shipper leaves this journal to `wbdist sync`."""
     base_url: str = ""
     """Where the run goes, when known at the start."""
+    data_dir: str = ""
+    """Of the embedded server at `base_url`: where its address is found when it has come back on another port."""
     runtime: float = 0.0
     """Seconds of `_runtime` before this attempt."""
     summary: dict[str, Any] = {}

@@ -7,6 +7,7 @@ import mmap
 import os
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Final, Protocol
 
 WINDOW: Final = 1 << 18
@@ -17,6 +18,26 @@ _PAGE: Final = mmap.ALLOCATIONGRANULARITY
 _MADV_POPULATE_WRITE: Final = 23
 """Linux 5.14; the number is the kernel's ABI, Python has no name for it before 3.13."""
 
+NETWORKED: Final = frozenset(
+    {
+        "nfs",
+        "nfs4",
+        "cifs",
+        "smb3",
+        "smbfs",
+        "9p",
+        "afs",
+        "ceph",
+        "lustre",
+        "gpfs",
+        "beegfs",
+        "glusterfs",
+        "ocfs2",
+        "gfs2",
+        "orangefs",
+    }
+)
+"""File systems that several hosts may share, each perhaps with locks of its own; every `fuse` one counts as such."""
 NO_SPACE: Final = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 MAPPABLE: Final = frozenset({"ext4", "xfs", "tmpfs", "overlay"})
 """File systems on which reserved space is really there, so that writing through a map cannot raise SIGBUS on a full disk.
@@ -167,6 +188,16 @@ def storage_for(fd: int, kind: str | None = None) -> Storage:
     if kind is None:
         kind = "mapped" if hasattr(os, "posix_fallocate") and filesystem_of(fd) in MAPPABLE else "written"
     return MappedStorage(fd) if kind == "mapped" else WrittenStorage(fd)
+
+
+def is_local(directory: Path) -> bool:
+    """Whether only this host uses the file system: its locks then tell the truth about every writer. False when in doubt."""
+    fd = os.open(directory, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        kind = filesystem_of(fd)
+    finally:
+        os.close(fd)
+    return bool(kind) and kind not in NETWORKED and not kind.startswith("fuse")
 
 
 def filesystem_of(fd: int) -> str:

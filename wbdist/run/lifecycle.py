@@ -113,6 +113,7 @@ def open_run(spec: RunSpec) -> Run:
         created=opened_at,
         online=bool(placed.base_url),
         base_url=placed.base_url,
+        data_dir=placed.data_dir,
         runtime=spec.base.runtime if spec.base else 0.0,
         summary=spec.base.summary if spec.base else {},
     )
@@ -148,6 +149,8 @@ class _Placed(msgspec.Struct):
     base_url: str = ""
     """Empty: nowhere by themselves."""
     api_key: str | None = None
+    data_dir: str = ""
+    """Of the embedded server; empty when it is another one."""
     url: str | None = None
     problem: str = ""
 
@@ -161,14 +164,15 @@ def _register(spec: RunSpec) -> _Placed:
         if spec.force:
             raise CommError(problem)
         return _Placed(spec, problem=problem)
+    data_dir = spec.settings.data_dir if server.embedded else ""
     try:
         known = registration.register(server, spec, REGISTER_SECONDS)
     except registration.AwayError as error:
         if spec.force:
             raise CommError(str(error)) from error
-        return _Placed(spec, server.base_url, server.api_key, problem=str(error))
+        return _Placed(spec, server.base_url, server.api_key, data_dir, problem=str(error))
     spec = msgspec.structs.replace(spec, entity=known.entity, project=known.project, name=known.display_name)
-    return _Placed(spec, server.base_url, server.api_key, url=registration.page(server.base_url, known))
+    return _Placed(spec, server.base_url, server.api_key, data_dir, url=registration.page(server.base_url, known))
 
 
 def _start(shipping: Any, run: Run, spec: RunSpec) -> None:

@@ -15,10 +15,12 @@ from wbdist.run.shipper.remote import Remote
 class Lane:
     """Thread-safe. Attempts of one run begin in order: the server must have what an attempt builds upon before it begins."""
 
-    def __init__(self, base_url: str, api_key: Callable[[], str | None], log: logging.Logger, pace: Pace) -> None:
-        self.base_url = base_url
+    def __init__(
+        self, base_url: str, data_dir: str, api_key: Callable[[], str | None], log: logging.Logger, pace: Pace
+    ) -> None:
+        """`data_dir`: as for `Remote`. `api_key`: finds one when none is given."""
         self._find_key = api_key
-        self._remote = Remote(base_url, None)
+        self._remote = Remote(base_url, None, data_dir)
         self._log = log
         self._pace = pace
         self._deliveries: dict[Path, Delivery] = {}

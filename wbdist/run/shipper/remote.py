@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import http.client
 from email.utils import parsedate_to_datetime
+from pathlib import Path
 from time import time
 from urllib.parse import urlsplit
 
@@ -45,7 +46,14 @@ FINAL = frozenset({400, 401, 402, 403, 404, 405, 409, 410, 413, 422, 501})
 class Remote:
     """Not thread-safe. Blocks at most `TIMEOUT` a read or write."""
 
-    def __init__(self, base_url: str, api_key: str | None) -> None:
+    def __init__(self, base_url: str, api_key: str | None, data_dir: str = "") -> None:
+        """`data_dir`: of an embedded server, which may come back on another port; it is then looked for there."""
+        self._data_dir = data_dir
+        self.api_key = api_key
+        self._connection: http.client.HTTPConnection | None = None
+        self._aim(base_url)
+
+    def _aim(self, base_url: str) -> None:
         self.base_url = base_url.rstrip("/")
         url = urlsplit(self.base_url)
         if url.scheme not in {"http", "https"} or not url.hostname:
@@ -54,20 +62,36 @@ class Remote:
         self._host = url.hostname
         self._port = url.port or (443 if self._https else 80)
         self._prefix = url.path
-        self._connection: http.client.HTTPConnection | None = None
-        self.api_key = api_key
 
     def post(self, path: str, body: bytes) -> Answer:
         """One POST of JSON. Raises UnreachableError."""
         while True:
             reused = self._connection is not None
             try:
-                return self._post(path, body)
+                answer = self._post(path, body)
+                if answer.status == http.HTTPStatus.UNAUTHORIZED and self._has_moved():
+                    continue  # another server has taken the port
+                return answer
             except (OSError, http.client.HTTPException) as error:
                 self.close()
                 if reused and not isinstance(error, TimeoutError):
                     continue  # the server closed the idle connection meanwhile: that says nothing about the server
+                if self._has_moved():
+                    continue
                 raise UnreachableError(f"{self.base_url} does not answer: {str(error) or type(error).__name__}") from error
+
+    def _has_moved(self) -> bool:
+        """Whether the embedded server says another address than the one we know; that one is used from now on."""
+        if not self._data_dir:
+            return False
+        from wbdist.run import backend  # a shipper whose server stays where it is does without
+
+        url = backend.last_url(Path(self._data_dir))
+        if url is None or url == self.base_url:
+            return False
+        self.close()
+        self._aim(url)
+        return True
 
     def close(self) -> None:
         if self._connection is not None:

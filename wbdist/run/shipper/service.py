@@ -8,6 +8,7 @@ import os
 import signal
 import socket
 import threading
+from operator import itemgetter
 from pathlib import Path
 from time import monotonic, time
 from types import FrameType
@@ -17,6 +18,7 @@ import msgspec
 
 from wbdist.errors import Error, JournalCorruptError, UsageError
 from wbdist.run.journal import JournalHeader, JournalReader, find_journals, writer_alive
+from wbdist.run.journal_storage import is_local
 from wbdist.run.shipper.control import (
     Reply,
     Request,
@@ -63,6 +65,7 @@ class Service:
         self._terminated = False
         self._instance: IO[str] | None = None
         self._host = socket.gethostname()
+        self._local = is_local(self.root)
 
     def run(self, first: Request | None = None) -> int:
         """Serves until there is nothing left to do. `first`: a request that came with the start."""
@@ -154,12 +157,10 @@ class Service:
         Older attempts are added first, and no request adds one meanwhile: a lane begins as soon as it is given a journal.
         """
         with self._lock:
-            found = [
-                (header.attempt, path, header.base_url) for path in find_journals(self.root) if (header := self._ours(path))
-            ]
-            for _, path, base_url in sorted(found):
+            found = [(header.attempt, path, header) for path in find_journals(self.root) if (header := self._ours(path))]
+            for _, path, header in sorted(found, key=itemgetter(0, 1)):
                 try:
-                    self._add(path, base_url, None)
+                    self._add(path, header.base_url, header.data_dir, None)
                 except (UsageError, JournalCorruptError, OSError) as error:
                     self._ignored.add(path)
                     self._log.warning("%s is ignored: %s", path, error)
@@ -176,29 +177,31 @@ class Service:
                 self._ignored.add(path)
                 self._log.warning("%s is ignored: %s", path, error)
             return None
-        # Not every network file system answers for another host's locks: such a journal is that host's, or for sync.
-        here = header.online and header.role == "run" and header.base_url and header.host in {"", self._host}
-        if here and not path.with_name(path.name + SHIPPED).exists():
+        # The lock tells whether the writer lives, whatever the host was called then (a pod restarted with its volume). Not
+        # every network file system answers for another host's locks: there such a journal is that host's, or for `sync`.
+        here = header.online and header.role == "run" and header.base_url
+        if here and (header.host in {"", self._host} or self._local) and not path.with_name(path.name + SHIPPED).exists():
             return header
         self._ignored.add(path)
         return None
 
-    def _add(self, path: Path, base_url: str, api_key: str | None) -> Lane:
+    def _add(self, path: Path, base_url: str, data_dir: str, api_key: str | None) -> Lane:
         """Raises UsageError, JournalCorruptError or OSError."""
         with self._lock:
-            lane = self._lane(base_url, api_key)
+            lane = self._lane(base_url, data_dir, api_key)
             lane.add(path, api_key)
             self._lane_of[path] = lane
             self._ignored.discard(path)
             return lane
 
-    def _lane(self, base_url: str, api_key: str | None) -> Lane:
-        """The server's lane, with the key it was given last."""
+    def _lane(self, base_url: str, data_dir: str, api_key: str | None) -> Lane:
+        """The server's lane, with the key it was given last. An embedded server is one, whatever its port was at the time."""
         base_url = base_url.rstrip("/")
         with self._lock:
-            lane = self._lanes.get(base_url)
+            lane = self._lanes.get(data_dir or base_url)
             if lane is None:
-                lane = self._lanes[base_url] = Lane(base_url, lambda: _stored_key(base_url, self._log), self._log, self._pace)
+                lane = Lane(base_url, data_dir, lambda: _stored_key(base_url, data_dir, self._log), self._log, self._pace)
+                self._lanes[data_dir or base_url] = lane
             if api_key:
                 lane.use_key(api_key)
             return lane
@@ -256,9 +259,11 @@ class Service:
             if request.op == "ping":
                 return Reply(ok=True, pid=os.getpid())
             if request.op == "watch":
-                self._lane(request.base_url, request.api_key)  # the key first: what the scan finds may need it
+                path = Path(request.journal)
+                data_dir = _header(path).data_dir
+                self._lane(request.base_url, data_dir, request.api_key)  # the key first: what the scan finds may need it
                 self._scan()  # an older attempt of the same run must be known before this one begins
-                self._add(Path(request.journal), request.base_url, request.api_key)
+                self._add(path, request.base_url, data_dir, request.api_key)
                 self._wake.set()
                 return Reply(ok=True)
             if request.op == "flush":
@@ -275,21 +280,25 @@ class Service:
         if lane is None:
             if path.with_name(path.name + SHIPPED).exists():
                 return Reply(acked=True)
-            with JournalReader.open(path) as reader:
-                header = reader.header
+            header = _header(path)
             base_url = request.base_url or header.base_url
             if not base_url:
                 return Reply(error=f"{path} names no server, and nobody said where it goes")
-            self._lane(base_url, request.api_key)
+            self._lane(base_url, header.data_dir, request.api_key)
             self._scan()
-            lane = self._add(path, base_url, request.api_key)
+            lane = self._add(path, base_url, header.data_dir, request.api_key)
         elif request.api_key:
             lane.add(path, request.api_key)  # begins again what was refused for want of the key
         acked, error = lane.flush(path, request.timeout, request.priority)
         return Reply(acked=acked, error=error)
 
 
-def _stored_key(base_url: str, log: logging.Logger) -> str | None:
+def _header(path: Path) -> JournalHeader:
+    with JournalReader.open(path) as reader:
+        return reader.header
+
+
+def _stored_key(base_url: str, data_dir: str, log: logging.Logger) -> str | None:
     """The key for a server that nobody told us: of the environment, of `wbdist login`, or the embedded server's own."""
     from wbdist import settings
     from wbdist.run import backend, credentials
@@ -297,9 +306,9 @@ def _stored_key(base_url: str, log: logging.Logger) -> str | None:
     try:
         if key := os.environ.get("WBDIST_API_KEY") or os.environ.get("WANDB_API_KEY"):
             return key
-        data_dir = settings.default_data_dir()
-        embedded = backend.running(data_dir) == base_url
-        return (credentials.admin_key(data_dir) if embedded else None) or credentials.from_netrc(base_url)
+        home = Path(data_dir) if data_dir else settings.default_data_dir()
+        embedded = data_dir or backend.last_url(home) == base_url
+        return (credentials.admin_key(home) if embedded else None) or credentials.from_netrc(base_url)
     except Error as error:
         log.warning("no stored key for %s: %s", base_url, error)  # the server's 401 is then the clear message
         return None
