@@ -1,185 +1,291 @@
-"""The store alone: `python benchmarks/store.py [--rows N] [--url URL]`.
+"""What the server's store takes in, gives back and occupies; against the layouts one would write first.
 
-What comes in and what is asked, without HTTP: posts of 100 rows x 10 metrics to one run up to a million rows, its charts, a cut
-in the middle, posts of one row, eight threads, a wide run of 1000 metrics. A plain SQLite table of one row a value is the
-floor that a simple design reaches. Prints a table; goals are marked. Every figure is of this process alone.
+    python benchmarks/store.py [--rows 1000000] [--batch 100] [--http 50000] [--url postgresql://...] [--json]
+
+One run of 10 float metrics (as `loss.item()` gives them: float32 in a float64) beside `_step`, `_timestamp` and `_runtime`;
+a *value* is one metric of one row, the three internal ones are not counted. Lines are made beforehand and not timed.
+
+- `wbdist`: `SqlStore.append`, the whole of it: parse, compress, one transaction; then reads of what that left.
+- `row per value`: SQLite (WAL, synchronous=NORMAL), a table (run, key, step, value), one transaction an append. What many
+  trackers do.
+- `line per row`: the same with one row of JSON text a line: nothing is parsed, so a chart must.
+- `parse`: the floor of any server that looks into its lines: msgspec alone, nothing stored.
+- `http`: the wbdist server as a process of its own, one client that waits for each answer.
+
+`first` and `last` are the first and the last tenth of the run: a store whose appends cost more as the run grows shows here.
+CPU seconds are the process's own; on a shared machine trust them before the wall clock.
 """
 
 from __future__ import annotations
 
 import argparse
-import gc
 import json
-import math
 import random
-import sqlite3
 import statistics
+import subprocess
+import sys
 import tempfile
-import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
 
 from wbdist.core.position import HISTORY, Watermark
 from wbdist.protocol.attempts import BeginAttempt
 from wbdist.server.store import SqlStore, open_store
+from wbdist.server.store.engine import sqlite_module
 from wbdist.server.store.interface import RunFields
 
-POST = 100
-METRICS = 10
+KEYS = [f"train/metric_{number}" for number in range(10)]
+BLOCK = 10_000
+"""Rows made at a time, so that memory stays small whatever --rows is."""
+BUCKETS = 1000
 
 
-def post(first: int, rows: int, metrics: int) -> list[str]:
-    """Lines as a client sends them: half smooth curves, half noise, of values that were float32."""
+def lines_of(first: int, count: int) -> list[str]:
+    """History lines as a client sends them; the same for the same numbers."""
+    noise = np.random.default_rng(first).random((count, len(KEYS)), dtype=np.float32)
+    curve = 1 / np.sqrt(1 + np.arange(first, first + count, dtype=np.float32))
+    values = (noise * 0.1 + curve[:, None]).astype(np.float64)
     out = []
-    for step in range(first, first + rows):
-        values = {f"m{k}": math.exp(-step / 3e5) if k % 2 else random.random() for k in range(metrics - 1)}
-        out.append(json.dumps({"_step": step, "_timestamp": 1.7e9 + step * 0.01, **values}))
+    for step, row in enumerate(values.tolist(), first):
+        line = dict(zip(KEYS, row, strict=True))
+        out.append(json.dumps({**line, "_step": step, "_timestamp": 1.7e9 + step * 0.013, "_runtime": step * 0.013}))
     return out
 
 
-def timed(call: Callable[[], object], times: int = 5) -> float:
-    """Median milliseconds, warm."""
+def batches(rows: int, size: int, first: int = 0) -> Iterator[tuple[int, list[str]]]:
+    for block in range(first, first + rows, BLOCK):
+        lines = lines_of(block, min(BLOCK, first + rows - block))
+        for at in range(0, len(lines), size):
+            yield block + at, lines[at : at + size]
+
+
+def ingest(append: Callable[[int, list[str]], object], rows: int, size: int, first: int = 0) -> dict[str, float]:
+    """Feeds `append` and measures it alone."""
+    took, cpu = [], 0.0
+    for seq, lines in batches(rows, size, first):
+        cpu_before, before = time.process_time(), time.perf_counter()
+        append(seq, lines)
+        took.append(time.perf_counter() - before)
+        cpu += time.process_time() - cpu_before
+    tenth = max(1, len(took) // 10)
+    ordered = sorted(took)
+    per = size * len(KEYS)
+    return {
+        "values_s": rows * len(KEYS) / sum(took),
+        "first": per * tenth / sum(took[:tenth]),
+        "last": per * tenth / sum(took[-tenth:]),
+        "values_cpu_s": rows * len(KEYS) / cpu,
+        "p50_ms": statistics.median(took) * 1e3,
+        "p99_ms": ordered[int(len(ordered) * 0.99)] * 1e3,
+        "max_ms": ordered[-1] * 1e3,
+    }
+
+
+def milliseconds(call: Callable[[], Any], repeat: int = 9) -> float:
+    """Median, warm."""
     call()
     took = []
-    for _ in range(times):
-        start = time.perf_counter()
+    for _ in range(repeat):
+        before = time.perf_counter()
         call()
-        took.append((time.perf_counter() - start) * 1e3)
-    return statistics.median(took)
+        took.append(time.perf_counter() - before)
+    return statistics.median(took) * 1e3
 
 
-def line(what: str, value: str, goal: str = "") -> None:
-    print(f"{what:<66} {value:>24}   {goal}", flush=True)
+# wbdist -------------------------------------------------------------------------------------------------
 
 
-def ingest(store: SqlStore, rows: int) -> int:
-    """One run of `rows` rows; prints rates by tenth, to show that they do not fall."""
-    run, _ = store.upsert_run("bench", "store", "long", RunFields(), 1.0)
-    store.begin_attempt(run.pk, BeginAttempt(1, "n", "w"), 1.0)
-    took: list[float] = []
-    for first in range(0, rows, POST):
-        lines = post(first, POST, METRICS)
-        start = time.perf_counter()
-        store.append(run.pk, {HISTORY: (first, lines)}, 1.0, attempt=1, nonce="n", writer="w")
-        took.append(time.perf_counter() - start)
-    per_post = POST * METRICS
-    tenth = max(1, len(took) // 10)
-    rates = [per_post * tenth / sum(took[at : at + tenth]) for at in (0, len(took) - tenth)]
-    line(
-        f"ingest, {rows:,} rows x {METRICS} in posts of {POST}",
-        f"{per_post * len(took) / sum(took):,.0f} values/s",
-        ">= 167,000",
-    )
-    line("  first tenth, last tenth", f"{rates[0]:,.0f}, {rates[1]:,.0f}", "constant")
-    ordered = sorted(took)
-    figures = [ordered[len(took) // 2], ordered[int(len(took) * 0.99)], ordered[-1]]
-    line("  one post: p50, p99, max", ", ".join(f"{t * 1e3:.1f}" for t in figures) + " ms")
+def new_run(store: SqlStore, name: str) -> int:
+    run, _ = store.upsert_run("bench", "store", name, RunFields(), 1.0)
+    store.begin_attempt(run.pk, BeginAttempt(1, "nonce", "rank0"), 1.0)
     return run.pk
 
 
-def small_posts(store: SqlStore, rows: int) -> None:
-    run, _ = store.upsert_run("bench", "store", "small", RunFields(), 1.0)
-    lines = [post(step, 1, METRICS) for step in range(rows)]
-    start = time.perf_counter()
-    for step, one in enumerate(lines):
-        store.append(run.pk, {HISTORY: (step, one)}, 1.0)
-    took = time.perf_counter() - start
-    line(f"ingest, {rows:,} rows in posts of one row", f"{rows / took:,.0f} posts/s")
-    line("  its chart, 1000 buckets", f"{timed(lambda: store.series(run.pk, 'm0')):.1f} ms", "< 50 ms")
+def into(store: SqlStore, pk: int, attempt: int = 1) -> Callable[[int, list[str]], object]:
+    def append(seq: int, lines: list[str]) -> None:
+        done = store.append(pk, {HISTORY: (seq, lines)}, 2.0, attempt=attempt, nonce="nonce", writer="rank0")
+        assert done.code == "", done
+
+    return append
 
 
-def threads(store: SqlStore, posts: int) -> None:
-    pks = [store.upsert_run("bench", "store", f"t{k}", RunFields(), 1.0)[0].pk for k in range(8)]
-    lines = [post(n * POST, POST, METRICS) for n in range(posts)]
+def run_wbdist(place: Path, rows: int, size: int, url: str | None) -> tuple[dict[str, float], dict[str, float]]:
+    """Ingest of the long run, and everything else that was measured on it."""
+    store = open_store(url or f"sqlite:///{place / 'store.db'}")
+    pk = new_run(store, f"long-{random.getrandbits(48):x}")
+    table = ingest(into(store, pk), rows, size)
+    if url is None:
+        table["bytes_value"] = bytes_of(place) / (rows * len(KEYS))
+    table["chart_ms"] = milliseconds(lambda: store.series(pk, KEYS[3], buckets=BUCKETS))
+    middle = rows // 2 + 17
+    numbers = {
+        "chart of 10 metrics, ms": milliseconds(lambda: [store.series(pk, key, buckets=BUCKETS) for key in KEYS]),
+        "page of 1000 rows in the middle, ms": milliseconds(lambda: store.history(pk, min_step=middle, limit=1000)),
+        "page of 1000 rows, 1 key, ms": milliseconds(
+            lambda: store.history(pk, min_step=middle, limit=1000, keys=["_step", KEYS[3]])
+        ),
+        "last row, ms": milliseconds(lambda: store.history_tail(pk, HISTORY)),
+        "all attempts, ms": milliseconds(lambda: store.attempts(pk)),
+    }
+    singles = ingest(into(store, pk), 2_000, 1, first=rows)
+    numbers["appends of 1 row, behind the long run, /s"] = singles["values_s"] / len(KEYS)
+    other = new_run(store, f"short-{random.getrandbits(48):x}")
+    singles = ingest(into(store, other), 10_000, 1)
+    numbers["appends of 1 row, 10,000 in a new run, /s"] = singles["values_s"] / len(KEYS)
+    attempt = 1
+    base = Watermark(1, {HISTORY: {"rank0": middle}}, middle - 1)
 
-    def work(pk: int) -> None:
-        for n, one in enumerate(lines):
-            store.append(pk, {HISTORY: (n * POST, one)}, 1.0)
+    def begin() -> None:
+        nonlocal attempt
+        attempt += 1
+        assert store.begin_attempt(pk, BeginAttempt(attempt, "nonce", "rank0", base), 3.0).accepted
 
-    workers = [threading.Thread(target=work, args=(pk,)) for pk in pks]
-    start = time.perf_counter()
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join()
-    took = time.perf_counter() - start
-    line("ingest, 8 threads, a run each", f"{8 * posts * POST * METRICS / took:,.0f} values/s", ">= 167,000")
-
-
-def wide(store: SqlStore, rows: int) -> None:
-    run, _ = store.upsert_run("bench", "store", "wide", RunFields(), 1.0)
-    took = 0.0
-    for first in range(0, rows, 50):
-        lines = post(first, 50, 1000)
-        start = time.perf_counter()
-        store.append(run.pk, {HISTORY: (first, lines)}, 1.0)
-        took += time.perf_counter() - start
-    line(f"ingest, {rows:,} rows x 1000 in posts of 50", f"{rows * 1000 / took:,.0f} values/s")
-    line("  chart of one of its metrics", f"{timed(lambda: store.series(run.pk, 'm7')):.1f} ms", "< 50 ms")
+    numbers["begin_attempt in the middle, ms"] = milliseconds(begin, repeat=5)
+    numbers["chart of the cut run, ms"] = milliseconds(lambda: store.series(pk, KEYS[3], buckets=BUCKETS))
+    again = ingest(into(store, pk, attempt), min(20_000, rows), size)
+    numbers["values/s behind the cut"] = again["values_s"]
+    store.close()
+    return table, numbers
 
 
-def plain_table(rows: int, directory: Path) -> None:
-    """The floor: the same values as one SQL row each, one transaction a post, and the chart by GROUP BY."""
-    with sqlite3.connect(directory / "plain.db", isolation_level=None) as db:
-        db.execute("PRAGMA journal_mode=WAL")
-        db.execute("PRAGMA synchronous=NORMAL")
-        db.execute("CREATE TABLE points (key TEXT, step INTEGER, value REAL, PRIMARY KEY (key, step)) WITHOUT ROWID")
-        took = 0.0
-        for first in range(0, rows, POST):
-            lines = post(first, POST, METRICS)
-            start = time.perf_counter()
-            db.execute("BEGIN IMMEDIATE")
-            for row in map(json.loads, lines):
-                db.executemany(
-                    "INSERT INTO points VALUES (?, ?, ?)", [(key, row["_step"], value) for key, value in row.items()]
-                )
-            db.execute("COMMIT")
-            took += time.perf_counter() - start
-        line(f"floor: one SQL row a value, {rows:,} rows: ingest", f"{rows * METRICS / took:,.0f} values/s")
-        chart = (
-            f"SELECT step / {max(1, rows // 1000)}, min(value), max(value), avg(value) FROM points WHERE key = 'm0' GROUP BY 1"
+def bytes_of(place: Path) -> int:
+    return sum(file.stat().st_size for file in place.iterdir() if not file.name.endswith(("-wal", "-shm")))
+
+
+# Peers --------------------------------------------------------------------------------------------------
+
+
+def open_plain(place: Path, table: str) -> Any:
+    connection = sqlite_module.connect(place / "plain.db", isolation_level=None)
+    for statement in ("PRAGMA journal_mode=WAL", "PRAGMA synchronous=NORMAL", table):
+        connection.execute(statement)
+    return connection
+
+
+def run_values(place: Path, rows: int, size: int) -> dict[str, float]:
+    db = open_plain(
+        place, "CREATE TABLE v (run INT, key TEXT, step INT, value REAL, PRIMARY KEY (run, key, step)) WITHOUT ROWID"
+    )
+
+    def append(_seq: int, lines: list[str]) -> None:
+        parsed = [msgspec.json.decode(line) for line in lines]
+        db.execute("BEGIN IMMEDIATE")
+        db.executemany(
+            "INSERT INTO v VALUES (1, ?, ?, ?)", [(key, row["_step"], value) for row in parsed for key, value in row.items()]
         )
-        line("  its chart, 1000 buckets", f"{timed(lambda: db.execute(chart).fetchall()):.1f} ms")
-        db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
-    line("  on disk", f"{(directory / 'plain.db').stat().st_size / rows / (METRICS + 1):.1f} B/value")
+        db.execute("COMMIT")
+
+    table = ingest(append, rows, size)
+    width = max(1, rows // BUCKETS)
+    chart = (
+        "SELECT min(step), max(step), count(*), min(value), max(value), avg(value) FROM v WHERE run=1 AND key=? GROUP BY step/?"
+    )
+    table["chart_ms"] = milliseconds(lambda: db.execute(chart, (KEYS[3], width)).fetchall(), repeat=3)
+    db.close()
+    return table | {"bytes_value": bytes_of(place) / (rows * len(KEYS))}
+
+
+def run_texts(place: Path, rows: int, size: int) -> dict[str, float]:
+    db = open_plain(place, "CREATE TABLE l (run INT, seq INT, line TEXT, PRIMARY KEY (run, seq)) WITHOUT ROWID")
+
+    def append(seq: int, lines: list[str]) -> None:
+        db.execute("BEGIN IMMEDIATE")
+        db.executemany("INSERT INTO l VALUES (1, ?, ?)", list(enumerate(lines, seq)))
+        db.execute("COMMIT")
+
+    table = ingest(append, rows, size)
+
+    def chart() -> list[float]:
+        return [msgspec.json.decode(line)[KEYS[3]] for (line,) in db.execute("SELECT line FROM l WHERE run=1 ORDER BY seq")]
+
+    table["chart_ms"] = milliseconds(chart, repeat=1)
+    db.close()
+    return table | {"bytes_value": bytes_of(place) / (rows * len(KEYS))}
+
+
+def run_parse(_place: Path, rows: int, size: int) -> dict[str, float]:
+    return ingest(lambda _seq, lines: [msgspec.json.decode(line) for line in lines], rows, size)
+
+
+def run_http(place: Path, rows: int, size: int) -> dict[str, float]:
+    """Through a real server; the CPU is the client's and says nothing."""
+    from wbdist.protocol import file_stream, operations
+    from wbdist.protocol.attempts import StreamStamp
+    from wbdist.run.shipper.remote import Remote
+
+    port_file = place / "url"
+    command = [sys.executable, "-m", "wbdist", "server", "--data-dir", str(place / "data"), "--port", "0"]
+    with (place / "log").open("w") as log:
+        server = subprocess.Popen([*command, "--port-file", str(port_file)], stdout=log, stderr=log)
+    try:
+        deadline = time.monotonic() + 60
+        while not port_file.exists():
+            if server.poll() is not None or time.monotonic() > deadline:
+                raise SystemExit(f"the server did not start within 60 s:\n{(place / 'log').read_text()}")
+            time.sleep(0.02)
+        remote = Remote(port_file.read_text().strip(), (place / "data" / "admin.key").read_text().strip())
+        begin = BeginAttempt(1, "nonce", "rank0")
+        operation = operations.upsert_run(project="store", run_id="r", entity=None)
+        answer = remote.post("/graphql", operation.body())
+        entity = operations.read_upserted(msgspec.json.decode(answer.body)["data"]).entity
+        assert remote.post("/graphql", operations.begin_attempt(entity, "store", "r", begin).body()).ok
+        target = file_stream.path(entity, "store", "r")
+
+        def append(seq: int, lines: list[str]) -> None:
+            stamp = StreamStamp(1, "nonce", "rank0", {HISTORY: seq})
+            request = file_stream.StreamRequest(files={HISTORY: file_stream.FileChunk(lines, seq)}, wbdist=stamp)
+            answer = remote.post(target, file_stream.encode_request(request))
+            assert answer.ok, answer
+
+        return ingest(append, rows, size)
+    finally:
+        server.terminate()
+        server.wait(30)
+
+
+# --------------------------------------------------------------------------------------------------------
+
+SHOWN = ("values_s", "first", "last", "values_cpu_s", "p50_ms", "p99_ms", "max_ms", "chart_ms", "bytes_value")
+PEERS: dict[str, Callable[[Path, int, int], dict[str, float]]] = {
+    "row per value": run_values,
+    "line per row": run_texts,
+    "parse": run_parse,
+}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", type=int, default=1_000_000)
-    parser.add_argument("--url", help="an empty database instead of a SQLite file, e.g. postgresql://user@host/name")
-    parser.add_argument("--durable", action="store_true", help="synchronous=FULL")
-    arguments = parser.parse_args()
-    random.seed(1)
-    gc.freeze()
-    with tempfile.TemporaryDirectory(prefix="wbdist-bench-") as name:
-        path = Path(name) / "store.db"
-        url = arguments.url or f"sqlite:///{path}"
-        store = open_store(url, durable=arguments.durable)
-        pk = ingest(store, arguments.rows)
-        line("chart, 1000 buckets, from rollups", f"{timed(lambda: store.series(pk, 'm0')):.1f} ms", "< 50 ms")
-        line("  8000 buckets, from the values", f"{timed(lambda: store.series(pk, 'm0', buckets=8000), 3):.1f} ms")
-        middle = arguments.rows // 2
-        line(
-            "rows [middle, middle + 1000)",
-            f"{timed(lambda: store.history(pk, min_step=middle, max_step=middle + 1000)):.1f} ms",
-        )
-        line("last row", f"{timed(lambda: store.history_tail(pk, HISTORY)):.1f} ms")
-        if not arguments.url:
-            store.close()
-            line("on disk", f"{path.stat().st_size / arguments.rows / (METRICS + 1):.1f} B/value")
-            store = open_store(url, durable=arguments.durable)
-        start = time.perf_counter()
-        base = Watermark(1, {HISTORY: {"w": middle + 123}}, middle + 122)
-        store.begin_attempt(pk, BeginAttempt(2, "n2", "w", base), 2.0)
-        line("a new attempt at the middle of it", f"{(time.perf_counter() - start) * 1e3:.1f} ms", "< 100 ms")
-        line("  the chart of the cut view", f"{timed(lambda: store.series(pk, 'm0')):.1f} ms", "< 50 ms")
-        small_posts(store, min(10_000, arguments.rows))
-        threads(store, max(10, arguments.rows // 20_000))
-        wide(store, max(50, arguments.rows // 500))
-        store.close()
-        plain_table(min(100_000, arguments.rows), Path(name))
+    parser.add_argument("--rows", type=int, default=1_000_000, help="of the long run")
+    parser.add_argument("--peer-rows", type=int, default=100_000, help="of the peers' run; they are slower")
+    parser.add_argument("--http", type=int, default=100_000, metavar="ROWS", help="rows sent to a server process; 0: none")
+    parser.add_argument("--batch", type=int, default=100, help="rows of an append")
+    parser.add_argument("--url", help="an empty PostgreSQL database for wbdist, instead of a SQLite file")
+    parser.add_argument("--json", action="store_true")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as name:
+        long, numbers = run_wbdist(Path(name), args.rows, args.batch, args.url)
+    table = [{"contender": "wbdist", "rows": args.rows, **long}]
+    sizes = [(peer, call, args.peer_rows) for peer, call in PEERS.items()]
+    sizes += [("http", run_http, args.http)] if args.http else []
+    for peer, call, rows in sizes:
+        with tempfile.TemporaryDirectory() as name:
+            table.append({"contender": peer, "rows": rows, **call(Path(name), rows, args.batch)})
+    if args.json:
+        json.dump({"table": table, "numbers": numbers}, sys.stdout, indent=1)
+        return
+    print("| contender | rows | " + " | ".join(SHOWN) + " |")
+    print("|" + "---|" * (len(SHOWN) + 2))
+    for row in table:
+        cells = [f"{row[key]:,.3g}" if key in row else "" for key in SHOWN]
+        print(f"| {row['contender']} | {row['rows']:,} | " + " | ".join(cells) + " |")
+    print()
+    for what, number in numbers.items():
+        print(f"{what}: {number:,.4g}", flush=True)
 
 
 if __name__ == "__main__":
