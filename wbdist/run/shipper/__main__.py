@@ -10,6 +10,7 @@ from pathlib import Path
 
 import msgspec
 
+import wbdist.run.shipper.without_ssl  # noqa: F401  (before what imports http.client)
 from wbdist.run.shipper.control import Request, decode_request
 from wbdist.run.shipper.delivery import Pace
 from wbdist.run.shipper.service import Limits, Service

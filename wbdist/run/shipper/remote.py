@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import http.client
+import importlib
 from email.utils import parsedate_to_datetime
 from pathlib import Path
 from time import time
@@ -115,6 +116,8 @@ class Remote:
         if not self._https:
             # Never through a proxy, which would need absolute targets: servers beyond the local network speak HTTPS.
             return http.client.HTTPConnection(self._host, self._port, timeout=TIMEOUT)
+        if not hasattr(http.client, "HTTPSConnection"):  # see without_ssl
+            importlib.reload(http.client)
         from urllib.request import getproxies, proxy_bypass  # 1 MiB that a local server does not need
 
         proxy = None if is_loopback(self._host) or proxy_bypass(self._host) else getproxies().get("https")
