@@ -8,6 +8,7 @@ from typing import Any
 
 import msgspec
 import sqlalchemy as sa
+from sqlalchemy.dialects import postgresql, sqlite
 
 from wbdist.core.position import CONSOLE, HISTORY
 from wbdist.server.store import lines as lining
@@ -21,6 +22,22 @@ from wbdist.server.store.views import view_of
 
 Insert = Callable[[sa.Table], Any]
 """The dialect's INSERT, with ON CONFLICT."""
+
+# Built once: putting a statement together takes SQLAlchemy longer than running it takes SQLite.
+_CURSORS = sa.select(cursors.c.stream, cursors.c.next, cursors.c.loose).where(
+    *(cursors.c[name] == sa.bindparam(name) for name in ("run_pk", "attempt", "lane", "writer"))
+)
+
+
+def _upsert_cursor(insert: Insert) -> Any:
+    statement = insert(cursors)
+    change = {name: statement.excluded[name] for name in ("next", "loose")}
+    return statement.on_conflict_do_update(index_elements=list(Key.__struct_fields__), set_=change)
+
+
+_TOUCH_RUN = sa.update(runs).where(runs.c.pk == sa.bindparam("key"))
+_CHANGE_RUN = _TOUCH_RUN.values(version=runs.c.version + 1)
+_MOVE_CURSOR = {"sqlite": _upsert_cursor(sqlite.insert), "postgresql": _upsert_cursor(postgresql.insert)}
 
 NO_NONCE = "(none)"
 """Lane of lines that name an attempt but no nonce."""
@@ -90,7 +107,8 @@ def append(
                 compact(db, key)
                 loose[stream] = 0
         next_seq[stream] = max(next_seq[stream], start + len(rows))
-        _move_cursor(db, insert, key, next_seq[stream], loose.get(stream, 0))
+        moved = {"next": next_seq[stream], "loose": loose.get(stream, 0)}
+        db.execute(_MOVE_CURSOR[db.dialect.name], msgspec.structs.asdict(key) | moved)
     fenced = bool(lane)
     change: dict[str, Any] = {}
     if not lane and target == current:
@@ -101,12 +119,10 @@ def append(
         if fresh:
             change = recount(db, view, summary=not run["summary_given"])
             change.pop("summary_given", None)
-    if fresh:
-        change["version"] = runs.c.version + 1
-    if not fenced:
+    if target == current and not lane:  # what a superseded attempt says is no sign of life of the run
         change["heartbeat_at"] = now
     if change:
-        db.execute(sa.update(runs).where(runs.c.pk == pk).values(**change))
+        db.execute(_CHANGE_RUN if fresh else _TOUCH_RUN, {"key": pk, **change})
     return Appended(code="fenced" if fenced else "", next=next_seq, attempt=current, rival=bool(lane))
 
 
@@ -144,15 +160,8 @@ def _advance(
 
 def _cursors(db: sa.Connection, pk: int, attempt: int, lane: str, writer: str) -> tuple[dict[str, int], dict[str, int]]:
     """stream -> next seq, and -> how near its next merge is, of one writer."""
-    where = (cursors.c.run_pk == pk) & (cursors.c.attempt == attempt) & (cursors.c.lane == lane) & (cursors.c.writer == writer)
-    found = db.execute(sa.select(cursors.c.stream, cursors.c.next, cursors.c.loose).where(where)).all()
+    found = db.execute(_CURSORS, {"run_pk": pk, "attempt": attempt, "lane": lane, "writer": writer}).all()
     return {row.stream: row.next for row in found}, {row.stream: row.loose for row in found}
-
-
-def _move_cursor(db: sa.Connection, insert: Insert, key: Key, value: int, loose: int) -> None:
-    where = msgspec.structs.asdict(key)
-    change = {"next": value, "loose": loose}
-    db.execute(insert(cursors).values(**where, **change).on_conflict_do_update(index_elements=list(where), set_=change))
 
 
 def _write_console(db: sa.Connection, insert: Insert, key: Key, first: int, texts: list[str]) -> None:
