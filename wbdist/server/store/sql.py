@@ -22,7 +22,16 @@ from wbdist.server.store.schema import projects, runs
 from wbdist.server.store.views import View, view_of
 
 _ENDINGS = {RunEvent.EXIT_ZERO, RunEvent.EXIT_NONZERO, RunEvent.LOST, RunEvent.SILENCE, RunEvent.KILL}
-_FOR_APPEND = [runs.c[name] for name in ("pk", "attempt", "line_counts", "last_step", "metrics", "summary", "summary_given")]
+
+# Built once: putting a statement together takes SQLAlchemy longer than running it takes SQLite.
+_BY_PK = runs.c.pk == sa.bindparam("key")
+_BY_NAME = sa.and_(*(runs.c[name] == sa.bindparam(name) for name in ("entity", "project", "run_id")))
+_RUN = sa.select(runs).where(_BY_PK)
+_RUN_BY_NAME = sa.select(runs).where(_BY_NAME)
+_CURRENT = sa.select(runs.c.attempt).where(_BY_PK)
+_FOR_APPEND = sa.select(
+    *(runs.c[name] for name in ("pk", "attempt", "line_counts", "last_step", "metrics", "summary", "summary_given"))
+).where(_BY_PK)
 
 
 class SqlStore:
@@ -68,14 +77,14 @@ class SqlStore:
         return int(db.execute(sa.select(projects.c.runs).where(where)).scalar_one())
 
     def get_run(self, entity: str, project: str, run_id: str) -> RunRow | None:
-        return self._find((runs.c.entity == entity) & (runs.c.project == project) & (runs.c.run_id == run_id))
+        return self._find(_RUN_BY_NAME, {"entity": entity, "project": project, "run_id": run_id})
 
     def get_run_by_pk(self, pk: int) -> RunRow | None:
-        return self._find(runs.c.pk == pk)
+        return self._find(_RUN, {"key": pk})
 
-    def _find(self, where: sa.ColumnElement[bool]) -> RunRow | None:
+    def _find(self, statement: sa.Select[Any], named: dict[str, Any]) -> RunRow | None:
         with self._db.read() as db:
-            found = db.execute(sa.select(runs).where(where)).mappings().first()
+            found = db.execute(statement, named).mappings().first()
         return None if found is None else run_row(found)
 
     def list_projects(self) -> list[dict[str, Any]]:
@@ -106,7 +115,7 @@ class SqlStore:
 
     def set_summary(self, pk: int, summary: dict[str, Any], now: float, *, attempt: int | None = None) -> None:
         with self._db.write() as db:
-            run = self._locked(db, pk, runs.c.attempt)
+            run = self._locked(db, pk)
             if attempt is not None and attempt != run["attempt"]:
                 return
             change = {**to_columns({"summary": summary}, {}), "heartbeat_at": now, "version": runs.c.version + 1}
@@ -116,7 +125,7 @@ class SqlStore:
         self, pk: int, event: RunEvent, now: float, *, attempt: int | None = None, exit_code: int | None = None, cause: str = ""
     ) -> RunRow:
         with self._db.write() as db:
-            run = self._locked(db, pk, runs)
+            run = self._locked(db, pk)
             cause = cause or event.value
             if attempt is not None and attempt < run["attempt"]:
                 if event in _ENDINGS:
@@ -135,13 +144,13 @@ class SqlStore:
             if event in _ENDINGS and run["attempt"] > 0:
                 guess = event is RunEvent.SILENCE
                 attempts.end(db, pk, run["attempt"], now, cause=cause, exit_code=exit_code, only_open=guess)
-            return run_row(self._locked(db, pk, runs))
+            return run_row(self._locked(db, pk))
 
     # Attempts -------------------------------------------------------------------------------------------
 
     def begin_attempt(self, pk: int, request: BeginAttempt, now: float) -> BegunAttempt:
         with self._db.write() as db:
-            run = self._locked(db, pk, runs.c.pk, runs.c.attempt, runs.c.state, runs.c.summary_given)
+            run = self._locked(db, pk)
             return attempts.begin(db, run, request, now)
 
     def attempts(self, pk: int) -> list[AttemptRow]:
@@ -164,7 +173,7 @@ class SqlStore:
         # Parsed and compressed before the transaction: other writers do not wait for that.
         ready = {stream: appending.Lines.of(stream, seq, texts) for stream, (seq, texts) in lines.items()}
         with self._db.write() as db:
-            run = self._locked(db, pk, *_FOR_APPEND)
+            run = self._locked(db, pk, _FOR_APPEND)
             return appending.append(db, self._db.insert, run, ready, now, attempt=attempt, nonce=nonce, writer=writer)
 
     def history(
@@ -216,10 +225,10 @@ class SqlStore:
 
     @staticmethod
     def _current(db: sa.Connection, pk: int) -> int | None:
-        return db.execute(sa.select(runs.c.attempt).where(runs.c.pk == pk)).scalar()
+        return db.execute(_CURRENT, {"key": pk}).scalar()
 
-    def _locked(self, db: sa.Connection, pk: int, *columns: Any) -> sa.RowMapping:
-        found = db.execute(self._db.locked(sa.select(*columns).where(runs.c.pk == pk))).mappings().first()
+    def _locked(self, db: sa.Connection, pk: int, statement: sa.Select[Any] = _RUN) -> sa.RowMapping:
+        found = db.execute(self._db.locked(statement), {"key": pk}).mappings().first()
         if found is None:
             raise UsageError(f"there is no run with the key {pk}")
         return found
