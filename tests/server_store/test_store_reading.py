@@ -13,7 +13,7 @@ from support.storing import NOW, StoredRun, cut, rows
 
 from wbdist.core.position import CONSOLE, HISTORY
 from wbdist.errors import UsageError
-from wbdist.server.store import SqlStore, chunks, rollups
+from wbdist.server.store import SqlStore, chunks, reading, rollups
 from wbdist.server.store.interface import Bucket
 
 
@@ -88,8 +88,9 @@ def _counting(original: Any, read: list[int]) -> Any:
 def test_steps_that_run_back_are_drawn_by_step(store: SqlStore, tiny: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """W&B's client without resume writes steps from 0 again behind the old ones: buckets do not overlap, nothing is lost."""
     monkeypatch.setattr(rollups, "WIDTH", 4)
+    monkeypatch.setattr(reading, "_RAW", 8)
     run = StoredRun(store)
-    steps = [*range(40), *range(40)]
+    steps = [*range(40), *range(2, 42)]
     for at in range(0, 80, 5):
         run.append(None, at, rows(steps[at : at + 5], v=float))
     points = sorted((s, float(s)) for s in steps)

@@ -57,6 +57,14 @@ def test_columns_keep_every_value(rows: list[dict[str, Any]], portions: list[int
     assert exactly(columns.join(whole, *middle)) == exactly(rows[middle[0] : middle[1]])
 
 
+def test_booleans_among_numbers_stay_booleans() -> None:
+    """True is a number to Python, and is not to become one here, in whatever company it comes."""
+    for values in ([1, 2.5, True], [0.5, False], [3, True], [True, False], [1, 2.5, 2**53, -(2**53) - 1]):
+        rows = [{"a": value} for value in values]
+        stored = columns.unpack_all(columns.pack_all(columns.split(rows)))
+        assert exactly(columns.join(stored, 0, len(rows))) == exactly(rows)
+
+
 @pytest.mark.usefixtures("tiny")
 @settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(rows=row_lists(), portion=st.integers(1, 7))

@@ -121,7 +121,7 @@ def append(
             change.pop("summary_given", None)
     if target == current and not lane:  # what a superseded attempt says is no sign of life of the run
         change["heartbeat_at"] = now
-    if change:
+    if change or fresh:
         db.execute(_CHANGE_RUN if fresh else _TOUCH_RUN, {"key": pk, **change})
     return Appended(code="fenced" if fenced else "", next=next_seq, attempt=current, rival=bool(lane))
 
