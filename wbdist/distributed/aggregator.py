@@ -109,8 +109,8 @@ class Aggregator:
     """The work; `serve` runs it to its end."""
 
     def __init__(self, plan: Plan, run: Run, listener: Listener) -> None:
-        journal = run._journal  # noqa: SLF001  (rows carry rank 0's times; `Run.log` would stamp its own)
-        assert journal is not None
+        journal = run.journal  # rows carry rank 0's times; `Run.log` would stamp its own
+        assert isinstance(journal, JournalWriter)
         self._run = run
         self._journal: JournalWriter = journal
         self._listener = listener

@@ -112,7 +112,7 @@ class JournalHeader(msgspec.Struct, frozen=True, kw_only=True):
         return self.base.step + 1 if self.base is not None else 0
 
 
-class Record(msgspec.Struct, frozen=True):
+class Record(msgspec.Struct, frozen=True, gc=False):
     """One record as read back. `seq` grows by one a frame; the reader hides SCHEMA frames, so numbers may be skipped."""
 
     seq: int
