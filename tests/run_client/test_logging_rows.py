@@ -22,7 +22,7 @@ from wbdist.core.rows import RowAssembler
 from wbdist.errors import DiskFullError
 from wbdist.run.handle import Run
 from wbdist.run.init import make_spec
-from wbdist.run.journal import JournalReader, Kind
+from wbdist.run.journal import JournalReader, JournalWriter, Kind
 from wbdist.run.journal_storage import refuse
 from wbdist.run.lifecycle import open_run
 from wbdist.settings import resolve
@@ -375,6 +375,29 @@ def test_signal_handlers_may_log() -> None:
     assert sorted(ours) == [n for n in range(1, logged + 1) if n % 3]
     assert sorted(row["y"] for row in found if row.get("x") == -0.5) == [n for n in range(1, logged + 1) if n % 3 == 0]
     assert last in ours
+
+
+def test_a_handler_may_log_between_two_shapes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Proves that a row which a handler logs just as `log` turns from one shape to another of the same length is not read as
+    the other's: the summary has both."""
+    run = wbdist.init(project="p", settings={"console": "off"})
+    run.log({"float": 0.5})
+    run.log({"count": 1})
+    run.log({"float": 1.5})
+    journal = run.journal
+    assert isinstance(journal, JournalWriter)
+    fold = journal._fold
+
+    def interrupted() -> None:
+        fold()
+        monkeypatch.setattr(journal, "_fold", fold)
+        run.log({"float": 2.5})
+
+    monkeypatch.setattr(journal, "_fold", interrupted)
+    run.log({"count": 2})
+    assert (run.summary["float"], run.summary["count"]) == (2.5, 2)
+    run.finish()
+    assert [row.get("float", row.get("count")) for row in rows(run)] == [0.5, 1, 1.5, 2.5, 2]
 
 
 def test_the_summary_knows_the_last_row_that_was_kept(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -315,6 +315,8 @@ class JournalWriter:
         known = self._shapes.find(data)
         if known is not None and (known is not self._shape or asked is not step):
             self._fold()
+            while self._folded != self._seq:  # a handler has logged meanwhile, in the shape that is left here
+                self._fold()
             self._shape = known
             return self.log(data, asked, commit)
         row = flat_row(data)
@@ -406,9 +408,9 @@ class JournalWriter:
             return
         shape = self._shape
         frame: bytes | bytearray = shape.frame
-        if shape.seq_in(frame) != last:  # of a row that did not make it to the journal
+        if not shape.holds(frame, last):  # but a row that did not make it to the journal
             frame = os.pread(self._fd, shape.length, self._window.tell() - shape.length)
-        if shape.seq_in(frame) == last:
+        if shape.holds(frame, last):
             self._summary.add_row(shape.row_in(frame))
         self._folded = last + 1
 

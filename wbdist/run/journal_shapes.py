@@ -6,12 +6,13 @@ import itertools
 from collections.abc import Callable, Mapping
 from typing import Any, Final
 
-from wbdist.run.journal_format import BODY_HEAD, FRAME_HEAD, PACKED_HEAD, Schema
+from wbdist.run.journal_format import FRAME_HEAD, PACKED_HEAD, Kind, Schema
 
 MAX_SCHEMAS: Final = 1024
 """Shapes of rows that are packed; further ones (a script with ever new keys) are written in full, so memory stays bounded."""
 
 _HEAD: Final = FRAME_HEAD.size
+_PACKED: Final = (Kind.ROW_PACKED, Kind.ROW_PACKED_COMMIT)
 
 
 class Shape:
@@ -32,9 +33,10 @@ class Shape:
         self.frame = bytearray(self.length)
         self.body = memoryview(self.frame)[_HEAD:]
 
-    @staticmethod
-    def seq_in(frame: bytes | bytearray) -> int:
-        return int(BODY_HEAD.unpack_from(frame, _HEAD)[0])
+    def holds(self, frame: bytes | bytearray, seq: int) -> bool:
+        """Whether `frame`, of this shape's length, is the packed row `seq` of this shape: another shape may be as long."""
+        found, kind, number, _step, _time = PACKED_HEAD.unpack_from(frame, _HEAD)
+        return found == seq and kind in _PACKED and number == self.number
 
     def row_in(self, frame: bytes | bytearray) -> dict[str, Any]:
         return self.schema.decode(memoryview(frame), _HEAD + PACKED_HEAD.size)
