@@ -203,7 +203,7 @@ def test_summary_is_the_last_value_of_each_visible_key(store: SqlStore) -> None:
 
 
 def test_senseless_attempts_are_refused(store: SqlStore) -> None:
-    """Numbers below 1, no nonce, a base that is not older: UsageError, and nothing changes."""
+    """Numbers below 1, no nonce, a base that is not older, two bases: UsageError, and nothing changes."""
     run = StoredRun(store)
     run.begin(1)
     before = run.row
@@ -211,7 +211,8 @@ def test_senseless_attempts_are_refused(store: SqlStore) -> None:
         BeginAttempt(0, "n", "w"),
         BeginAttempt(2, "", "w"),
         BeginAttempt(2, "n", "w", cut(2, 1)),
-        BeginAttempt(2, "n", "w", cut(0, 1)),
+        BeginAttempt(2, "n", "w", cut(-1, 1)),
+        BeginAttempt(2, "n", "w", cut(1, 1), at_step=0),
     ):
         with pytest.raises(UsageError, match="attempt"):
             store.begin_attempt(run.pk, request, NOW)

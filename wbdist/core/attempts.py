@@ -6,7 +6,7 @@ view; every other line stays in the archive. Nothing is ever deleted, so going b
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable
 
 import msgspec
 
@@ -21,6 +21,8 @@ class Segment(msgspec.Struct, frozen=True):
 
     attempt: int
     limits: Counts | None = None
+    run: int = 0
+    """The store's key of the run that the attempt belongs to: a fork shows its source's attempts."""
 
     def admits(self, stream: str, writer: str, seq: int) -> bool:
         """Whether line `seq` of `writer` in `stream` is below this segment's limit."""
@@ -29,24 +31,34 @@ class Segment(msgspec.Struct, frozen=True):
         return seq < self.limits.get(stream, {}).get(writer, 0)
 
 
-def live_view(bases: Mapping[int, Watermark | None], attempt: int) -> tuple[Segment, ...]:
-    """The segments visible in `attempt`, oldest first.
+class Base(msgspec.Struct, frozen=True):
+    """What an attempt is built upon: a cut through the attempts of a run, its own or (a fork) another's."""
 
-    `bases` maps each attempt to the watermark it started from, None for a start from nothing. Raises ValueError when a
-    base points to an unknown attempt or not downwards, since the walk could then loop.
+    run: int
+    watermark: Watermark
+    fresh: frozenset[str] = frozenset()
+    """Streams of which nothing below shows."""
+
+
+def live_view(base_of: Callable[[int, int], Base | None], run: int, attempt: int) -> tuple[Segment, ...]:
+    """The segments visible in `attempt` of `run`, oldest first.
+
+    `base_of(run, attempt)` is None for a start from nothing. Raises ValueError when the walk comes by an attempt twice: it
+    would have no end.
     """
-    if attempt not in bases:
-        raise ValueError(f"attempt {attempt} is unknown; known are {sorted(bases)}")
-    segments = [Segment(attempt)]
-    base = bases[attempt]
+    segments = [Segment(attempt, None, run)]
+    seen = {(run, attempt)}
+    hidden: frozenset[str] = frozenset()
+    base = base_of(run, attempt)
     while base is not None:
-        below = base.attempt
-        if below not in bases or below >= segments[-1].attempt:
-            raise ValueError(
-                f"attempt {segments[-1].attempt} is based on attempt {below}; it must be an older, known one of {sorted(bases)}"
-            )
-        segments.append(Segment(below, base.counts))
-        base = bases[below]
+        below = (base.run, base.watermark.attempt)
+        if below in seen:
+            raise ValueError(f"attempt {attempt} is, over {len(seen)} attempts, based on itself")
+        seen.add(below)
+        hidden |= base.fresh
+        counts = {stream: by_writer for stream, by_writer in base.watermark.counts.items() if stream not in hidden}
+        segments.append(Segment(below[1], counts, below[0]))
+        base = base_of(*below)
     return tuple(reversed(segments))
 
 

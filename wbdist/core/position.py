@@ -14,6 +14,8 @@ HISTORY = "wandb-history.jsonl"
 EVENTS = "wandb-events.jsonl"
 CONSOLE = "output.log"
 SUMMARY = "wandb-summary.json"
+FILES = "files"
+"""Versions of files, one line each."""
 STREAMS = (HISTORY, EVENTS, CONSOLE)
 
 Counts = dict[str, dict[str, int]]
@@ -28,7 +30,7 @@ class Watermark(msgspec.Struct, frozen=True, forbid_unknown_fields=False):
     """
 
     attempt: int
-    """The attempt (>= 1) in which the checkpoint was made."""
+    """The attempt in which the cut lies; 0 for what W&B's own client wrote before any attempt was begun."""
     counts: Counts
     step: int = -1
     """The last history `_step` at or below the cut; -1 when there is none."""

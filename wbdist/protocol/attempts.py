@@ -50,9 +50,16 @@ class BeginAttempt(msgspec.Struct, frozen=True, omit_defaults=True):
     nonce: str
     writer: str
     base: Watermark | None = None
-    """None: start from nothing; everything older is archived."""
+    """None, with neither `at_step` nor `base_run`: start from nothing; everything older is archived."""
     cause: str = ""
     """Why this attempt exists, for people: 'start', 'preempted', 'lost', ..."""
+    base_run: str = ""
+    """Fork: the run (id or immutable id, of the same project) whose history `base` or `at_step` counts in; '' is this run.
+    With neither of them: all that this run shows now."""
+    at_step: int | None = None
+    """Instead of `base`: keep the rows up to this step, inclusive. The server works it out once, when the attempt is begun."""
+    fresh: tuple[str, ...] = ()
+    """Streams that start empty although history continues."""
 
 
 class BegunAttempt(msgspec.Struct, frozen=True, omit_defaults=True):

@@ -11,7 +11,7 @@ from typing import Any
 
 import msgspec
 
-from wbdist.core.position import CONSOLE, EVENTS, HISTORY
+from wbdist.core.position import CONSOLE, EVENTS, HISTORY, RunPosition
 from wbdist.protocol import jsonvalues
 from wbdist.protocol.attempts import BeginAttempt, BegunAttempt
 
@@ -199,6 +199,9 @@ def begin_attempt(entity: str | None, project: str, run_id: str, request: BeginA
                 "writer": request.writer,
                 "base": None if request.base is None else msgspec.to_builtins(request.base),
                 "cause": request.cause,
+                "baseRun": request.base_run,
+                "atStep": request.at_step,
+                "fresh": list(request.fresh),
             }
         },
     )
@@ -216,6 +219,26 @@ def read_begun(data: Mapping[str, Any]) -> BegunAttempt:
         {"accepted": answer["accepted"], "attempt": answer["attempt"], "next": answer.get("next") or {}, "lines": lines},
         BegunAttempt,
     )
+
+
+_POSITION = """
+query RunPosition($project: String!, $entity: String, $name: String!, $step: Int64) {
+  project(name: $project, entityName: $entity) { run(name: $name) { attempt position(step: $step) } }
+}
+"""
+
+
+def run_position(entity: str | None, project: str, run_id: str, *, step: int | None = None) -> Operation:
+    """Where a run stands, or stood after `step`. Only for a server with `attempts.FEATURE`."""
+    return Operation("RunPosition", _POSITION, {"entity": entity, "project": project, "name": run_id, "step": step})
+
+
+def read_position(data: Mapping[str, Any]) -> tuple[int, RunPosition] | None:
+    """(the run's newest attempt, the position); None when there is no such run. The position's `run_id` is the run in which its
+    watermark counts: below the branch point of a fork that is the source. Numbers that are not finite are the strings "NaN",
+    "Infinity" and "-Infinity"."""
+    run = _dig(data, "project", "run")
+    return None if not run else (run["attempt"], msgspec.convert(run["position"], RunPosition))
 
 
 _RESUME = """

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import base64
 import binascii
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -14,7 +16,7 @@ from wbdist.errors import UsageError
 from wbdist.protocol import names as naming
 from wbdist.server.auth import User
 from wbdist.server.context import AppContext
-from wbdist.server.store.interface import RunRow
+from wbdist.server.store.interface import RunRow, UnknownRunError
 
 Info: TypeAlias = GraphQLResolveInfo
 Resolver: TypeAlias = Any
@@ -40,6 +42,17 @@ def call_of(info: Info) -> Call:
 def refuse(status: int, message: str) -> HTTPException:
     """Raise it: the answer gets this HTTP status and message."""
     return HTTPException(status, message)
+
+
+@contextmanager
+def refusals() -> Iterator[None]:
+    """What the store finds senseless becomes a refusal that says so."""
+    try:
+        yield
+    except UnknownRunError as error:
+        raise refuse(404, str(error)) from None
+    except UsageError as error:
+        raise refuse(400, str(error)) from None
 
 
 def names(call: Call, entity: str | None, project: str, run_id: str) -> tuple[str, str, str]:
@@ -71,7 +84,8 @@ def storage_id(run: RunRow) -> str:
 def run_of_storage_id(call: Call, given: str) -> RunRow:
     """The run that `storage_id` names; refuses with 404 what names none."""
     try:
-        kind, version, run_id, project, entity = base64.b64decode(given, validate=True).decode().split(":")
+        kind, version, rest = base64.b64decode(given, validate=True).decode().split(":", 2)
+        run_id, project, entity = rest.rsplit(":", 2)
     except (binascii.Error, ValueError):
         kind = version = run_id = project = entity = ""
     run = call.app.store.get_run(entity, project, run_id) if (kind, version) == ("Run", "v1") else None

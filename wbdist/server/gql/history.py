@@ -52,7 +52,7 @@ def _history(
 
 
 def _events(run: RunRow, info: Info, samples: int | None = None) -> list[str]:
-    rows = call_of(info).app.store.history(run.pk, stream=EVENTS)
+    rows = call_of(info).app.store.history(run.pk, stream=EVENTS, attempt=run.view)
     return [jsonvalues.dumps(row) for row in _evenly(rows, _checked_samples(samples))]
 
 
@@ -122,6 +122,8 @@ def _evenly(rows: list[dict[str, Any]], samples: int) -> list[dict[str, Any]]:
 
 def _read(ctx: AppContext, run: RunRow, keys: Sequence[str] | None, **where: Any) -> list[dict[str, Any]]:
     """Rows that have all `keys`, with these alone; `a.b` is a key of its own or the member `b` of a nested `a`."""
+    if where.get("attempt") is None:
+        where["attempt"] = run.view
     rows = ctx.store.history(run.pk, keys=keys, **where)
     if rows or keys is None or not any("." in key for key in keys):
         return rows
@@ -148,12 +150,12 @@ class KeyCache:
 
     def __init__(self, size: int = 500) -> None:
         self._size = size
-        self._entries: OrderedDict[tuple[int, int], dict[str, Any] | None] = OrderedDict()
+        self._entries: OrderedDict[tuple[int, int | None, int], dict[str, Any] | None] = OrderedDict()
         self._lock = threading.Lock()
 
     def get(self, ctx: AppContext, run: RunRow) -> dict[str, Any] | None:
         """None when nothing was logged."""
-        key = (run.pk, run.version)
+        key = (run.pk, run.view, run.version)
         with self._lock:
             if key in self._entries:
                 self._entries.move_to_end(key)
@@ -168,12 +170,12 @@ class KeyCache:
 
 def _describe_keys(ctx: AppContext, run: RunRow) -> dict[str, Any] | None:
     """Numeric metrics from the rollups; keys of other types as far as the last row has them."""
-    tail = ctx.store.history_tail(run.pk, HISTORY)
+    tail = ctx.store.history_tail(run.pk, HISTORY, attempt=run.view)
     if tail is None:
         return None
     keys: dict[str, Any] = {}
     for name in (*run.metrics, "_step", "_timestamp", "_runtime"):
-        buckets = ctx.store.series(run.pk, name, buckets=_KEY_BUCKETS)
+        buckets = ctx.store.series(run.pk, name, buckets=_KEY_BUCKETS, attempt=run.view)
         if buckets:
             keys[name] = {
                 "typeCounts": [{"type": "number", "count": sum(bucket.count for bucket in buckets)}],
@@ -222,7 +224,7 @@ def _log_lines(
         start, stop = max(0, total - min(last, most)), total
     else:
         start, stop = page(after, first, total, most)
-    lines = ctx.store.console(run.pk, first=start, limit=stop - start) if stop > start else []
+    lines = ctx.store.console(run.pk, first=start, limit=stop - start, attempt=run.view) if stop > start else []
     edges = [{"node": _log_line(start + index, text)} for index, text in enumerate(lines)]
     return {"edges": edges, "pageInfo": page_info(stop, total)}
 

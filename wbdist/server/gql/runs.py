@@ -13,7 +13,18 @@ from wbdist.core.states import RunEvent
 from wbdist.protocol import jsonvalues
 from wbdist.protocol.attempts import BeginAttempt
 from wbdist.protocol.operations import UPSERT_NAME
-from wbdist.server.gql.call import Call, Info, Resolver, call_of, names, refuse, run_of_storage_id, run_or_404, storage_id
+from wbdist.server.gql.call import (
+    Call,
+    Info,
+    Resolver,
+    call_of,
+    names,
+    refusals,
+    refuse,
+    run_of_storage_id,
+    run_or_404,
+    storage_id,
+)
 from wbdist.server.gql.session import ProjectRef, number_of
 from wbdist.server.store.interface import AttemptRow, RunFields, RunRow
 
@@ -96,14 +107,18 @@ def _begin_attempt(_source: Any, info: Info, input: dict[str, Any]) -> dict[str,
         base = None if input.get("base") is None else msgspec.convert(input["base"], Watermark)
     except msgspec.ValidationError as error:
         raise refuse(400, f"base is not a watermark: {error}") from None
-    if base is not None and not 1 <= base.attempt < input["attempt"]:
-        raise refuse(
-            400, f"attempt {input['attempt']} cannot be based on attempt {base.attempt}; the base must be an older one"
-        )
     request = BeginAttempt(
-        attempt=input["attempt"], nonce=input["nonce"], writer=input["writer"], base=base, cause=input.get("cause") or ""
+        attempt=input["attempt"],
+        nonce=input["nonce"],
+        writer=input["writer"],
+        base=base,
+        cause=input.get("cause") or "",
+        base_run=input.get("baseRun") or "",
+        at_step=input.get("atStep"),
+        fresh=tuple(input.get("fresh") or ()),
     )
-    begun = call.app.store.begin_attempt(run.pk, request, call.app.clock())
+    with refusals():
+        begun = call.app.store.begin_attempt(run.pk, request, call.app.clock())
     return {
         "attempt": begun.attempt,
         "accepted": begun.accepted,
@@ -124,14 +139,14 @@ def _wandb_config(run: RunRow, _info: Info, keys: list[str] | None = None) -> st
 
 
 def _system_metrics(run: RunRow, info: Info) -> str:
-    tail = call_of(info).app.store.history_tail(run.pk, EVENTS) or {}
+    tail = call_of(info).app.store.history_tail(run.pk, EVENTS, attempt=run.view) or {}
     return jsonvalues.dumps({key: value for key, value in tail.items() if key.startswith("system")})
 
 
 def _tail(stream: str) -> Resolver:
     def resolve(run: RunRow, info: Info) -> str:
         """A JSON list of JSON strings, never null: W&B's client cannot resume from a null tail."""
-        tail = call_of(info).app.store.history_tail(run.pk, stream)
+        tail = call_of(info).app.store.history_tail(run.pk, stream, attempt=run.view)
         return jsonvalues.dumps([] if tail is None else [jsonvalues.dumps(tail)])
 
     return resolve
@@ -139,6 +154,12 @@ def _tail(stream: str) -> Resolver:
 
 def _lines(stream: str) -> Resolver:
     return lambda run, _info: run.line_counts.get(stream, 0)
+
+
+def _position(run: RunRow, info: Info, step: int | None = None) -> dict[str, Any]:
+    with refusals():
+        found: dict[str, Any] = msgspec.to_builtins(call_of(info).app.store.position(run, step=step))
+    return found
 
 
 def _attempts(run: RunRow, info: Info) -> list[AttemptRow]:
@@ -177,6 +198,8 @@ RESOLVERS: dict[str, dict[str, Resolver]] = {
         "historyTail": _tail(HISTORY),
         "eventsTail": _tail(EVENTS),
         "attempts": _attempts,
+        "position": _position,
+        "lineage": lambda run, info: call_of(info).app.store.lineage(run),
     },
     "Attempt": {
         "baseAttempt": lambda attempt, _info: attempt.base_attempt,

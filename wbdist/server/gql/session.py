@@ -78,7 +78,7 @@ def number_of(project: ProjectRef) -> str:
 
 
 def _run(project: ProjectRef, info: Info, name: str, **_options: Any) -> RunRow | None:
-    return call_of(info).app.store.get_run(project.entity, project.name, name)
+    return call_of(info).app.store.find_run(project.entity, project.name, name)
 
 
 def _selected(call: Call, project: ProjectRef, filters: str | None) -> list[RunRow]:

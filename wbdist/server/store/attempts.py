@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import msgspec
@@ -11,8 +12,10 @@ from wbdist.core.position import HISTORY, Watermark
 from wbdist.core.states import RunEvent, RunState, next_state
 from wbdist.errors import UsageError
 from wbdist.protocol.attempts import BeginAttempt, BegunAttempt
+from wbdist.server.store import branches
+from wbdist.server.store.branches import Source
 from wbdist.server.store.derived import recount
-from wbdist.server.store.interface import AttemptRow
+from wbdist.server.store.interface import AttemptRow, BranchError
 from wbdist.server.store.schema import attempts, runs
 from wbdist.server.store.views import view_of
 
@@ -29,20 +32,15 @@ def attempt_of(db: sa.Connection, pk: int, attempt: int) -> sa.RowMapping | None
     return db.execute(_ATTEMPT, {"pk": pk, "number": attempt}).mappings().first()
 
 
-def begin(db: sa.Connection, run: sa.RowMapping, request: BeginAttempt, now: float) -> BegunAttempt:
-    """See `Store.begin_attempt`; `run` is locked by the caller."""
-    if request.attempt < 1 or not request.nonce:
-        raise UsageError(f"an attempt needs a number from 1 and a nonce, not {request.attempt} and {request.nonce!r}")
-    if request.base is not None and not 1 <= request.base.attempt < request.attempt:
-        raise UsageError(f"attempt {request.attempt} cannot be based on attempt {request.base.attempt}; only on an older one")
+def begin(db: sa.Connection, run: sa.RowMapping, source: Source, request: BeginAttempt, now: float) -> BegunAttempt:
+    """See `Store.begin_attempt`; `run` and `source` are locked by the caller."""
     pk, current = int(run["pk"]), int(run["attempt"])
     known = attempt_of(db, pk, request.attempt)
     if known is not None and known["nonce"] not in {"", request.nonce}:
         return BegunAttempt(accepted=False, attempt=current)
-    fresh = known is None or known["nonce"] == ""
-    newest = request.attempt > current
-    if fresh:
-        _open(db, pk, request, now, placeheld=known is not None, superseded=not newest)
+    if known is None or known["nonce"] == "":
+        newest = request.attempt > current
+        _open(db, pk, source, request, now, placeheld=known is not None, superseded=not newest)
         if newest:
             current = request.attempt
             open_ones = (attempts.c.run_pk == pk) & (attempts.c.attempt < current) & attempts.c.ended_at.is_(None)
@@ -51,21 +49,40 @@ def begin(db: sa.Connection, run: sa.RowMapping, request: BeginAttempt, now: flo
         change = recount(db, view_of(db, pk, current), summary=newest or not run["summary_given"])
         if newest:
             state = next_state(RunState(run["state"]), RunEvent.START)
-            change |= {"attempt": current, "state": state.value, "heartbeat_at": now}
+            change |= {"attempt": current, "state": state.value, "heartbeat_at": now, "stopping": False}
         db.execute(sa.update(runs).where(runs.c.pk == pk).values(**change, version=runs.c.version + 1))
     view = view_of(db, pk, current)
     return BegunAttempt(
-        accepted=any(segment.attempt == request.attempt for segment in view.segments),
+        accepted=view.own(request.attempt) is not None,
         attempt=current,
-        next=view.cursors.get(request.attempt, {}),
+        next=view.next_of(request.attempt),
         lines=view.all_below(request.attempt),
     )
 
 
-def _open(db: sa.Connection, pk: int, request: BeginAttempt, now: float, *, placeheld: bool, superseded: bool) -> None:
+def check(request: BeginAttempt) -> None:
+    """Raises UsageError for what no run could begin."""
+    if request.attempt < 1 or not request.nonce:
+        raise UsageError(f"an attempt needs a number from 1 and a nonce, not {request.attempt} and {request.nonce!r}")
+    if request.base is not None:
+        if request.at_step is not None:
+            raise UsageError("an attempt is built on a watermark (base) or up to a step (at_step), not on both")
+        if request.base.attempt < 0 or not (request.base_run or request.base.attempt < request.attempt):
+            raise UsageError(
+                f"attempt {request.attempt} cannot be based on attempt {request.base.attempt}; only on an older one"
+            )
+
+
+def _open(
+    db: sa.Connection, pk: int, source: Source, request: BeginAttempt, now: float, *, placeheld: bool, superseded: bool
+) -> None:
+    base, origin = branches.resolve(db, pk, source, request)
     values: dict[str, Any] = {
         "nonce": request.nonce,
-        "base": None if request.base is None else msgspec.json.encode(request.base).decode(),
+        "base_run": None if base is None or base.run == pk else base.run,
+        "base": None if base is None else msgspec.json.encode(base.watermark).decode(),
+        "fresh": json.dumps(sorted(request.fresh)),
+        "origin": None if origin is None else msgspec.json.encode(origin).decode(),
         "started_at": now,
         "ended_at": now if superseded else None,
         "cause": request.cause,
@@ -76,10 +93,14 @@ def _open(db: sa.Connection, pk: int, request: BeginAttempt, now: float, *, plac
         db.execute(sa.update(attempts).where(where).values(**values))
     else:
         db.execute(sa.insert(attempts).values(run_pk=pk, attempt=request.attempt, **values))
-    if request.base is not None and attempt_of(db, pk, request.base.attempt) is None:
+    if base is not None and base.watermark.attempt > 0 and attempt_of(db, base.run, base.watermark.attempt) is None:
         # The server was away in that attempt; its lines may still come, from its journal.
         blank = {"nonce": "", "base": None, "started_at": now, "ended_at": now, "cause": "", "end_cause": _SUPERSEDED}
-        db.execute(sa.insert(attempts).values(run_pk=pk, attempt=request.base.attempt, **blank))
+        db.execute(sa.insert(attempts).values(run_pk=base.run, attempt=base.watermark.attempt, **blank))
+    try:
+        view_of(db, pk, request.attempt)
+    except ValueError as error:
+        raise BranchError(str(error)) from None
 
 
 def end(

@@ -19,14 +19,47 @@ _SHOWN = frozenset({"_step", "_timestamp", "_runtime"})
 
 
 def recount(db: sa.Connection, view: View, *, summary: bool) -> dict[str, Any]:
-    """Columns of `runs` as the view has them; `summary`: that too, as the last value that is not None of every key.
+    """Columns of `runs` as the view has them; `summary`: that too, see `summary_of`."""
+    numeric, reached, latest = _scan(db, view, summary=summary)
+    change: dict[str, Any] = {
+        "line_counts": json.dumps({stream: view.total(stream) for stream in view.streams()}),
+        "metrics": json.dumps(sorted(visible_keys(numeric))),
+        "last_step": reached,
+    }
+    if summary:
+        change |= {"summary": json.dumps(latest), "summary_given": False}
+    return change
+
+
+def summary_of(db: sa.Connection, view: View) -> dict[str, Any]:
+    """The last visible value that is not None of every key."""
+    return _scan(db, view, summary=True)[2]
+
+
+def last_step(db: sa.Connection, view: View) -> int:
+    """The greatest visible step; -1 when there is none."""
+    found = -1
+    for segment in view.segments:
+        for part in chunks_of(db, view, segment, HISTORY).values():
+            for chunk in part:
+                if chunk.step_hi <= found:
+                    continue
+                if chunk.visible == chunk.rows:
+                    found = chunk.step_hi
+                else:
+                    steps = steps_of(load_many(db, [chunk.pk], ["_step"])[chunk.pk], chunk.rows)
+                    found = max(found, int(np.max(steps[: chunk.visible])))
+    return found
+
+
+def _scan(db: sa.Connection, view: View, *, summary: bool) -> tuple[dict[str, bool], int, dict[str, Any]]:
+    """(keys that hold a number, last step, last values where `summary` asks for them).
 
     Reads index entries, and of the data what is needed to find each key's last value: for a run whose rows are alike that is
     one chunk, whatever its length, and the chunk that the base cuts in two.
     """
-    streams = sorted({stream for by in view.cursors.values() for stream in by})
     numeric: dict[str, bool] = {}
-    last_step = -1
+    reached = -1
     latest: dict[str, Any] = {}
     for segment in reversed(view.segments):
         newest: dict[str, tuple[int, Any]] = {}
@@ -35,7 +68,7 @@ def recount(db: sa.Connection, view: View, *, summary: bool) -> dict[str, Any]:
             for chunk in reversed(found):
                 cut = chunk.visible < chunk.rows
                 if not cut:
-                    last_step = max(last_step, chunk.step_hi)
+                    reached = max(reached, chunk.step_hi)
                     numeric.update((key, True) for key, is_numeric in chunk.numeric.items() if is_numeric)
                 unknown = [key for key in chunk.numeric if key not in seen and key not in latest and in_summary(key)]
                 wanted = {*unknown, *(key for key in chunk.numeric if cut and key not in numeric), "_step"}
@@ -44,7 +77,7 @@ def recount(db: sa.Connection, view: View, *, summary: bool) -> dict[str, Any]:
                 loaded = load_many(db, [chunk.pk], sorted(wanted))[chunk.pk]
                 steps = steps_of(loaded, chunk.rows)
                 if cut:
-                    last_step = max(last_step, int(np.max(steps[: chunk.visible])))
+                    reached = max(reached, int(np.max(steps[: chunk.visible])))
                 for key, column in loaded.items():
                     stop = column.span(0, chunk.visible)[1]
                     if cut and column.numeric(stop):
@@ -56,14 +89,7 @@ def recount(db: sa.Connection, view: View, *, summary: bool) -> dict[str, Any]:
                         if key not in newest or step >= newest[key][0]:
                             newest[key] = (step, column.values(at, at + 1)[0])
         latest |= {key: value for key, (_, value) in newest.items()}
-    change: dict[str, Any] = {
-        "line_counts": json.dumps({stream: view.total(stream) for stream in streams}),
-        "metrics": json.dumps(sorted(visible_keys(numeric))),
-        "last_step": last_step,
-    }
-    if summary:
-        change |= {"summary": json.dumps(latest), "summary_given": False}
-    return change
+    return numeric, reached, latest
 
 
 def in_summary(key: str) -> bool:

@@ -7,9 +7,18 @@ from typing import Any, Protocol
 
 import msgspec
 
-from wbdist.core.position import Counts
+from wbdist.core.position import Counts, RunPosition
 from wbdist.core.states import RunEvent, RunState
+from wbdist.errors import UsageError
 from wbdist.protocol.attempts import BeginAttempt, BegunAttempt
+
+
+class UnknownRunError(UsageError):
+    """A run that was named to build on does not exist."""
+
+
+class BranchError(UsageError):
+    """An attempt cannot be built where it was asked to be: the source has no such step, or would be based on itself."""
 
 
 class RunFields(msgspec.Struct, kw_only=True):
@@ -61,6 +70,8 @@ class RunRow(msgspec.Struct, kw_only=True):
     """Names of the numeric history columns of the live view, sorted, without those starting with '_'."""
     version: int
     """Grows with every change of this run: a cheap 'has anything changed' for live pages."""
+    view: int | None = None
+    """The attempt that an immutable id `<run>:<attempt>` asked for, which `run_id` then is; None: the run as it is now."""
 
 
 class AttemptRow(msgspec.Struct, kw_only=True):
@@ -114,7 +125,10 @@ class Store(Protocol):
 
     def begin_attempt(self, pk: int, request: BeginAttempt, now: float) -> BegunAttempt:
         """Newer attempt than the current one: close the current, archive what is above the base, recompute summary,
-        state -> running. Same attempt and nonce: no change, answer again. Else: accepted=False."""
+        state -> running. Same attempt and nonce: no change, answer again. Else: accepted=False.
+
+        The source of a fork keeps its lines, which the fork shows by reference. Raises UnknownRunError and BranchError for what
+        cannot be built on; nothing is changed then."""
         ...
 
     def append(
@@ -144,6 +158,19 @@ class Store(Protocol):
         ...
 
     def get_run(self, entity: str, project: str, run_id: str) -> RunRow | None: ...
+    def find_run(self, entity: str, project: str, name: str) -> RunRow | None:
+        """For reading: `name` is a run id, or an immutable id `<run>:<attempt>`, which names that attempt's view for ever."""
+        ...
+
+    def position(self, run: RunRow, *, step: int | None = None) -> RunPosition:
+        """Where the live view (or the attempt of an immutable id) stands, cut after `step`, inclusive. Names the run that the
+        watermark counts in. Raises BranchError for a step that is not there."""
+        ...
+
+    def lineage(self, run: RunRow) -> list[dict[str, Any]]:
+        """[{run, attempt, step, kind}], newest first: what the newest attempt was built on, what that was, and so on."""
+        ...
+
     def get_run_by_pk(self, pk: int) -> RunRow | None: ...
     def list_projects(self) -> list[dict[str, Any]]:
         """[{entity, project, runs, created_at, updated_at}], newest activity first."""
@@ -170,13 +197,13 @@ class Store(Protocol):
         `keys`: only rows that have all of them."""
         ...
 
-    def series(self, pk: int, key: str, *, buckets: int = 1000) -> list[Bucket]:
+    def series(self, pk: int, key: str, *, buckets: int = 1000, attempt: int | None = None) -> list[Bucket]:
         """One metric of the live view, downsampled; one bucket a value when there are at most `buckets` values."""
         ...
 
-    def console(self, pk: int, *, first: int = 0, limit: int = 1000) -> list[str]: ...
+    def console(self, pk: int, *, first: int = 0, limit: int = 1000, attempt: int | None = None) -> list[str]: ...
 
-    def history_tail(self, pk: int, stream: str) -> dict[str, Any] | None:
+    def history_tail(self, pk: int, stream: str, *, attempt: int | None = None) -> dict[str, Any] | None:
         """Last live line of a stream."""
         ...
 

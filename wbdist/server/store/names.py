@@ -34,3 +34,12 @@ def invent(run_id: str, number: int) -> str:
 def storage_id(entity: str, project: str, run_id: str) -> str:
     """W&B's opaque id of a run: its names, so that it needs no table."""
     return base64.b64encode(f"Run:v1:{run_id}:{project}:{entity}".encode()).decode()
+
+
+def incarnation(name: str) -> tuple[str, int | None]:
+    """A run's id and the attempt that `<run>:<attempt>` names, None for the run as it is now.
+
+    Run ids hold no colon; what follows one that is no number makes the whole an id that no run has.
+    """
+    run_id, colon, number = name.rpartition(":")
+    return (run_id, int(number)) if colon and number.isdecimal() and len(number) < 10 else (name, None)

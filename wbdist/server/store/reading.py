@@ -133,7 +133,7 @@ def tail(db: sa.Connection, view: View, stream: str) -> dict[str, Any] | None:
     for segment in reversed(view.segments):
         last: list[tuple[int, dict[str, Any]]] = []
         for writer, count in view.visible(segment, stream).items():
-            key = Key(view.run_pk, segment.attempt, view.lane, stream, writer)
+            key = Key(segment.run, segment.attempt, view.lane, stream, writer)
             where = key.where() & (chunks.c.seq_lo < count)
             newest = sa.select(chunks.c.pk, chunks.c.seq_lo, chunks.c.seq_hi).where(where).order_by(chunks.c.seq_lo.desc())
             pk, low, high = db.execute(newest.limit(1)).one()
@@ -154,7 +154,7 @@ def console(db: sa.Connection, view: View, first: int, limit: int) -> list[str]:
             first -= low
             if high <= low:
                 continue
-            where = {"run_pk": view.run_pk, "attempt": segment.attempt, "lane": view.lane, "writer": writer}
+            where = {"run_pk": segment.run, "attempt": segment.attempt, "lane": view.lane, "writer": writer}
             statement = sa.select(console_lines.c.line).filter_by(**where).order_by(console_lines.c.seq)
             out += db.execute(statement.where((console_lines.c.seq >= low) & (console_lines.c.seq < high))).scalars()
     return out

@@ -6,13 +6,17 @@ JSON is written in ASCII with bare NaN and Infinity, by the standard library: ev
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from typing import Any
 
+import msgspec
 import sqlalchemy as sa
 
 from wbdist.core.states import RunEvent, RunState, next_state
 from wbdist.server.store import names
+from wbdist.server.store.derived import recount
 from wbdist.server.store.interface import RunRow
+from wbdist.server.store.views import view_of
 
 _COLUMN = {"group": "run_group", "commit": "git_commit"}
 """interface field -> column, where SQL reserves the word"""
@@ -69,7 +73,14 @@ def _merged_config(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def run_row(row: sa.RowMapping) -> RunRow:
+def incarnation_row(db: sa.Connection, row: sa.RowMapping, attempt: int) -> RunRow:
+    """The run as one of its attempts shows it."""
+    seen = recount(db, view_of(db, row["pk"], attempt), summary=True)
+    found = run_row({**row, **seen, "run_id": f"{row['run_id']}:{attempt}", "attempt": attempt})
+    return msgspec.structs.replace(found, view=attempt)
+
+
+def run_row(row: Mapping[Any, Any]) -> RunRow:
     return RunRow(
         pk=row["pk"],
         storage_id=names.storage_id(row["entity"], row["project"], row["run_id"]),

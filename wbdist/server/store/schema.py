@@ -46,6 +46,8 @@ runs = sa.Table(
     sa.Column("metrics", sa.Text, nullable=False),
     sa.Column("version", sa.BigInteger, nullable=False),
     sa.Column("summary_given", sa.Boolean, nullable=False, server_default=sa.false()),  # by a client, in the current attempt
+    sa.Column("deleted_at", sa.Double),  # its id stays taken
+    sa.Column("stopping", sa.Boolean, nullable=False, server_default=sa.false()),  # somebody asked its process to stop
     sa.UniqueConstraint("entity", "project", "run_id"),
     sa.Index("runs_by_group", "entity", "project", "run_group"),
     sa.Index("runs_by_beat", "state", "heartbeat_at"),
@@ -64,6 +66,11 @@ attempts = sa.Table(
     sa.Column("cause", AnyText, nullable=False),
     sa.Column("end_cause", AnyText, nullable=False),
     sa.Column("exit_code", sa.Integer),
+    sa.Column("fresh", sa.Text, nullable=False, server_default="[]"),  # streams that show nothing from below
+    sa.Column("origin", sa.Text),  # branches.Origin as JSON: what it was built on, as it was asked for
+    sa.Column("beneath", sa.Text),  # branches.Beneath as JSON: config and summary at the cut
+    sa.Column("frozen", sa.Text),  # branches.Frozen as JSON: what the run's row said when a newer attempt took over
+    sa.Index("attempts_by_base_run", "base_run"),
 )
 
 cursors = sa.Table(

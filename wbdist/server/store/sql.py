@@ -9,15 +9,15 @@ from typing import Any
 import msgspec
 import sqlalchemy as sa
 
-from wbdist.core.position import HISTORY
+from wbdist.core.position import HISTORY, RunPosition
 from wbdist.core.states import RunEvent, RunState, next_state
 from wbdist.errors import UsageError
 from wbdist.protocol.attempts import BeginAttempt, BegunAttempt
-from wbdist.server.store import appending, attempts, names, reading
+from wbdist.server.store import appending, attempts, branches, names, reading
 from wbdist.server.store.chunks import ColumnCache
 from wbdist.server.store.engine import Connections
 from wbdist.server.store.interface import Appended, AttemptRow, Bucket, RunFields, RunRow
-from wbdist.server.store.runrows import new_run, run_row, to_columns
+from wbdist.server.store.runrows import incarnation_row, new_run, run_row, to_columns
 from wbdist.server.store.schema import projects, runs
 from wbdist.server.store.views import View, view_of
 
@@ -81,6 +81,28 @@ class SqlStore:
 
     def get_run_by_pk(self, pk: int) -> RunRow | None:
         return self._find(_RUN, {"key": pk})
+
+    def find_run(self, entity: str, project: str, name: str) -> RunRow | None:
+        run_id, attempt = names.incarnation(name)
+        with self._db.read() as db:
+            found = db.execute(_RUN_BY_NAME, {"entity": entity, "project": project, "run_id": run_id}).mappings().first()
+            if found is None or attempt is None:
+                return None if found is None else run_row(found)
+            if not branches.exists(db, found["pk"], attempt):
+                return None
+            return incarnation_row(db, found, attempt)
+
+    def position(self, run: RunRow, *, step: int | None = None) -> RunPosition:
+        with self._db.read() as db:
+            row = self._row(db, run.pk)
+            if run.view is None:
+                return branches.position(db, row, row["attempt"], step, json.loads(row["summary"]))
+            return branches.position(db, row, run.view, step, None)
+
+    def lineage(self, run: RunRow) -> list[dict[str, Any]]:
+        with self._db.read() as db:
+            attempt = self._row(db, run.pk)["attempt"] if run.view is None else run.view
+            return branches.lineage(db, run.pk, attempt)
 
     def _find(self, statement: sa.Select[Any], named: dict[str, Any]) -> RunRow | None:
         with self._db.read() as db:
@@ -149,9 +171,14 @@ class SqlStore:
     # Attempts -------------------------------------------------------------------------------------------
 
     def begin_attempt(self, pk: int, request: BeginAttempt, now: float) -> BegunAttempt:
+        attempts.check(request)
         with self._db.write() as db:
-            run = self._locked(db, pk)
-            return attempts.begin(db, run, request, now)
+            run = self._row(db, pk)
+            source = branches.find_source(db, run, request)
+            for key in sorted({pk, source.pk}):  # in one order, so that two that fork each other do not wait for ever
+                locked = self._locked(db, key)
+                run = locked if key == pk else run
+            return attempts.begin(db, run, source, request, now)
 
     def attempts(self, pk: int) -> list[AttemptRow]:
         with self._db.read() as db:
@@ -200,21 +227,21 @@ class SqlStore:
                 db, view, stream, self._cache, keys=keys, min_step=min_step, max_step=max_step, limit=limit
             )
 
-    def series(self, pk: int, key: str, *, buckets: int = 1000) -> list[Bucket]:
+    def series(self, pk: int, key: str, *, buckets: int = 1000, attempt: int | None = None) -> list[Bucket]:
         if buckets < 1:
             raise UsageError(f"a chart needs at least 1 bucket, not {buckets}")
         with self._db.read() as db:
-            view = self._view(db, pk)
+            view = self._view(db, pk, attempt)
             return [] if view is None else reading.series(db, view, key, buckets)
 
-    def history_tail(self, pk: int, stream: str) -> dict[str, Any] | None:
+    def history_tail(self, pk: int, stream: str, *, attempt: int | None = None) -> dict[str, Any] | None:
         with self._db.read() as db:
-            view = self._view(db, pk)
+            view = self._view(db, pk, attempt)
             return None if view is None else reading.tail(db, view, stream)
 
-    def console(self, pk: int, *, first: int = 0, limit: int = 1000) -> list[str]:
+    def console(self, pk: int, *, first: int = 0, limit: int = 1000, attempt: int | None = None) -> list[str]:
         with self._db.read() as db:
-            view = self._view(db, pk)
+            view = self._view(db, pk, attempt)
             return [] if view is None else reading.console(db, view, first, limit)
 
     # ----------------------------------------------------------------------------------------------------
@@ -228,7 +255,11 @@ class SqlStore:
         return db.execute(_CURRENT, {"key": pk}).scalar()
 
     def _locked(self, db: sa.Connection, pk: int, statement: sa.Select[Any] = _RUN) -> sa.RowMapping:
-        found = db.execute(self._db.locked(statement), {"key": pk}).mappings().first()
+        return self._row(db, pk, self._db.locked(statement))
+
+    @staticmethod
+    def _row(db: sa.Connection, pk: int, statement: sa.Select[Any] = _RUN) -> sa.RowMapping:
+        found = db.execute(statement, {"key": pk}).mappings().first()
         if found is None:
             raise UsageError(f"there is no run with the key {pk}")
         return found
