@@ -26,7 +26,7 @@ from wbdist.errors import PeerLostError
 
 LIFE = 30
 """Seconds after which such a process is killed by the kernel, whatever becomes of the test."""
-CALLS = frozenset({"make_directory", "create", "write", "sync_file", "sync_directory", "rename", "remove_tree"})
+CALLS = frozenset({"make_directory", "create", "write", "sync_file", "sync_directory", "rename", "link", "remove_tree"})
 
 
 def context() -> ForkServerContext:

@@ -144,6 +144,12 @@ class Jobs:
         self.cwd = cwd
         self.started: list[JobProcess] = []
 
+    def command(self, *args: str) -> subprocess.CompletedProcess[str]:
+        """Runs `wbdist <args>` to its end."""
+        return subprocess.run(
+            [sys.executable, "-m", "wbdist", *args], cwd=self.cwd, capture_output=True, text=True, timeout=90, check=False
+        )
+
     def start(self, *args: str, how: str = "launch", nproc: int = 2, launch_args: tuple[str, ...] = ()) -> JobProcess:
         # Under a launcher the script's own --nproc says nothing, and torchrun would take it for an abbreviation of its own.
         script = [str(SCRIPT), *(["--nproc", str(nproc)] if how == "python" else []), *args]

@@ -14,7 +14,7 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -23,6 +23,7 @@ from wbdist.checkpoint import restore as restoring
 from wbdist.checkpoint import rng, tree
 from wbdist.checkpoint.commit import SHARED, Part, SaveRequest, rank_directory, run_save
 from wbdist.checkpoint.files import FileLayer
+from wbdist.checkpoint.history import Kept
 from wbdist.checkpoint.manifest import Manifest, directory_name
 from wbdist.checkpoint.restore import Choice, Restored
 from wbdist.checkpoint.staging import HostBuffers
@@ -30,6 +31,7 @@ from wbdist.checkpoint.tracked import RNG, Stateful, TrackedObjects
 from wbdist.checkpoint.verdict import Failure
 from wbdist.core.coordination import Coordinator
 from wbdist.core.position import RunPosition
+from wbdist.core.tails import JournalPrefix
 from wbdist.errors import CheckpointError, DeadlineError, Error, UsageError
 
 ABANDON_AFTER = 5.0
@@ -127,6 +129,8 @@ class Checkpointer:
         self._last: PendingSave | None = None
         self._thread: threading.Thread | None = None
         self._closed = False
+        self._kept = Kept()
+        """What this rank put of the history into its last committed checkpoint."""
 
     def track(self, *, per_rank: bool = False, **stateful: Any) -> None:
         """Adds objects under their names: anything with state_dict() and load_state_dict(). All ranks, the same names.
@@ -177,6 +181,7 @@ class Checkpointer:
         step: int,
         position: RunPosition | Callable[[], RunPosition],
         *,
+        history: Callable[[], Sequence[JournalPrefix]] | None = None,
         block: bool = False,
         timeout: float = 600.0,
         reason: str = "",
@@ -189,6 +194,9 @@ class Checkpointer:
 
         `position` says where this rank's run stood after `step`. A callable is called on a background thread, on every rank,
         once its part is written, and may block on its peers; it must answer for `step`, not for the moment of the call.
+
+        `history` is called after it, on the same thread: the journals that this rank puts into the checkpoint, up to the
+        position, since losing this machine would lose them.
 
         `timeout` seconds bound the whole save. Raises what the previous save failed with (once; then saving goes on),
         UsageError for a state that cannot be stored, and with `block=True` what this save failed with: the error of any rank on
@@ -221,6 +229,8 @@ class Checkpointer:
             per_rank=tuple(sorted(self._objects.per_rank)),
             parts=parts,
             position=position,
+            history=history,
+            kept=self._kept,
             reason=reason,
             config_hash=self._config_hash,
             keep_last=self._keep_last,
@@ -306,6 +316,7 @@ class Checkpointer:
         try:
             committed = run_save(self._background, self._layer, request, deadline)
             pending.bytes, pending.durable_at = committed.bytes, committed.durable_at
+            self._kept = committed.kept
         except Error as error:
             pending.error = error
         except Exception as error:  # noqa: BLE001  (kept, and raised by the next call)

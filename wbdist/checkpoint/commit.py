@@ -2,7 +2,7 @@
 
     begin    every rank says what it is about to save            (a rank that does not come is named)
     ready    rank 0 made the fresh directory step-<n>.a<m>.tmp
-             every rank writes its part, durably, and learns where its run stands
+             every rank writes its part, durably, learns where its run stands, and adds the history that no server has
     done     every rank tells its files and digests, or its failure
     commit   rank 0 writes the manifest, renames the directory, syncs the parent; tells how it went
 
@@ -14,7 +14,7 @@ from __future__ import annotations
 import logging
 import socket
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +23,14 @@ import torch
 
 from wbdist.checkpoint import retention, tree
 from wbdist.checkpoint.files import FileLayer
+from wbdist.checkpoint.history import Kept, write_history
 from wbdist.checkpoint.manifest import MANIFEST, TEMPORARY, VERSION, FileEntry, Manifest, directory_name, seal
 from wbdist.checkpoint.storage import write_tensors
 from wbdist.checkpoint.tree import Tensors
 from wbdist.checkpoint.verdict import Failure, raise_failures
 from wbdist.core.coordination import Coordinator
 from wbdist.core.position import RunPosition
+from wbdist.core.tails import JournalPrefix
 from wbdist.errors import CheckpointError
 
 log = logging.getLogger("wbdist.checkpoint")
@@ -62,6 +64,10 @@ class SaveRequest(msgspec.Struct, frozen=True, kw_only=True):
     parts: Mapping[str, Part]
     """Sub-directory -> what this rank writes there."""
     position: RunPosition | Callable[[], RunPosition]
+    history: Callable[[], Sequence[JournalPrefix]] | None
+    """Called after the position is known: what of the history this rank puts into the checkpoint."""
+    kept: Kept
+    """What this rank put there the last time."""
     reason: str
     config_hash: str
     keep_last: int
@@ -100,6 +106,8 @@ class Committed(msgspec.Struct, frozen=True):
     """Written by this rank."""
     durable_at: float
     """Unix seconds on rank 0's clock."""
+    kept: Kept
+    """The history among it."""
 
 
 def run_save(coordinator: Coordinator, layer: FileLayer, request: SaveRequest, deadline: float) -> Committed:
@@ -127,11 +135,15 @@ def run_save(coordinator: Coordinator, layer: FileLayer, request: SaveRequest, d
     raise_failures(_told(coordinator, f"{key}/ready", _Verdict(failure), left()), nothing)
 
     files: dict[str, FileEntry] = {}
+    kept: dict[str, FileEntry] = {}
     run: RunPosition | None = None
     failure = None
     try:
         files = _write_parts(layer, temporary, request.parts)
         run = request.position() if callable(request.position) else request.position
+        if request.history is not None:
+            kept = write_history(layer, temporary, rank, request.history(), request.kept)
+            files |= kept
     except Exception as error:  # noqa: BLE001  (whatever it is, the peers must learn of it; raised again below)
         failure = Failure.of(rank, error)
     reports = [
@@ -152,7 +164,11 @@ def run_save(coordinator: Coordinator, layer: FileLayer, request: SaveRequest, d
     raise_failures([verdict.failure] if verdict.failure is not None else [], nothing)
     if rank == 0:
         retention.prune(layer, request.directory, request.keep_last, {request.protected, request.name})
-    return Committed(sum(entry.size for entry in files.values()), verdict.durable_at)
+    return Committed(
+        bytes=sum(entry.size for entry in files.values()),
+        durable_at=verdict.durable_at,
+        kept=Kept(request.directory / request.name, kept),
+    )
 
 
 def _attempt(rank: int, act: Callable[[], object]) -> Failure | None:

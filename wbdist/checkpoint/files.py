@@ -119,6 +119,10 @@ class FileLayer:
         """Refuses to replace a directory that holds anything (ENOTEMPTY)."""
         old.rename(new)
 
+    def link(self, old: Path, new: Path) -> None:
+        """A second name for the same file."""
+        os.link(old, new)
+
     def remove_tree(self, path: Path) -> None:
         shutil.rmtree(path)
 

@@ -81,6 +81,11 @@ class RowAssembler:
         """Rows finished so far: the seq of the next one."""
         return self._rule.rows
 
+    @property
+    def open(self) -> bool:
+        """Whether a row is open."""
+        return self._rule.open
+
     def add(self, data: Mapping[str, Any], step: int | None, commit: bool | None, time: float) -> list[dict[str, Any]]:
         """One `log` call; the rows it finished: none, one, or two (the open one and its own)."""
         rule = self._rule

@@ -359,7 +359,9 @@ class Aggregator:
                 answer = Drained(step, error=f"{name_ranks(lost)} died before step {step} was complete on all ranks")
             elif self._aligner.frontier > step:
                 self._journal.sync()
-                answer = Drained(step, position=self._cursor.position(step))
+                position = self._cursor.position(step)
+                cut = tuple((str(path), frame) for path, frame in self._cursor.cut())
+                answer = Drained(step, position=position, cut=cut)
             else:
                 continue
             del self._drains[step]

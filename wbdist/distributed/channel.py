@@ -60,6 +60,8 @@ class Hello(msgspec.Struct, frozen=True):
 class Drained(msgspec.Struct, frozen=True):
     step: int
     position: RunPosition | None = None
+    cut: tuple[tuple[str, int], ...] = ()
+    """The run's journals up to there: path, last frame."""
     error: str = ""
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from wbdist.core.position import CONSOLE, EVENTS, HISTORY, RunPosition, Watermark
 from wbdist.core.rows import RowAssembler
@@ -20,6 +20,17 @@ from wbdist.core.summary import SummaryTracker
 from wbdist.run.journal import JournalReader, Kind, Record
 
 _LINES = {Kind.CONSOLE: CONSOLE, Kind.STATS: EVENTS}
+
+
+class _Row(NamedTuple):
+    """A row that was read."""
+
+    before: list[tuple[str, Any]]
+    """What came between it and the row before."""
+    writer: str
+    row: dict[str, Any]
+    end: tuple[int, int]
+    """Journal and frame behind which it is complete."""
 
 
 class PositionCursor:
@@ -37,10 +48,17 @@ class PositionCursor:
         self._step = header.starting_step - 1
         self._runtime = header.runtime
         self._summary = SummaryTracker(header.summary)
-        self._waiting: deque[tuple[list[tuple[str, Any]], str, dict[str, Any]]] = deque()
-        """Rows read that lie behind the last cut, each after what came between it and the row before, and its writer."""
+        self._waiting: deque[_Row] = deque()
+        """Rows read that lie behind the last cut."""
+        self._paths = list(paths)
+        self._end = (-1, -1)
+        """Journal (by its place in `paths`) and frame where the cut lies."""
+        self._frame = -1
+        """The last frame read of the current journal."""
         self._since_row: list[tuple[str, Any]] = []
         """What came after the last row that was read."""
+        self._whole: list[int] = []
+        """The last frames of the journals that were read to their ends."""
         self._begin(self._readers[0])
 
     def position(self, step: int) -> RunPosition:
@@ -68,6 +86,11 @@ class PositionCursor:
             runtime=self._runtime,
         )
 
+    def cut(self) -> list[tuple[Path, int]]:
+        """The journals that hold what is within the cut, each with its last frame there; none when no row is."""
+        journal, frame = self._end
+        return [*zip(self._paths[:journal], self._whole, strict=False), (self._paths[journal], frame)] if journal >= 0 else []
+
     @property
     def step(self) -> int:
         """Of the last row within the cut; one below the starting step when there is none."""
@@ -87,32 +110,43 @@ class PositionCursor:
 
     def _finish_reader(self) -> None:
         """A predecessor's journal is read to its end; its open row counts, as it does for the shipper."""
-        self._queue_rows(self._rows.close())
+        self._queue_rows(self._rows.close(), self._frame)
         self._readers.popleft().close()
+        self._whole.append(self._frame)
+        self._frame = -1
         self._begin(self._readers[0])
 
     def _take(self, record: Record) -> None:
+        before, self._frame = self._frame, record.seq
         if record.kind is Kind.ROW:
-            self._queue_rows(self._rows.add(record.data, record.step, record.commit, record.time))
+            finished = self._rows.add(record.data, record.step, record.commit, record.time)
+            if finished and not self._rows.open:
+                own = finished.pop()
+                self._queue_rows(finished, before)
+                self._queue_rows([own], record.seq)
+            else:
+                self._queue_rows(finished, before)
         elif record.kind in (Kind.COMMIT, Kind.END):
-            self._queue_rows(self._rows.close())
+            self._queue_rows(self._rows.close(), record.seq)
         elif record.kind is Kind.SUMMARY:
             self._since_row.append(("summary", record.data))
         elif record.kind in _LINES:
             self._since_row.append(("line", (_LINES[record.kind], self._writer)))
 
-    def _queue_rows(self, rows: list[dict[str, Any]]) -> None:
+    def _queue_rows(self, rows: list[dict[str, Any]], frame: int) -> None:
+        """`frame`: the one that finished them, or the last one before the call that did."""
         for row in rows:
-            self._waiting.append((self._since_row, self._writer, row))
+            self._waiting.append(_Row(self._since_row, self._writer, row, (len(self._whole), frame)))
             self._since_row = []
 
     def _consume(self, step: int) -> bool:
         """Takes rows up to `step` into the cut, each with what came before it; True when more has to be read."""
         waiting = self._waiting
         while waiting:
-            before, writer, row = waiting[0]
+            before, writer, row, end = waiting[0]
             if row["_step"] > step:
                 return False
+            self._end = end
             for what, value in before:
                 if what == "line":
                     stream, of = value

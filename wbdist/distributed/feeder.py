@@ -65,8 +65,9 @@ class Feeder:
         # Known from the start: whose journal the aggregator has never heard of, nobody can miss when it dies.
         self._ready.wait(HANDSHAKE)
 
-    def drain(self, step: int, timeout: float) -> RunPosition:
-        """Rank 0, any thread: the run's position after `step`, once all ranks' rows up to it are fsynced in the run's journal.
+    def drain(self, step: int, timeout: float) -> tuple[RunPosition, list[tuple[Path, int]]]:
+        """Rank 0, any thread: the run's position after `step`, once all ranks' rows up to it are fsynced in the run's journal;
+        and the run's journals up to there, each with its last frame.
 
         Blocks at most `timeout` seconds. Raises PeerLostError naming lost ranks, DeadlineError, EnvironmentFault when the
         aggregator cannot be had.
@@ -86,7 +87,7 @@ class Feeder:
             )
         if asked.answer.position is None:
             raise PeerLostError(asked.answer.error)
-        return asked.answer.position
+        return asked.answer.position, [(Path(path), frame) for path, frame in asked.answer.cut]
 
     def complete(self, timeout: float) -> bool:
         """After the journal's END: True when the aggregator has all of it (rank 0: when the run has ended). Blocks at most

@@ -13,6 +13,7 @@ import itertools
 import socket
 import threading
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import msgspec
@@ -21,12 +22,14 @@ import wbdist.errors
 from wbdist.core.coordination import Coordinator
 from wbdist.core.position import RunPosition
 from wbdist.core.reducers import DEFAULT, NAMES
+from wbdist.core.tails import JournalCopy, JournalPrefix
 from wbdist.distributed.aggregator import LINGER
 from wbdist.distributed.aggregator_process import AggregatorProcess
 from wbdist.distributed.channel import Meeting
 from wbdist.distributed.cut import PositionCursor
 from wbdist.distributed.feeder import Feeder
 from wbdist.distributed.identity import RankIdentity
+from wbdist.distributed.tail import Tail
 from wbdist.errors import DeadlineError, EnvironmentFault, Error, PeerLostError, UsageError
 from wbdist.protocol import names
 from wbdist.run.handle import Run
@@ -75,6 +78,11 @@ class RankRun(Protocol):
         """
         ...
 
+    def tail(self) -> list[JournalPrefix]:
+        """Any rank, after `drain` and on its thread: what a checkpoint at the drained step must take along of the history,
+        since the server has not acknowledged it. Blocks and raises as `Tail.of` does."""
+        ...
+
     def finish(self, exit_code: int | None = None) -> None:
         """All ranks, not in step: ends this rank's part, and with the last one the run. Blocks at most about
         `settings.finish_timeout` + 15 s (rank 0 under rank0: it waits for its peers), usually some milliseconds. Idempotent."""
@@ -92,11 +100,11 @@ def open_runs(strategy: str, identity: RankIdentity, coordinator: Coordinator, s
         raise UsageError(f"strategy={strategy!r} is not known; choose one of: {', '.join(STRATEGIES)}")
     spec = msgspec.structs.replace(spec, rank=identity.rank, writer=f"rank{identity.rank}")
     if spec.settings.mode == "disabled":
-        return OwnRun(open_run(spec), "plain")
+        return OwnRun(spec, "plain")
     if strategy == "per_rank":
-        return OwnRun(open_run(per_rank_spec(spec, identity)), "per_rank")
+        return OwnRun(per_rank_spec(spec, identity), "per_rank")
     if identity.world_size == 1:
-        return OwnRun(open_run(spec), "plain")
+        return OwnRun(spec, "plain")
     return SharedRun(identity, coordinator, spec, next(_opened))
 
 
@@ -126,12 +134,14 @@ def per_rank_spec(spec: RunSpec, identity: RankIdentity) -> RunSpec:
 class OwnRun(RankRun):
     """A run of this rank's own: per_rank, and a process that is alone."""
 
-    def __init__(self, run: Run, strategy: str) -> None:
+    def __init__(self, spec: RunSpec, strategy: str) -> None:
+        run = open_run(spec)
         self.run = run
         self.group = run.group
         self.strategy = strategy
         self._cursor: PositionCursor | None = None
         self._lock = threading.Lock()
+        self._tail = _tail_of(run, spec.earlier)
 
     def log(self, data: Mapping[str, Any], step: int | None = None, reduce: str | Mapping[str, str] = DEFAULT) -> None:
         if reduce is not DEFAULT:
@@ -150,6 +160,11 @@ class OwnRun(RankRun):
             if self._cursor is None:
                 self._cursor = PositionCursor([path])
             return self._cursor.position(step)
+
+    def tail(self) -> list[JournalPrefix]:
+        with self._lock:
+            cursor = self._cursor
+        return [] if cursor is None or self._tail is None else self._tail.of(cursor.cut(), cursor.step)
 
     def finish(self, exit_code: int | None = None) -> None:
         self.run.finish(exit_code)
@@ -177,6 +192,7 @@ class SharedRun(RankRun):
                 spec,
                 role="feed",
                 writer=f"feed{identity.rank}",
+                earlier=(),
                 must_be_new=False,
                 entity=meeting.entity or spec.entity,
                 project=meeting.project or spec.project,
@@ -186,6 +202,10 @@ class SharedRun(RankRun):
             )
         )
         self.group = self.run.group
+        # The aggregator runs beside rank 0, so its journals and what it brought back lie below the same root.
+        self._tail = _tail_of(self.run, spec.earlier) if identity.rank == 0 else None
+        self._cut: list[tuple[Path, int]] = []
+        self._cut_step = -1
         self._declared: set[tuple[str, ...]] = set()
         self._ops: dict[str, str] = {}
         journal = self.run.journal_path
@@ -216,13 +236,17 @@ class SharedRun(RankRun):
                 raise _ERRORS.get(answer.error_class, EnvironmentFault)(answer.error)
             return answer.position
         try:
-            position = self._feeder.drain(step, timeout)
+            position, self._cut = self._feeder.drain(step, timeout)
+            self._cut_step = position.watermark.step
         except EnvironmentFault as error:
             refusal = _Answer(error=str(error), error_class=type(error).__name__)
             self._peers.agree(name, msgspec.msgpack.encode(refusal), timeout)
             raise
         self._peers.agree(name, msgspec.msgpack.encode(_Answer(position=position)), timeout)
         return position
+
+    def tail(self) -> list[JournalPrefix]:
+        return [] if self._tail is None else self._tail.of(self._cut, self._cut_step)
 
     def finish(self, exit_code: int | None = None) -> None:
         self.run.finish(exit_code)
@@ -295,6 +319,12 @@ class SharedRun(RankRun):
                 f"the aggregator is gone and cannot be started again: {answer.error}. Rows are kept on this rank's disk."
             )
         return answer.meeting
+
+
+def _tail_of(run: Run, earlier: tuple[JournalCopy, ...]) -> Tail | None:
+    """None for a run without a journal (disabled)."""
+    path = run.journal_path
+    return None if path is None else Tail(path.parent.parent, earlier, lambda text: run.settings.say(text, warning=True))
 
 
 class _Opened(msgspec.Struct):

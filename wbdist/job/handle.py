@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Self
 import msgspec
 
 from wbdist.checkpoint.checkpointer import Checkpointer, PendingSave
+from wbdist.checkpoint.history import share
 from wbdist.checkpoint.manifest import Manifest
 from wbdist.core.position import RunPosition
 from wbdist.distributed import bootstrap, coordination, strategies
@@ -306,7 +307,12 @@ class Job:
             return
         self._report_progress()
         self._pending = self._checkpoints.save(
-            step, lambda: self._runs.drain(step - 1, PEER_TIMEOUT), block=block, timeout=PEER_TIMEOUT, reason=reason
+            step,
+            lambda: self._runs.drain(step - 1, PEER_TIMEOUT),
+            history=self._runs.tail,
+            block=block,
+            timeout=PEER_TIMEOUT,
+            reason=reason,
         )
         self._saved_step = step
         self._report_progress()
@@ -376,6 +382,7 @@ class Job:
             nonce=self._plan.nonce,
             cause=self._plan.cause,
             base=position,
+            earlier=share(self._chosen, self.rank, self.world_size, one_run=self._strategy != "per_rank"),
             must_be_new=False,
         )
 

@@ -105,6 +105,8 @@ class JournalHeader(msgspec.Struct, frozen=True, kw_only=True):
     """Seconds of `_runtime` before this attempt."""
     summary: dict[str, Any] = {}
     """The run's summary at the base."""
+    copied: bool = False
+    """Brought back from a checkpoint: the original's frames up to the checkpoint's cut. How its writer ended is not in here."""
 
     @property
     def starting_step(self) -> int:

@@ -12,6 +12,7 @@ import msgspec
 
 from wbdist.core import ids
 from wbdist.core.position import RunPosition
+from wbdist.core.tails import JournalCopy
 from wbdist.errors import CommError, InitStartError, UsageError
 from wbdist.run import console, machine, process_end
 from wbdist.run.disabled import NoJournal
@@ -39,6 +40,8 @@ class RunSpec(msgspec.Struct, frozen=True, kw_only=True):
     """`feed`: this rank's rows go to an aggregator, which reads the journal; no server hears of it, nothing is announced."""
     base: RunPosition | None = None
     """What this attempt continues from: step, summary, runtime."""
+    earlier: tuple[JournalCopy, ...] = ()
+    """Journals of earlier attempts, from the checkpoint; what this disk lacks is brought back before the run begins."""
     cause: str = "start"
     rank: int = 0
     name: str | None = None
@@ -96,7 +99,7 @@ def open_run(spec: RunSpec) -> Run:
     placed = _register(spec) if online else _Placed(spec)
     spec = placed.spec
     root = _journal_root(spec.settings)
-    directory = _make_directory(root, spec, opened_at)
+    directory = _make_directory(root, spec.settings.mode, spec.run_id, opened_at)
     header = JournalHeader(
         run_id=spec.run_id,
         project=spec.project,
@@ -117,6 +120,12 @@ def open_run(spec: RunSpec) -> Run:
         runtime=spec.base.runtime if spec.base else 0.0,
         summary=spec.base.summary if spec.base else {},
     )
+    if spec.earlier:
+        from wbdist.run import journal_copy
+
+        journal_copy.bring_back(
+            spec.earlier, root, header, lambda run_id: _make_directory(root, spec.settings.mode, run_id, opened_at)
+        )
     journal = JournalWriter.create(directory / journal_name(spec.writer, spec.attempt), header)
     shipping = None
     if placed.base_url:
@@ -238,10 +247,10 @@ def _journal_root(settings: Settings) -> Path:
     return fallback
 
 
-def _make_directory(root: Path, spec: RunSpec, opened_at: float) -> Path:
+def _make_directory(root: Path, mode: str, run_id: str, opened_at: float) -> Path:
     """A fresh `[offline-]run-YYYYMMDD_HHMMSS-<id>` (local time, as W&B's), with `-N` when another process was there first."""
     stamp = time.strftime("%Y%m%d_%H%M%S", time.localtime(opened_at))
-    name = f"{'offline-' if spec.settings.mode == 'offline' else ''}run-{stamp}-{spec.run_id}"
+    name = f"{'offline-' if mode == 'offline' else ''}run-{stamp}-{run_id}"
     for number in range(10_000):
         directory = root / (f"{name}-{number}" if number else name)
         try:

@@ -347,7 +347,7 @@ class Delivery:
     def _stamp(self, counts: dict[str, int], final: bool) -> StreamStamp:
         header = self.header
         ended = None
-        if final:
+        if final and not header.copied:  # a copy does not know how its writer ended
             end = self._translator.end
             ended = (
                 Ended("lost", "the writer's process died without a word")
