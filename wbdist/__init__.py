@@ -14,7 +14,7 @@ from typing import Any
 from wbdist.errors import AuthenticationError, CommError, ConfigError, Error, ShutdownError, UsageError
 from wbdist.run import lifecycle as _lifecycle
 from wbdist.run.handle import Run
-from wbdist.run.init import NotYet, finish, init, log, mark_preempting
+from wbdist.run.init import NotYet, define_metric, finish, init, log, mark_preempting
 from wbdist.settings import Settings, setup
 
 __version__ = "0.1.0"
@@ -31,6 +31,7 @@ __all__ = [
     "ShutdownError",
     "UsageError",
     "config",
+    "define_metric",
     "finish",
     "init",
     "job",

@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from wbdist.core.metrics import StepMetrics
+
 
 class StepRule:
     """The rule as arithmetic, without the data: for the client, which must answer `log` at once and cheaply."""
@@ -67,12 +69,17 @@ class StepRule:
 class RowAssembler:
     """Journal records in, finished history rows out, in seq order. The same records give the same rows, always."""
 
-    def __init__(self, *, starting_step: int = 0, created: float = 0.0, runtime: float = 0.0) -> None:
-        """`created`: when `_runtime` began to count; `runtime`: what it had reached before."""
+    def __init__(
+        self, *, starting_step: int = 0, created: float = 0.0, runtime: float = 0.0, summary: Mapping[str, Any] | None = None
+    ) -> None:
+        """`created`: when `_runtime` began to count; `runtime`: what it had reached before; `summary`: the one at the base,
+        which knows the last values of step metrics."""
         self._rule = StepRule(starting_step)
         self._began = created - runtime
         self._row: dict[str, Any] = {}
         self._time = created
+        self._step_metrics = StepMetrics(summary)
+        self._defined = False
         self.dropped = 0
         """Calls dropped because their step was already closed."""
 
@@ -106,6 +113,11 @@ class RowAssembler:
             finished.append(self._finish(accepted[0]))
         return finished
 
+    def define(self, given: Mapping[str, Any]) -> None:
+        """A `define_metric` call: rows that are finished after it get the step metrics it asks for."""
+        self._step_metrics.define(given)
+        self._defined = True
+
     def close(self) -> list[dict[str, Any]]:
         """Closes the open row, if there is one (an explicit end of the row, the end of the run, the death of the writer)."""
         step = self._rule.step
@@ -114,6 +126,8 @@ class RowAssembler:
     def _finish(self, step: int) -> dict[str, Any]:
         row = self._row
         self._row = {}
+        if self._defined:
+            self._step_metrics.complete(row)
         row["_step"] = step
         row["_timestamp"] = self._time
         row["_runtime"] = self._time - self._began

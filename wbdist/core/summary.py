@@ -1,26 +1,52 @@
-"""The summary of a run: the last value of every key, and what was set by hand."""
+"""The summary of a run: the last value of every key, or what `define_metric` asked for, and what was set by hand."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from wbdist.core.metrics import Aggregate, Definitions, state_of
 from wbdist.core.rows import merge
 
 _SPECIAL = frozenset({dict, type(None)})
+INTERNAL = "_wandb"
+"""Key of a summary under which `state` keeps what the values do not tell."""
 
 
 class SummaryTracker:
-    """Follows rows and manual changes; `values` is the summary so far, `_step`, `_timestamp` and `_runtime` included."""
+    """Follows rows, definitions and manual changes; `values` is the summary so far, with `_step`, `_timestamp` and `_runtime`.
+
+    A value set by hand replaces what rows said before; a later row of that key replaces it in turn (as in W&B), and what is
+    asked of its values (`min`, ...) is then of those since.
+    """
 
     def __init__(self, base: Mapping[str, Any] | None = None) -> None:
-        """`base`: the summary this attempt builds upon."""
-        self.values: dict[str, Any] = dict(base or {})
+        """`base`: the summary this attempt builds upon, best as `state` gave it."""
+        self._base = base or {}
+        self.values: dict[str, Any] = {key: value for key, value in self._base.items() if key != INTERNAL}
         self.version = 0
         """Grows with every change."""
+        self.definitions = Definitions()
+        self._aggregates: dict[str, Aggregate] = {}
+        self._anew: set[str] = set()
+        """Keys that were set by hand: what the base said of them is over."""
+        self._steps: dict[str, Any] = dict(state_of(self._base, "steps"))
+        """Last values of step metrics."""
+
+    def define(self, given: Mapping[str, Any]) -> None:
+        """A `define_metric` call (`Definitions.define`); holds for what comes after it."""
+        self.definitions.define(given)
+        for key in list(self.values):
+            if self._is_hidden(key):
+                del self.values[key]
+        for key, aggregate in self._aggregates.items():
+            self._report(key, aggregate)
+        self.version += 1
 
     def add_row(self, row: Mapping[str, Any]) -> None:
         """A finished row: every key takes its new value; None leaves the summary as it is (as in W&B)."""
+        if self.definitions:
+            row = self._aggregated(row)
         if _SPECIAL.isdisjoint(map(type, row.values())):
             self.values.update(row)
         else:
@@ -29,10 +55,56 @@ class SummaryTracker:
 
     def change(self, values: Mapping[str, Any], deleted: Iterable[str] = ()) -> None:
         """A change made by hand: replaces whole values, and removes keys."""
+        deleted = tuple(deleted)
         self.values.update(values)
         for key in deleted:
             self.values.pop(key, None)
+        for key in (*values, *deleted):
+            self._aggregates.pop(key, None)
+            self._anew.add(key)
         self.version += 1
+
+    def state(self) -> dict[str, Any]:
+        """`values`, and under INTERNAL what a later attempt needs beside them to go on exactly; for it, and for the server."""
+        sums = {
+            key: [aggregate.count, aggregate.total]
+            for key, aggregate in self._aggregates.items()
+            if (found := self.definitions.of(key)) is not None and "mean" in found.summary
+        }
+        asleep = state_of(self._base, "sums").items()
+        sums |= {key: value for key, value in asleep if key not in self._aggregates and key not in self._anew}
+        steps = {key: value for key, value in self._steps.items() if self.values.get(key) != value}
+        internal = {name: kept for name, kept in (("sums", sums), ("steps", steps)) if kept}
+        return {**self.values, INTERNAL: internal} if internal else dict(self.values)
+
+    def _aggregated(self, row: Mapping[str, Any]) -> dict[str, Any]:
+        """The row without the keys that have more than a last value; these are reported into `values`."""
+        rest: dict[str, Any] = {}
+        definitions = self.definitions
+        for key, value in row.items():
+            found = definitions.of(key)
+            if key in definitions.step_metrics and value is not None:
+                self._steps[key] = value
+            if found is None or found.plain:
+                rest[key] = value
+            elif "none" not in found.summary:
+                aggregate = self._aggregates.get(key)
+                if aggregate is None:
+                    base = {} if key in self._anew else self._base
+                    aggregate = Aggregate.continued(base.get(key), found, state_of(base, "sums").get(key))
+                    self._aggregates[key] = aggregate
+                aggregate.add(value)
+                self._report(key, aggregate)
+        return rest
+
+    def _report(self, key: str, aggregate: Aggregate) -> None:
+        found = self.definitions.of(key)
+        if found is not None and not found.plain and "none" not in found.summary and (report := aggregate.report(found)):
+            self.values[key] = report
+
+    def _is_hidden(self, key: str) -> bool:
+        found = self.definitions.of(key)
+        return found is not None and "none" in found.summary
 
 
 def without_none(row: Mapping[str, Any]) -> dict[str, Any]:

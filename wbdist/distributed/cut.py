@@ -82,7 +82,7 @@ class PositionCursor:
             watermark=Watermark(
                 attempt=header.attempt, counts={stream: dict(of) for stream, of in self._counts.items()}, step=self._step
             ),
-            summary=dict(self._summary.values),
+            summary=self._summary.state(),
             runtime=self._runtime,
         )
 
@@ -105,7 +105,10 @@ class PositionCursor:
         self._counts[HISTORY].setdefault(self._writer, 0)
         self._counts[CONSOLE].setdefault(self._writer, 0)
         self._rows = RowAssembler(
-            starting_step=reader.header.starting_step, created=reader.header.created, runtime=reader.header.runtime
+            starting_step=reader.header.starting_step,
+            created=reader.header.created,
+            runtime=reader.header.runtime,
+            summary=reader.header.summary,
         )
 
     def _finish_reader(self) -> None:
@@ -130,6 +133,9 @@ class PositionCursor:
             self._queue_rows(self._rows.close(), record.seq)
         elif record.kind is Kind.SUMMARY:
             self._since_row.append(("summary", record.data))
+        elif record.kind is Kind.DEFINE and "name" in record.data:
+            self._rows.define(record.data)
+            self._since_row.append(("define", record.data))
         elif record.kind in _LINES:
             self._since_row.append(("line", (_LINES[record.kind], self._writer)))
 
@@ -152,6 +158,8 @@ class PositionCursor:
                     stream, of = value
                     of_stream = self._counts.setdefault(stream, {})
                     of_stream[of] = of_stream.get(of, 0) + 1
+                elif what == "define":
+                    self._summary.define(value)
                 else:
                     self._summary.change(value.get("set", {}), value.get("delete", ()))
             self._counts[HISTORY][writer] += 1

@@ -39,9 +39,11 @@ class NoJournal:
 
     def append(self, kind: Kind, payload: Mapping[str, Any], time: float | None = None) -> int:
         del time
-        if kind is Kind.SUMMARY:
-            with self.lock:
+        with self.lock:
+            if kind is Kind.SUMMARY:
                 self._summary.change(payload.get("set", {}), payload.get("delete", ()))
+            elif kind is Kind.DEFINE and "name" in payload:
+                self._summary.define(payload)
         return -1
 
     def sync(self) -> int:

@@ -12,6 +12,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, Self
 
 from wbdist.core.position import CONSOLE, HISTORY, RunPosition, Watermark
+from wbdist.core.summary import INTERNAL
 from wbdist.errors import JournalError, ShutdownError, UsageError
 from wbdist.protocol import names
 from wbdist.run import console, process_end
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from wbdist.run.disabled import NoJournal
     from wbdist.run.journal import JournalWriter
     from wbdist.run.lifecycle import RunSpec
+    from wbdist.run.metrics import JournaledSummary, Metric
     from wbdist.run.shipping import Shipping
     from wbdist.settings import Settings
 
@@ -78,7 +80,9 @@ class Run:
         self._lines = 0
         self._on_finish: list[Callable[[], None]] = []
         self._log_row: Callable[[Mapping[str, Any], int | None, bool | None], bool] = journal.log
-        self._summary = Summary(self._set_summary, journal.summary)
+        self._defined: JournaledSummary | None = None
+        """Where the summary comes from once there are defined metrics."""
+        self._summary = Summary(self._set_summary, self._summary_values)
         self._config = Config(self._set_config, allow_val_change=spec.allow_val_change)
 
     # Logging ------------------------------------------------------------------------------------------
@@ -141,15 +145,42 @@ class Run:
                     counts={HISTORY: {self.writer: self._journal.rule.rows}, CONSOLE: {self.writer: self._lines}},
                     step=self._journal.rule.last_step,
                 ),
-                summary=self._summary.as_dict(),
+                summary=self._summary_state(),
                 runtime=(base.runtime if base is not None else 0.0) + (time() - self.opened_at),
             )
 
-    def define_metric(self, name: str, **options: Any) -> NoReturn:
-        """Not built yet."""
-        raise UsageError(
-            f"define_metric({name!r}) is not built yet: the summary keeps last values, and charts are over the step"
-        )
+    def define_metric(  # noqa: PLR0917  (W&B's order)
+        self,
+        name: str,
+        step_metric: str | Metric | None = None,
+        step_sync: bool | None = None,
+        hidden: bool | None = None,
+        summary: str | None = None,
+        goal: str | None = None,
+        overwrite: bool | None = None,
+    ) -> Metric:
+        """Says what the metric `name` (or all that begin alike: `val/*`) is drawn over and what the summary keeps of it.
+
+        `step_metric`: its x axis; rows without that one get its last value (`step_sync=False`: they do not). `summary`: any of
+        min, max, mean, first, last, best, separated by commas, which make the summary's value a dict of these; `none` keeps it
+        out, `copy` is the last value as it is. `goal`: "minimize" or "maximize", for `best`. Calls for one name add up, unless
+        `overwrite`. Holds for what is logged after it; costs `log` nothing. A metric's own definition beats that of a prefix.
+
+        Raises UsageError for arguments that cannot be, and as `log`.
+        """
+        from wbdist.run.metrics import metric
+
+        made = metric(name, step_metric, step_sync, hidden, summary, goal, overwrite)
+        self._define(made.arguments())
+        return made
+
+    def _define(self, arguments: dict[str, Any]) -> None:
+        self._record(Kind.DEFINE, arguments, "define_metric()")
+        if self._defined is None and self.journal_path is not None:
+            from wbdist.run.metrics import JournaledSummary
+
+            self._defined = JournaledSummary(self.journal_path)
+            self.on_finish(self._defined.close)
 
     # Facts --------------------------------------------------------------------------------------------
 
@@ -351,6 +382,15 @@ class Run:
     def _set_summary(self, changed: dict[str, Any]) -> None:
         self._record(Kind.SUMMARY, {"set": changed}, "summary")
 
+    def _summary_state(self) -> dict[str, Any]:
+        """The summary, with what the next attempt needs to go on with it."""
+        return self._journal.summary() if self._defined is None else self._defined.state()
+
+    def _summary_values(self) -> dict[str, Any]:
+        values = self._summary_state()
+        values.pop(INTERNAL, None)
+        return values
+
     def _record(self, kind: Kind, payload: dict[str, Any], what: str) -> None:
         self._check_usable(what)
         self._journal.append(kind, payload)
@@ -384,6 +424,8 @@ class Run:
         if self._state == "open":
             self._state = "foreign"
         self._lock = threading.RLock()
+        if self._defined is not None:
+            self._defined.lock = threading.Lock()
         self._log_row = self._refuse_row
 
     def _say(self, text: str, *, warning: bool = False) -> None:

@@ -6,7 +6,7 @@ import os
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from wbdist.errors import UsageError
 from wbdist.protocol import names
@@ -15,6 +15,9 @@ from wbdist.run.config import checked
 from wbdist.run.handle import Run
 from wbdist.run.lifecycle import RunSpec
 from wbdist.settings import Settings, resolve
+
+if TYPE_CHECKING:
+    from wbdist.run.metrics import Metric
 
 NOT_BUILT = {
     "resume": "resuming a run by id",
@@ -199,6 +202,20 @@ def finish(exit_code: int | None = None, quiet: bool | None = None) -> None:
     run = lifecycle.current_run()
     if run is not None:
         run.finish(exit_code, quiet=quiet)
+
+
+def define_metric(  # noqa: PLR0917  (W&B's order)
+    name: str,
+    step_metric: str | Metric | None = None,
+    step_sync: bool | None = None,
+    hidden: bool | None = None,
+    summary: str | None = None,
+    goal: str | None = None,
+    overwrite: bool | None = None,
+) -> Metric:
+    """`wbdist.run.define_metric`."""
+    run = global_run("define_metric()")
+    return run.define_metric(name, step_metric, step_sync, hidden, summary, goal, overwrite)
 
 
 def mark_preempting() -> bool:

@@ -11,6 +11,7 @@ from typing import Any, Literal
 import msgspec
 
 from wbdist.core import ids
+from wbdist.core.metrics import from_wandb
 from wbdist.core.position import RunPosition
 from wbdist.core.tails import JournalCopy
 from wbdist.errors import CommError, InitStartError, UsageError
@@ -50,6 +51,8 @@ class RunSpec(msgspec.Struct, frozen=True, kw_only=True):
     group: str | None = None
     job_type: str | None = None
     config: dict[str, Any] = {}
+    metrics: tuple[dict[str, Any], ...] = ()
+    """Definitions of metrics that the run has already: W&B's list, the config's `_wandb.m`."""
     allow_val_change: bool = False
     must_be_new: bool = False
     """Refuse attempt 1 when the server has a run of this id already: its history and ours would mix."""
@@ -137,6 +140,8 @@ def open_run(spec: RunSpec) -> Run:
         journal.append(Kind.RUN, _facts(spec), time=opened_at)
         # W&B's place for facts of each writer's machine.
         journal.append(Kind.CONFIG, {"set": {"_wandb": {"e": {spec.writer: machine.environment()}}}}, time=opened_at)
+        for arguments in from_wandb(list(spec.metrics)):
+            run._define(arguments)  # noqa: SLF001
         run.config.update(spec.config)
         if shipping is not None:
             _start(shipping, run, spec)

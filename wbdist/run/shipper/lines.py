@@ -10,7 +10,7 @@ import msgspec
 
 from wbdist.core.position import CONSOLE, EVENTS, HISTORY
 from wbdist.core.rows import RowAssembler
-from wbdist.core.summary import SummaryTracker
+from wbdist.core.summary import INTERNAL, SummaryTracker
 from wbdist.protocol import jsonvalues
 from wbdist.run.journal import JournalHeader, Kind, Record
 
@@ -23,7 +23,9 @@ class Translator:
     """Follows one journal from its first record."""
 
     def __init__(self, header: JournalHeader) -> None:
-        self._assembler = RowAssembler(starting_step=header.starting_step, created=header.created, runtime=header.runtime)
+        self._assembler = RowAssembler(
+            starting_step=header.starting_step, created=header.created, runtime=header.runtime, summary=header.summary
+        )
         self._began = header.created - header.runtime
         self._summary = SummaryTracker(header.summary)
         self.skip: dict[str, int] = {}
@@ -76,6 +78,10 @@ class Translator:
                 self.facts_version += 1
             elif kind is Kind.SUMMARY:
                 self._summary.change(record.data.get("set", {}), record.data.get("delete", ()))
+            elif kind is Kind.DEFINE and "name" in record.data:
+                self._assembler.define(record.data)
+                self._summary.define(record.data)
+                self.facts_version += 1
             elif kind is Kind.PREEMPTING:
                 self.preempting = True
             elif kind is Kind.END:
@@ -87,14 +93,22 @@ class Translator:
         for row in self._assembler.close():
             self._row(row)
 
+    def summary(self) -> dict[str, Any]:
+        """The summary of the finished rows, and what a later attempt needs to go on with it (`SummaryTracker.state`)."""
+        return self._summary.state()
+
     def summary_line(self) -> str:
-        values = self._summary.values
-        return json_line({**values, "_wandb": {"runtime": int(values.get("_runtime", 0))}})
+        values = self.summary()
+        internal = {**values.get(INTERNAL, {}), "runtime": int(values.get("_runtime", 0))}
+        return json_line({**values, INTERNAL: internal})
 
     def wandb_config(self) -> dict[str, Any]:
         """The whole config in W&B's form."""
         config = {key: {"value": value} for key, value in self.config.items() if key != "_wandb"}
-        config["_wandb"] = {"value": {"t": TELEMETRY, **self.config.get("_wandb", {})}}
+        internal = {"t": TELEMETRY, **self.config.get("_wandb", {})}
+        if self._summary.definitions:
+            internal["m"] = self._summary.definitions.to_wandb()
+        config["_wandb"] = {"value": internal}
         return config
 
     def _row(self, row: dict[str, Any]) -> None:
