@@ -31,8 +31,9 @@ def poll(condition: Callable[[], Any], what: str, timeout: float = 60.0) -> Any:
 class Server:
     """`wbdist server` on loopback, as a user starts it; `kill` and `start` keep its port."""
 
-    def __init__(self, data_dir: Path) -> None:
+    def __init__(self, data_dir: Path, *arguments: str) -> None:
         self.data_dir = data_dir
+        self._arguments = arguments
         self.port = "0"
         self.process: subprocess.Popen[bytes] | None = None
         self.url = ""
@@ -54,6 +55,7 @@ class Server:
                     self.port,
                     "--port-file",
                     str(port_file),
+                    *self._arguments,
                 ],
                 stdout=log,
                 stderr=log,
