@@ -11,8 +11,10 @@ from importlib import import_module
 from types import ModuleType
 from typing import Any
 
+from wbdist.dropin import of_the_run
 from wbdist.errors import AuthenticationError, CommError, ConfigError, Error, ShutdownError, UsageError
 from wbdist.run import lifecycle as _lifecycle
+from wbdist.run.absent import absent
 from wbdist.run.handle import Run
 from wbdist.run.init import NotYet, define_metric, finish, init, log, mark_preempting
 from wbdist.settings import Settings, setup
@@ -35,13 +37,21 @@ __all__ = [
     "finish",
     "init",
     "job",
+    "join",
     "launch",
     "log",
     "login",
     "mark_preempting",
+    "require",
     "run",
+    "sdk",
     "setup",
     "summary",
+    "teardown",
+    "termerror",
+    "termlog",
+    "termwarn",
+    "util",
 ]
 
 _LAZY = {
@@ -49,14 +59,26 @@ _LAZY = {
     "Pool": ("wbdist.distributed.pool", "Pool"),
     "job": ("wbdist.job", "job"),
     "launch": ("wbdist.distributed.bootstrap", "launch"),
+    "join": ("wbdist.dropin", "join"),
     "login": ("wbdist.run.login", "login"),
+    "require": ("wbdist.dropin", "require"),
+    "sdk": ("wbdist.sdk", ""),
+    "teardown": ("wbdist.dropin", "teardown"),
+    "termerror": ("wbdist.dropin", "termerror"),
+    "termlog": ("wbdist.dropin", "termlog"),
+    "termwarn": ("wbdist.dropin", "termwarn"),
+    "util": ("wbdist.util", ""),
 }
-"""public name -> where it is"""
+"""public name -> (module, name in it; '' for the module itself)"""
 
 
 def __getattr__(name: str) -> Any:
     if name in _LAZY:
         return _load(name)
+    if (found := of_the_run(name)) is not None:
+        return found
+    if (error := absent(name)) is not None:
+        raise error
     raise AttributeError(f"module 'wbdist' has no attribute {name!r}; public names are: {', '.join(__all__)}")
 
 
@@ -66,7 +88,8 @@ def __dir__() -> list[str]:
 
 def _load(name: str) -> Any:
     module, attribute = _LAZY[name]
-    value = getattr(import_module(module), attribute)
+    found = import_module(module)
+    value = getattr(found, attribute) if attribute else found
     if name not in _Package.SHADOWED:
         globals()[name] = value
     return value

@@ -44,6 +44,10 @@ class MainGuardError(UsageError):
     """Processes are being spawned from a script without an `if __name__ == "__main__":` guard."""
 
 
+class UnsupportedError(UsageError):
+    """W&B's name for what the server, or this version, cannot do."""
+
+
 class StateMissingError(UsageError):
     """A checkpoint lacks a piece that this job tracks, or holds one that it does not."""
 
@@ -63,7 +67,7 @@ class CommError(RemoteError):
     """The server could not be talked to, or refused the run."""
 
 
-class AuthenticationError(RemoteError):
+class AuthenticationError(CommError):
     """The API key is missing, malformed, or not accepted."""
 
     exit_code = EXIT_FAILED_FOR_GOOD

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 from urllib.parse import quote
 
-from wbdist.errors import CommError, UsageError
+from wbdist.errors import AuthenticationError, CommError, UsageError
 from wbdist.protocol import operations
 from wbdist.protocol.operations import UpsertedRun
 from wbdist.run.connection import Connection, RefusedError
@@ -47,7 +47,7 @@ def register(server: Server, spec: RunSpec, timeout: float) -> UpsertedRun:
                 )
             )
         )
-    except RefusedError:
+    except (RefusedError, AuthenticationError):
         raise
     except CommError as error:
         raise AwayError(str(error)) from error
