@@ -5,10 +5,11 @@ from __future__ import annotations
 import signal
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
-from support.jobs import Jobs, Server
+from support.jobs import Jobs, Machine, Server
 
 
 @pytest.fixture
@@ -34,3 +35,16 @@ def jobs(tmp_path: Path) -> Iterator[Jobs]:
                 process.send_signal(signal.SIGTERM)
         except (psutil.NoSuchProcess, psutil.AccessDenied):
             continue
+
+
+@pytest.fixture
+def machines(tmp_path: Path) -> Iterator[Any]:
+    made: list[Machine] = []
+
+    def make(name: str) -> Machine:
+        made.append(Machine(tmp_path / name))
+        return made[-1]
+
+    yield make
+    for machine in made:
+        machine.end()

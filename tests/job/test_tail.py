@@ -3,54 +3,14 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
-from support.jobs import JobProcess, Jobs, Server, comparable, poll, the_run
+from support.jobs import JobProcess, Machine, Server, comparable, poll, the_run
 
 from wbdist.checkpoint.history import is_history
 from wbdist.checkpoint.manifest import committed
-
-
-class Machine:
-    """A directory that stands for one machine's disk, the jobs on it, and the shipper that they start."""
-
-    def __init__(self, disk: Path) -> None:
-        disk.mkdir()
-        self.disk = disk
-        self.jobs = Jobs(disk)
-
-    def end(self) -> None:
-        """Everything on it dies at once, by SIGKILL."""
-        for job in self.jobs.started:
-            job.end()
-        for process in psutil.process_iter():
-            try:
-                command = " ".join(process.cmdline())
-                if "wbdist.run.shipper" in command and str(self.disk) in command:
-                    process.kill()
-            except (psutil.NoSuchProcess, psutil.AccessDenied):
-                continue
-
-    def lose(self) -> None:
-        self.end()
-        shutil.rmtree(self.disk)
-
-
-@pytest.fixture
-def machines(tmp_path: Path) -> Iterator[Any]:
-    made: list[Machine] = []
-
-    def make(name: str) -> Machine:
-        made.append(Machine(tmp_path / name))
-        return made[-1]
-
-    yield make
-    for machine in made:
-        machine.end()
 
 
 def runs_of(name: str, strategy: str) -> list[Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -171,6 +172,37 @@ class Jobs:
         job = JobProcess(command, self.cwd, dict(os.environ))
         self.started.append(job)
         return job
+
+
+class Machine:
+    """A directory that stands for one machine's disk, the jobs on it, and the shipper that they start."""
+
+    def __init__(self, disk: Path) -> None:
+        disk.mkdir()
+        self.disk = disk
+        self.jobs = Jobs(disk)
+
+    def end(self) -> None:
+        """Everything on it dies at once, by SIGKILL."""
+        for job in self.jobs.started:
+            job.end()
+        for shipper in self.shippers():
+            shipper.kill()
+
+    def shippers(self) -> list[psutil.Process]:
+        found = []
+        for process in psutil.process_iter():
+            try:
+                command = " ".join(process.cmdline())
+            except (psutil.NoSuchProcess, psutil.AccessDenied):
+                continue
+            if "wbdist.run.shipper" in command and str(self.disk) in command:
+                found.append(process)
+        return found
+
+    def lose(self) -> None:
+        self.end()
+        shutil.rmtree(self.disk)
 
 
 def the_run(name: str, project: str = "tiny") -> Any:

@@ -43,6 +43,11 @@ class AggregatorProcess:
         """0 before the start."""
         return 0 if self._process is None else self._process.pid
 
+    @property
+    def journal(self) -> Path | None:
+        """The newest one's journal; None before the start."""
+        return Path(self._journals[-1]) if self._journals else None
+
     def start(self, timeout: float) -> Meeting:
         """Starts it; returns when it listens and the run is open. Blocks at most `timeout` seconds. Raises what opening the run
         raised there, InitStartError when it does not come up."""

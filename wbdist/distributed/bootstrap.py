@@ -101,6 +101,8 @@ def _run_rank(call: bytes) -> None:
     except KeyboardInterrupt:
         # The supervisor speaks for all ranks; a traceback from each would bury it.
         raise SystemExit(128 + signal.SIGINT) from None
+    except SystemExit:  # also one that is an Error: it has its exit code, and has said why
+        raise
     except Exception as error:  # noqa: BLE001  (as the interpreter ends a script: traceback, code)
         traceback.print_exc()
         raise SystemExit(error.exit_code if isinstance(error, Error) else 1) from None

@@ -29,11 +29,12 @@ from wbdist.distributed.channel import Meeting
 from wbdist.distributed.cut import PositionCursor
 from wbdist.distributed.feeder import Feeder
 from wbdist.distributed.identity import RankIdentity
-from wbdist.distributed.tail import Tail
+from wbdist.distributed.tail import Tail, fenced_message
 from wbdist.errors import DeadlineError, EnvironmentFault, Error, PeerLostError, UsageError
 from wbdist.protocol import names
 from wbdist.run.handle import Run
 from wbdist.run.lifecycle import RunSpec, open_run
+from wbdist.run.shipper import client
 from wbdist.run.values import flat_row
 
 Strategy = Literal["auto", "rank0", "per_rank"]
@@ -81,6 +82,11 @@ class RankRun(Protocol):
     def tail(self) -> list[JournalPrefix]:
         """Any rank, after `drain` and on its thread: what a checkpoint at the drained step must take along of the history,
         since the server has not acknowledged it. Blocks and raises as `Tail.of` does."""
+        ...
+
+    def fenced(self) -> str:
+        """Any rank, any thread: what the server said about another job that has the run, '' while it said nothing, or on a rank
+        that does not speak to it. Asks the shipper; at most a second."""
         ...
 
     def finish(self, exit_code: int | None = None) -> None:
@@ -166,6 +172,9 @@ class OwnRun(RankRun):
             cursor = self._cursor
         return [] if cursor is None or self._tail is None else self._tail.of(cursor.cut(), cursor.step)
 
+    def fenced(self) -> str:
+        return _fenced(self.run.journal_path)
+
     def finish(self, exit_code: int | None = None) -> None:
         self.run.finish(exit_code)
         with self._lock:
@@ -248,6 +257,9 @@ class SharedRun(RankRun):
     def tail(self) -> list[JournalPrefix]:
         return [] if self._tail is None else self._tail.of(self._cut, self._cut_step)
 
+    def fenced(self) -> str:
+        return "" if self._aggregator is None else _fenced(self._aggregator.journal)
+
     def finish(self, exit_code: int | None = None) -> None:
         self.run.finish(exit_code)
 
@@ -325,6 +337,11 @@ def _tail_of(run: Run, earlier: tuple[JournalCopy, ...]) -> Tail | None:
     """None for a run without a journal (disabled)."""
     path = run.journal_path
     return None if path is None else Tail(path.parent.parent, earlier, lambda text: run.settings.say(text, warning=True))
+
+
+def _fenced(journal: Path | None) -> str:
+    said = "" if journal is None else client.fenced(journal.parent.parent, journal)
+    return fenced_message(said) if said else ""
 
 
 class _Opened(msgspec.Struct):

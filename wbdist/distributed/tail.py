@@ -22,6 +22,14 @@ IMPATIENT = 0.1
 """The same while the server is known to be away: saves must not take turns waiting for it."""
 
 
+def fenced_message(said: str) -> str:
+    """What the shipper said, and what it means for this job."""
+    return (
+        f"{said.removeprefix('fenced: ')}: this job must stop, and saves nothing more. What it logged is kept in the archive. "
+        "Two jobs of one run cannot go on side by side: stop one for good, or give it an id and a checkpoint_dir of its own."
+    )
+
+
 class Tail:
     """Of this rank's run. One thread at a time."""
 
@@ -68,7 +76,7 @@ class Tail:
         patience = IMPATIENT if self._away else PATIENCE
         outcome = client.flush(self._root, journal, patience)
         if outcome.error.startswith("fenced"):
-            raise FencedError(f"run {header.run_id}: {outcome.error.removeprefix('fenced: ')}; this one must stop")
+            raise FencedError(fenced_message(outcome.error))
         self._in_vain = not outcome.acked
         if self._away == outcome.acked:
             self._away = not outcome.acked

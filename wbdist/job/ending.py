@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 
-from wbdist.errors import EXIT_PREEMPTED, EXIT_RETRYABLE, Error
+from wbdist.errors import EXIT_FENCED, EXIT_PREEMPTED, EXIT_RETRYABLE, Error, FencedError
 from wbdist.launch import intent
 
 log = logging.getLogger("wbdist.job")
@@ -20,6 +20,17 @@ class Preempted(SystemExit):
     def __init__(self, reason: str) -> None:
         super().__init__(EXIT_PREEMPTED)
         self.reason = reason
+
+
+class Fenced(FencedError, SystemExit):  # noqa: N818  (the exit it is, as Preempted)
+    """How a job is left that another one has taken over: a FencedError, and the exit of the process with code 69.
+
+    Both, so that `except FencedError` finds it, and a script that does not look for it ends without a traceback from each rank.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message)
+        self.code = EXIT_FENCED
 
 
 def exit_code_of(error: BaseException | None) -> int:

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, NoReturn, Self
 
 import msgspec
 
@@ -18,8 +18,9 @@ from wbdist.checkpoint.manifest import Manifest
 from wbdist.core.position import RunPosition
 from wbdist.distributed import bootstrap, coordination, strategies
 from wbdist.distributed.identity import detect
-from wbdist.errors import EXIT_PREEMPTED, PeerLostError, UsageError
-from wbdist.job.ending import Preempted, exit_code_of, leave_verdict
+from wbdist.errors import EXIT_PREEMPTED, FencedError, PeerLostError, UsageError
+from wbdist.job.ending import Fenced, Preempted, exit_code_of, leave_verdict
+from wbdist.job.fence import FenceWatch
 from wbdist.job.plan import Plan, agree_on_plan, decide, position_of, seed_everything
 from wbdist.launch import intent
 from wbdist.preemption.agreement import StopAgreement
@@ -161,6 +162,8 @@ class Job:
         self._agreement = StopAgreement(self._peers, self._hub, timeout=STOP_TIMEOUT)
         self._stack.callback(self._agreement.close)
         self._runs = strategies.open_runs(self._strategy, self._identity, self._peers, self._run_spec(position))
+        if self._runs.run.settings.mode == "online":
+            self._stack.callback(FenceWatch(self._runs.fenced, self._hub.tell).close)
 
     def _decide(self) -> Plan:
         return decide(self._spec, self._id, self._directory, self._stack)
@@ -274,6 +277,8 @@ class Job:
         if self._agreement.begin_unit():
             return
         notice = self._agreement.notice
+        if notice is not None and notice.fenced:
+            raise FencedError(notice.reason)
         reason = "a notice" if notice is None else f"{notice.source}: {notice.reason}"
         if not self._agreement.agreed:
             raise PeerLostError(
@@ -329,6 +334,8 @@ class Job:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         """All ranks. Without an error: in step; the last save is waited for, the run is finished, its rows acknowledged or
         left to the shipper. With one: within seconds, without waiting for peers that may be gone.
+
+        Raises Fenced when it is that another job has taken the run over.
         """
         try:
             if error is None:
@@ -339,9 +346,14 @@ class Job:
                 self._leave_failed(error)
         except BaseException as problem:
             leave_verdict(_rank_for_verdict(), problem)
+            if isinstance(problem, FencedError):
+                self._leave_failed(problem)
+                self._leave_fenced(problem)
             raise
         else:
             leave_verdict(_rank_for_verdict(), error)
+            if isinstance(error, FencedError):
+                self._leave_fenced(error)
         finally:
             self._stack.close()
 
@@ -373,6 +385,11 @@ class Job:
         if self._checkpoints is not None:
             self._checkpoints.__exit__(type(error), error, None)
         self._runs.finish(exit_code_of(error))
+
+    def _leave_fenced(self, error: FencedError) -> NoReturn:
+        if self.rank == 0 and not intent.supervised():
+            self._runs.run.settings.say(str(error), warning=True)
+        raise Fenced(str(error)) from error
 
     def _run_spec(self, position: RunPosition | None) -> RunSpec:
         return msgspec.structs.replace(

@@ -37,6 +37,11 @@ def word_for(exit_code: int) -> Word:
     return words.get(exit_code, "failed")
 
 
+def supervised() -> bool:
+    """Whether somebody reads the verdicts, and says what they say."""
+    return bool(os.environ.get(VARIABLE))
+
+
 def write(rank: int, verdict: Verdict, directory: str | None = None) -> None:
     """Any rank, at its end: leaves its verdict where the supervisor looks. Nothing without a supervisor. Raises OSError."""
     where = directory or os.environ.get(VARIABLE)

@@ -47,6 +47,7 @@ class _Request(msgspec.Struct, frozen=True):
     source: str
     reason: str
     deadline: float | None
+    fenced: bool = False
 
 
 class _Count(msgspec.Struct, frozen=True):
@@ -170,7 +171,11 @@ class StopAgreement:
                 self._put_count(_Count(self._units, gone=self._failed))
                 return
             self._notice = self._notice or Notice(
-                "peer", f"rank {request.rank}: {request.reason} ({request.source})", time.monotonic(), request.deadline
+                "peer",
+                f"rank {request.rank}: {request.reason} ({request.source})",
+                time.monotonic(),
+                request.deadline,
+                request.fenced,
             )
             self._put_count(_Count(self._freeze()))
             proposal = self._collect(request)
@@ -189,7 +194,8 @@ class StopAgreement:
         while not self._closing:
             self._wake.wait(LOOK)
             if self._notice is not None:
-                ours = _Request(self._rank, self._notice.source, self._notice.reason, self._notice.deadline)
+                own = self._notice
+                ours = _Request(self._rank, own.source, own.reason, own.deadline, own.fenced)
                 return msgspec.json.decode(self._peers.claim(REQUEST, msgspec.json.encode(ours)), type=_Request)
             found = self._peers.peek(REQUEST)
             if found is not None:

@@ -66,7 +66,9 @@ class NoticeHub:
                 self._notice = msgspec.structs.replace(self._notice, deadline=notice.deadline)
             listeners = list(self._listeners) if first else []
         if first:
-            log.warning("preemption notice from %s: %s", notice.source, notice.reason)
+            # What a fenced job is told ends up in its FencedError.
+            level = logging.INFO if notice.fenced else logging.WARNING
+            log.log(level, "preemption notice from %s: %s", notice.source, notice.reason)
         for listener in listeners:
             listener(notice)
         return True

@@ -16,3 +16,5 @@ class Notice(msgspec.Struct, frozen=True):
     """time.monotonic() of this process when it arrived."""
     deadline: float | None = None
     """Unix time by which everything must be done, since other ranks and hosts must understand it; None when nobody says."""
+    fenced: bool = False
+    """No preemption: another job has the run, so this one must stop and write nothing more."""

@@ -334,7 +334,7 @@ class Run:
         outcome = shipping.flush(timeout)
         if outcome.error.startswith("fenced"):
             self._say(
-                f"run {self.id}: a newer attempt than {self.attempt} holds the run; what this one logged is archived",
+                f"run {self.id}: {outcome.error.removeprefix('fenced: ')}; what this one logged is kept in the archive",
                 warning=True,
             )
         elif not outcome.acked:

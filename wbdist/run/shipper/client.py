@@ -81,6 +81,17 @@ def flush(
             return FlushResult(reply.acked, reply.error)
 
 
+def fenced(root: Path, journal: Path) -> str:
+    """'fenced: ...' once the server has said that another attempt has the run of `journal`, else ''. At most a second.
+
+    Starts nothing and raises nothing: '' also when no shipper answers.
+    """
+    try:
+        return call(root, Request("fenced", str(journal.resolve())), 1.0).error
+    except OSError:
+        return ""
+
+
 def ensure_shipper(root: Path, env: Mapping[str, str] | None = None, timeout: float = STARTUP) -> int:
     """Starts the root's shipper when none answers, and waits until one does. Returns its pid. Raises InitStartError."""
     deadline = monotonic() + timeout
@@ -137,4 +148,4 @@ def _start(root: Path, request: Request | None, env: Mapping[str, str] | None) -
             raise InitStartError(f"the shipper ended at once; see {root / 'logs' / 'shipper.log'}") from None
 
 
-__all__ = ["FlushResult", "ensure_shipper", "flush", "watch"]
+__all__ = ["FlushResult", "ensure_shipper", "fenced", "flush", "watch"]

@@ -3,6 +3,7 @@
 {"op": "ping"}                                              -> {"ok": true, "pid": n}
 {"op": "watch", "journal", "base_url", "api_key"}           -> {"ok": true}
 {"op": "flush", "journal", "timeout", "priority"}           -> {"acked": bool, "error": str}
+{"op": "fenced", "journal"}                                 -> {"ok": true, "error": "" or "fenced: ..."}
 """
 
 from __future__ import annotations

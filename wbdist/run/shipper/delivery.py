@@ -230,10 +230,6 @@ class Delivery:
             self._base = dict(begun.lines)
             if not begun.accepted:
                 self._fence(begun.attempt)
-                if begun.attempt == header.attempt:
-                    # Another incarnation holds this very attempt: our lines would take the places of its lines.
-                    self._finish(State.FENCED, self.error)
-                    return
             else:
                 self._go_on_from({stream: counts.get(header.writer, 0) for stream, counts in begun.next.items()})
         else:
@@ -390,7 +386,11 @@ class Delivery:
     def _fence(self, current: int) -> None:
         self.fenced = True
         self.due = 0.0
-        self.error = f"fenced: attempt {current} of run {self.header.run_id} has taken over from attempt {self.header.attempt}"
+        header = self.header
+        if current == header.attempt:
+            self.error = f"fenced: another job holds attempt {current} of run {header.run_id}"
+        else:
+            self.error = f"fenced: attempt {current} of run {header.run_id} has taken over from attempt {header.attempt}"
         self._log.warning("%s: %s", self.path.name, self.error)
 
     # The wire -----------------------------------------------------------------------------------------

@@ -268,10 +268,18 @@ class Service:
                 return Reply(ok=True)
             if request.op == "flush":
                 return self._flush(request)
+            if request.op == "fenced":
+                return Reply(ok=True, error=self._fenced(Path(request.journal)))
         except (JournalCorruptError, UsageError, OSError) as error:
             self._log.warning("%s %s: %s", request.op, request.journal, error)
             return Reply(error=str(error))
-        return Reply(error=f"unknown request {request.op!r}; known are ping, watch, flush")
+        return Reply(error=f"unknown request {request.op!r}; known are ping, watch, flush, fenced")
+
+    def _fenced(self, path: Path) -> str:
+        with self._lock:
+            lane = self._lane_of.get(path)
+        found = [] if lane is None else [one.error for one in lane.snapshot() if one.path == path and one.fenced]
+        return found[0] if found else ""
 
     def _flush(self, request: Request) -> Reply:
         path = Path(request.journal)
