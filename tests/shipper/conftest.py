@@ -36,6 +36,8 @@ class LoopbackServer:
         self.ours = ours
         self.lock = threading.Lock()
         self.lines: dict[tuple[int, str, str], list[str]] = {}
+        self.rivals: dict[str, dict[tuple[int, str, str], list[str]]] = {}
+        """nonce -> what came under it for the attempt that another nonce holds."""
         self.attempt = 0
         self.nonce = ""
         self.summary: dict[str, Any] = {}
@@ -152,13 +154,15 @@ class LoopbackServer:
         stamp = body["wbdist"]
         attempt, writer = stamp["attempt"], stamp["writer"]
         fenced = (attempt, stamp["nonce"]) != (self.attempt, self.nonce)
-        expected = {stream: len(self.lines.get((attempt, writer, stream), [])) for stream in STREAMS}
+        rival = attempt == self.attempt and stamp["nonce"] != self.nonce
+        kept = self.rivals.setdefault(stamp["nonce"], {}) if rival else self.lines
+        expected = {stream: len(kept.get((attempt, writer, stream), [])) for stream in STREAMS}
         for stream in STREAMS:
             if stream in body.get("files", {}) and stamp["seq"][stream] > expected[stream]:
                 return 409, {"error": "gap", "wbdist": {"code": "gap", "next": expected}}
         for stream in STREAMS:
             if stream in body.get("files", {}):
-                stored = self.lines.setdefault((attempt, writer, stream), [])
+                stored = kept.setdefault((attempt, writer, stream), [])
                 stored.extend(body["files"][stream]["content"][len(stored) - stamp["seq"][stream] :])
                 expected[stream] = len(stored)
         if fenced:

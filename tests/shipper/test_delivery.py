@@ -219,15 +219,22 @@ def test_a_superseded_attempt_is_fenced(loopback: Any, wandb: Any, deliver: Call
     assert steps(loopback) == list(range(40))
 
 
-def test_a_rival_incarnation_of_the_same_attempt_sends_nothing(
+def test_a_rival_incarnation_of_the_same_attempt_goes_to_the_archive(
     loopback: Any, wandb: Any, deliver: Callable[..., Delivery]
 ) -> None:
-    """Proves that of two incarnations with the same attempt number the second touches no line of the first."""
+    """Proves that of two incarnations with the same attempt number the second touches no line of the first, and that what it
+    logs is kept under its own name, however often it is sent."""
     loopback.attempt, loopback.nonce = 1, "other"
     writer = wandb.journal(loopback.url)
     wandb.rows(writer, 0, 10)
+    delivery = run(deliver(writer), wandb)
+    assert delivery.fenced
+    assert "another job holds attempt 1" in delivery.error
+    writer.close(0)
+    assert run(delivery, wandb).state is State.FENCED
     assert run(deliver(writer), wandb).state is State.FENCED
     assert loopback.lines == {}
+    assert [len(lines) for lines in loopback.rivals[writer.header.nonce].values()] == [10]
 
 
 def test_a_new_attempt_names_its_base(loopback: Any, wandb: Any, deliver: Callable[..., Delivery]) -> None:
