@@ -19,6 +19,7 @@ from wbdist.run import console, process_end
 from wbdist.run.config import Config
 from wbdist.run.journal import Kind
 from wbdist.run.summary import Summary
+from wbdist.run.values import NeedsFilesError, summary_values
 
 if TYPE_CHECKING:
     from wbdist.run.disabled import NoJournal
@@ -101,7 +102,12 @@ class Run:
         Raises TypeError for what cannot be logged (nothing of the call is then kept), DiskFullError when the journal's
         disk is full, ShutdownError when the run is finished, UsageError in a forked child.
         """
-        if not self._log_row(data, step, commit):
+        try:
+            accepted = self._log_row(data, step, commit)
+        except NeedsFilesError:
+            at = self._journal.rule.step if step is None else step
+            accepted = at >= self._journal.rule.step and self._log_row(self._with_files(data, at), step, commit)
+        if not accepted:
             self._drop(step)
 
     def _drop(self, step: int | None) -> None:
@@ -379,8 +385,27 @@ class Run:
     def _set_config(self, changed: dict[str, Any]) -> None:
         self._record(Kind.CONFIG, {"set": changed}, "config")
 
-    def _set_summary(self, changed: dict[str, Any]) -> None:
-        self._record(Kind.SUMMARY, {"set": changed}, "summary")
+    def _set_summary(self, changed: dict[str, Any], deleted: Sequence[str]) -> None:
+        self._check_usable("summary")
+        try:
+            kept = summary_values(changed)
+        except NeedsFilesError:
+            kept = {} if self.disabled else summary_values(self._with_files(changed, "summary"))
+        self._journal.append(Kind.SUMMARY, {"set": kept, "delete": list(deleted)})
+
+    def _with_files(self, data: Mapping[Any, Any], step: int | str) -> dict[Any, Any]:
+        """`data` with its media written to the run's files, and records of them in their places."""
+        from wbdist.run.media.rows import converted
+
+        assert self._run_directory is not None, "a disabled run keeps no values"
+        try:
+            made, written = converted(data, step, self._run_directory.absolute() / "files")
+        except OSError as error:
+            raise JournalError(f"run {self.id}: a file of {', '.join(map(str, data))} cannot be written: {error}") from error
+        summary_values(made)  # what cannot be kept is to be said before anything is journaled
+        for name, path in written.items():
+            self._journal.append(Kind.FILE, {"path": str(path), "name": name, "policy": "now"})
+        return made
 
     def _summary_state(self) -> dict[str, Any]:
         """The summary, with what the next attempt needs to go on with it."""

@@ -60,7 +60,8 @@ class Kind(IntEnum):
     STATS = 7
     """System metrics {name: value}: one line of the events stream."""
     FILE = 8
-    """{"path", "name", "policy"}: a file to upload."""
+    """{"path", "name", "policy"}: a file to upload. `path` is absolute; when the run's directory has been moved since, the file
+    lies below `files` beside the journal."""
     PREEMPTING = 9
     """{}: the run is marked preempting."""
     COMMIT = 10

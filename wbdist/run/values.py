@@ -6,8 +6,10 @@ import operator
 from collections.abc import Mapping
 from typing import Any, Final
 
+from wbdist.errors import UsageError
+
 MAX_ARRAY: Final = 32
-"""Elements of an array or list in a row; larger ones want a histogram."""
+"""Elements of an array in a row; of larger ones a histogram is kept, as in W&B."""
 
 RESERVED: Final = frozenset({"_step", "_timestamp", "_runtime"})
 """Columns that the journal makes itself; a user's are dropped, as in W&B."""
@@ -16,6 +18,10 @@ _EXACT: Final = frozenset({float, bool, str, type(None)})
 """Types that are kept as they are; so are ints of up to 64 bits."""
 _INT_MIN: Final = -(1 << 63)
 _INT_MAX: Final = (1 << 64) - 1
+
+
+class NeedsFilesError(Exception):
+    """A value has to be written to files first (`run/media/rows.py`); no error of the caller."""
 
 
 def plain(value: Any) -> Any:
@@ -52,6 +58,17 @@ def plain_at(where: str, value: Any) -> Any:
         raise TypeError(f"{where}: {error}") from error
 
 
+def summary_values(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Values set by hand in plain form: nested dicts stay nested, a histogram stands for a large array."""
+    return {key: _summary_value(f'summary key "{key}"', value) for key, value in values.items()}
+
+
+def _summary_value(where: str, value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {_key(key, where): _summary_value(where, item) for key, item in value.items()}
+    return plain_at(where, _histogram(value) if _is_large(value) else value)
+
+
 def config_value(value: Any, where: str) -> Any:
     """As `plain`; what has no such form is kept as its text, as W&B does: a config is for reading (`torch.float32`, a Path)."""
     if isinstance(value, Mapping):
@@ -60,9 +77,13 @@ def config_value(value: Any, where: str) -> Any:
         return [config_value(item, where) for item in value]
     if hasattr(value, "__dataclass_fields__") and not isinstance(value, type):
         return {name: config_value(getattr(value, name), where) for name in value.__dataclass_fields__}
+    if type(value).__module__.startswith("wbdist.run.media."):
+        raise TypeError(
+            f"{where}: {type(value).__name__} is media, which a config does not hold; log it, or put it in the summary"
+        )
     try:
         return plain(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, NeedsFilesError):
         return str(value)
 
 
@@ -95,11 +116,7 @@ def _flatten(prefix: str, data: Mapping[Any, Any], row: dict[str, Any]) -> None:
         elif isinstance(value, Mapping) and "_type" not in value:  # with it: one media value
             _flatten(f"{key}.", value, row)
         elif key not in RESERVED:
-            row[key] = kept = plain_at(f'log(): key "{key}"', value)
-            if type(kept) is list and len(kept) > MAX_ARRAY:
-                raise TypeError(
-                    f'log(): key "{key}" has {len(kept)} elements, at most {MAX_ARRAY} fit in a row; log numbers made of them'
-                )
+            row[key] = plain_at(f'log(): key "{key}"', _histogram(value) if _is_large(value) else value)
 
 
 def _key(key: Any, where: str) -> str:
@@ -114,9 +131,37 @@ def _foreign(value: Any) -> Any:
         return plain(item())
     if callable(tolist := getattr(value, "tolist", None)):
         return plain(tolist())
+    if type(value).__module__ == "wbdist.run.media.histogram":
+        return value.to_json()
+    if getattr(value, "needs_files", False) or is_foreign_media(value):
+        raise NeedsFilesError
     raise TypeError(
         f"{type(value).__module__}.{type(value).__qualname__} is no number, text, list, dict or array; convert it first"
     )
+
+
+def is_foreign_media(value: Any) -> bool:
+    """Whether this is matplotlib's (or `pyplot`), a PIL image or a pandas data frame; told by names, none is imported."""
+    library = type(value).__module__.partition(".")[0]
+    if library == "matplotlib":
+        return hasattr(value, "figure") or hasattr(value, "savefig")
+    if library == "pandas":
+        return hasattr(value, "itertuples")
+    return library == "PIL" or getattr(value, "__name__", "") == "matplotlib.pyplot"
+
+
+def _is_large(value: Any) -> bool:
+    """Whether this is an array of more elements than a row takes; lists are kept as they are."""
+    return callable(getattr(value, "tolist", None)) and _size(value) > MAX_ARRAY
+
+
+def _histogram(values: Any) -> Any:
+    from wbdist.run.media.histogram import ROW_BINS, Histogram
+
+    try:
+        return Histogram(values, num_bins=ROW_BINS).to_json()
+    except UsageError:
+        return values  # not of numbers
 
 
 def _size(value: Any) -> int:

@@ -1,0 +1,1 @@
+"""What a run can log beside numbers and text: histograms, images, tables, pages of HTML."""
