@@ -86,13 +86,14 @@ def _counting(original: Any, read: list[int]) -> Any:
 
 
 def test_steps_that_run_back_are_drawn_by_step(store: SqlStore, tiny: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """W&B's client without resume writes steps from 0 again behind the old ones: buckets do not overlap, nothing is lost."""
+    """A writer whose steps begin again: buckets do not overlap, nothing is lost."""
     monkeypatch.setattr(rollups, "WIDTH", 4)
     monkeypatch.setattr(reading, "_RAW", 8)
     run = StoredRun(store)
+    run.begin(1)
     steps = [*range(40), *range(2, 42)]
     for at in range(0, 80, 5):
-        run.append(None, at, rows(steps[at : at + 5], v=float))
+        run.append(1, at, rows(steps[at : at + 5], v=float))
     points = sorted((s, float(s)) for s in steps)
     for buckets in (1, 3, 8, 500):
         check_chart(store.series(run.pk, "v", buckets=buckets), points, buckets)

@@ -22,6 +22,7 @@ from wbdist.protocol import file_stream, jsonvalues
 from wbdist.protocol.attempts import StreamAnswer, StreamStamp
 from wbdist.protocol.file_stream import StreamReply, StreamRequest
 from wbdist.server import http
+from wbdist.server.clients import shared_writer
 from wbdist.server.context import AppContext
 from wbdist.server.gql.call import check_names
 from wbdist.server.store.interface import RunFields, RunRow
@@ -32,12 +33,12 @@ Lines = dict[str, tuple[int, list[str]]]
 _LIVE = frozenset({RunState.RUNNING, RunState.PREEMPTING})
 
 
-def take(ctx: AppContext, run: RunRow, request: StreamRequest) -> tuple[int, StreamReply]:
-    """Applies one request; (HTTP status, answer). Repeating it changes nothing.
+def take(ctx: AppContext, run: RunRow, request: StreamRequest, writer: str = "") -> tuple[int, StreamReply]:
+    """Applies one request; (HTTP status, answer). Repeating it changes nothing. `writer`: of W&B's client in shared mode.
 
     Raises ValueError for a senseless request, HTTPException 404 for an attempt that was not begun.
     """
-    return _take_stamped(ctx, run, request, request.wbdist) if request.wbdist else _take_plain(ctx, run, request)
+    return _take_stamped(ctx, run, request, request.wbdist) if request.wbdist else _take_plain(ctx, run, request, writer)
 
 
 def _take_stamped(ctx: AppContext, run: RunRow, request: StreamRequest, stamp: StreamStamp) -> tuple[int, StreamReply]:
@@ -71,33 +72,35 @@ def _take_stamped(ctx: AppContext, run: RunRow, request: StreamRequest, stamp: S
     return 200, StreamReply(wbdist=answer)
 
 
-def _take_plain(ctx: AppContext, run: RunRow, request: StreamRequest) -> tuple[int, StreamReply]:
+def _take_plain(ctx: AppContext, run: RunRow, request: StreamRequest, writer: str) -> tuple[int, StreamReply]:
     now = ctx.clock()
     summary = _summary(request)
     lines: Lines = {stream: (chunk.offset, chunk.content) for stream in STREAMS if (chunk := request.files.get(stream))}
     if lines:
-        done = ctx.store.append(run.pk, lines, now)
+        done = ctx.store.append(run.pk, lines, now, writer=writer or "sdk")
         if done.code == "gap":
-            _append_behind(ctx, run, lines, done.next, now)
+            _append_behind(ctx, run, lines, done.next, writer)
     if summary is not None:
-        ctx.store.set_summary(run.pk, summary, now)
+        ctx.store.set_summary(run.pk, summary, now, merge=bool(writer))
     _mark(ctx, run, request, now)
     return 200, StreamReply()
 
 
-def _append_behind(ctx: AppContext, run: RunRow, lines: Lines, expected: dict[str, int], now: float) -> None:
+def _append_behind(ctx: AppContext, run: RunRow, lines: Lines, expected: dict[str, int], writer: str) -> None:
     """Lines that W&B's client sends beyond what we have of it: it resumes a run of ours, or the lines before are lost to us.
 
     A refusal would end its stream and lose the rest too, so they go behind the last one. Their offset then no longer
     tells a repeated request from a new one; for history rows the `_step` does, console lines may stand twice.
     """
     _log.info("run %s/%s/%s: W&B's client is ahead of what it stored here", run.entity, run.project, run.run_id)
+    now = ctx.clock()
     shifted: Lines = {}
     for stream, (offset, content) in lines.items():
-        new = [line for line in content if _step_of(line) > run.last_step] if stream == HISTORY else content
+        alone = stream == HISTORY and not writer
+        new = [line for line in content if _step_of(line) > run.last_step] if alone else content
         shifted[stream] = (offset, content) if offset <= expected[stream] else (expected[stream], new)
-    if run.attempt == 0:
-        ctx.store.append(run.pk, shifted, now)
+    if writer or run.attempt == 0:
+        ctx.store.append(run.pk, shifted, now, writer=writer or "sdk")
     else:
         nonce = next(entry.nonce for entry in ctx.store.attempts(run.pk) if entry.attempt == run.attempt)
         ctx.store.append(run.pk, shifted, now, attempt=run.attempt, nonce=nonce)
@@ -146,13 +149,13 @@ def _mark(
 def routes(ctx: AppContext) -> list[BaseRoute]:
     """The endpoint; needs an API key."""
 
-    def respond(entity: str, project: str, run_id: str, body: bytes) -> Response:
+    def respond(entity: str, project: str, run_id: str, body: bytes, writer: str) -> Response:
         try:
             request = file_stream.decode_request(body)
             run = ctx.store.get_run(entity, project, run_id)
             if run is None:
                 run = _missing_run(ctx, (entity, project, run_id), request)
-            status, reply = take(ctx, run, request)
+            status, reply = take(ctx, run, request, writer)
         except (ValueError, UsageError) as error:
             return http.refusal(400, str(error))
         except (RecursionError, OverflowError) as error:
@@ -164,7 +167,9 @@ def routes(ctx: AppContext) -> list[BaseRoute]:
             return http.refusal(401, "no valid API key: send it as the password of user `api`, or as a Bearer token")
         body = await http.read_body(request, ctx.settings.max_stream_bytes)
         params = request.path_params
-        return await run_in_threadpool(respond, params["entity"], params["project"], params["run"], body)
+        return await run_in_threadpool(
+            respond, params["entity"], params["project"], params["run"], body, shared_writer(request)
+        )
 
     return [Route("/files/{entity}/{project}/{run}/file_stream", post, methods=["POST"])]
 

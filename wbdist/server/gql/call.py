@@ -31,6 +31,8 @@ class Call:
     user: User
     base_url: str
     """The address that this client uses, without a trailing slash: what we hand out must be absolute for it."""
+    shared: bool = False
+    """W&B's client in its shared mode: one of several processes that write to one run."""
 
 
 def call_of(info: Info) -> Call:

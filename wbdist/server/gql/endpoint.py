@@ -17,6 +17,7 @@ from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
 
 from wbdist.server import http
+from wbdist.server.clients import is_shared
 from wbdist.server.context import AppContext
 from wbdist.server.gql import history, run_files, runs, scalars, session
 from wbdist.server.gql.call import Call
@@ -78,7 +79,7 @@ def routes(ctx: AppContext) -> list[BaseRoute]:
         if user is None:
             return http.refusal(401, "no valid API key: send it as the password of user `api`, or as a Bearer token")
         body = await http.read_body(request, ctx.settings.max_graphql_bytes)
-        return await run_in_threadpool(respond, body, Call(ctx, user, str(request.base_url).rstrip("/")))
+        return await run_in_threadpool(respond, body, Call(ctx, user, str(request.base_url).rstrip("/"), is_shared(request)))
 
     return [Route("/graphql", post, methods=["POST"])]
 

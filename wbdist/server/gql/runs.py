@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import secrets
 from typing import Any
 
@@ -26,7 +27,7 @@ from wbdist.server.gql.call import (
     storage_id,
 )
 from wbdist.server.gql.session import ProjectRef, number_of
-from wbdist.server.store.interface import AttemptRow, RunFields, RunRow
+from wbdist.server.store.interface import AttemptRow, Opening, RunFields, RunRow
 
 _UPSERT_FIELDS = {
     "displayName": "display_name",
@@ -53,23 +54,54 @@ def _upsert_bucket(_source: Any, info: Info, input: dict[str, Any]) -> dict[str,
         raise refuse(400, f"a run is created running or pending, not {state[:20]!r}")
     entity, project, run_id = _target(call, input)
     now = call.app.clock()
-    run, inserted = store.upsert_run(entity, project, run_id, _fields(input), now)
+    ours = info.operation.name is not None and info.operation.name.value == UPSERT_NAME
+    fields = _fields(input)
+    # Our own client's upserts open nothing: `beginAttempt` does, and an upsert may be the echo of a superseded attempt.
+    opening = None if ours else _opening(call, input, fields, run_id)
+    with refusals():
+        run, inserted = store.upsert_run(entity, project, run_id, fields, now, opening=opening, keep_config=ours or call.shared)
     if state == "pending" and inserted:
         run = store.record_event(run.pk, RunEvent.REQUEUE, now)
-    elif not inserted and _opens(info, input):
+    elif not (inserted or ours) and (input.get("host") or input.get("jobProgram")):
         run = store.record_event(run.pk, RunEvent.START, now)
     return {"bucket": run, "inserted": inserted}
 
 
-def _opens(info: Info, input: dict[str, Any]) -> bool:
-    """Whether a process opens the run with this upsert, so that an ended run runs again.
+def _opening(call: Call, input: dict[str, Any], fields: RunFields, run_id: str) -> Opening | None:
+    """How a process opens the run with this upsert; None when it is an edit, or a later word of a process that has it open.
 
-    W&B's client says where it runs in its first upsert only; later ones carry a config, an edit through its API
-    neither. Our own client's upserts never count: there `beginAttempt` says it, and an upsert may be the echo of a
-    superseded attempt.
+    W&B's client says where it runs and gives its config without the environment (`_wandb.e`), which it has gathered only when
+    it sends the next. It names the run by its storage id when it has asked for its state before: it resumes it then. Of several
+    processes that share a run none opens it anew.
     """
-    operation_name = info.operation.name.value if info.operation.name else ""
-    return operation_name != UPSERT_NAME and bool(input.get("host") or input.get("jobProgram"))
+    inner = fields.config.get("_wandb") if isinstance(fields.config, dict) else None
+    said = inner.get("value") if isinstance(inner, dict) else None
+    if not isinstance(said, dict) or said.get("e") or not (input.get("host") or input.get("jobProgram")):
+        return None
+    branch = said.get("branch_point")
+    source, step = (branch.get("run_id"), branch.get("step")) if isinstance(branch, dict) else (None, None)
+    if isinstance(source, str) and source and source != run_id:
+        return Opening("fork", source, _step(step))
+    if call.shared:
+        return None
+    return Opening("resume" if input.get("id") else "start")
+
+
+def _step(value: object) -> int:
+    """A branch point's step: W&B's client counts on from the next whole one."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not -(2**53) < value < 2**53:
+        raise refuse(400, f"a branch point's step must be a number, not {value!r}")
+    return math.floor(value)
+
+
+def _rewind_run(_source: Any, info: Info, input: dict[str, Any]) -> dict[str, Any]:
+    call = call_of(info)
+    if input["metricName"] != "_step":
+        raise refuse(400, f"a run is rewound to a `_step`, not to a value of {input['metricName'][:80]!r}")
+    run = run_or_404(call, input.get("entityName"), input.get("projectName") or "uncategorized", input["runName"])
+    opening = Opening("rewind", step=_step(input["metricValue"]))
+    with refusals():
+        return {"rewoundRun": call.app.store.open_run(run.pk, opening, call.app.clock())}
 
 
 def _target(call: Call, input: dict[str, Any]) -> tuple[str, str, str]:
@@ -162,6 +194,11 @@ def _position(run: RunRow, info: Info, step: int | None = None) -> dict[str, Any
     return found
 
 
+def _history_line_count(run: RunRow, info: Info) -> int:
+    """W&B's client counts on from here, but not where several write to one run: each of them counts its own lines."""
+    return 0 if call_of(info).shared else run.line_counts.get(HISTORY, 0)
+
+
 def _attempts(run: RunRow, info: Info) -> list[AttemptRow]:
     return call_of(info).app.store.attempts(run.pk)
 
@@ -171,7 +208,7 @@ def _project_of(run: RunRow) -> ProjectRef:
 
 
 RESOLVERS: dict[str, dict[str, Resolver]] = {
-    "Mutation": {"upsertBucket": _upsert_bucket, "beginAttempt": _begin_attempt},
+    "Mutation": {"upsertBucket": _upsert_bucket, "rewindRun": _rewind_run, "beginAttempt": _begin_attempt},
     "Run": {
         "id": lambda run, _info: storage_id(run),
         "name": lambda run, _info: run.run_id,
@@ -192,7 +229,7 @@ RESOLVERS: dict[str, dict[str, Resolver]] = {
         "user": lambda run, _info: {"id": f"User:{run.entity}", "name": run.entity, "username": run.entity},
         "projectId": lambda run, _info: number_of(_project_of(run)),
         "project": lambda run, _info: _project_of(run),
-        "historyLineCount": _lines(HISTORY),
+        "historyLineCount": _history_line_count,
         "eventsLineCount": _lines(EVENTS),
         "logLineCount": _lines(CONSOLE),
         "historyTail": _tail(HISTORY),

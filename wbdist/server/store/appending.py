@@ -17,6 +17,7 @@ from wbdist.server.store.chunks import LOOSE, Key, compact, store
 from wbdist.server.store.derived import in_summary, recount
 from wbdist.server.store.interface import Appended
 from wbdist.server.store.lines import Batch
+from wbdist.server.store.replays import Known
 from wbdist.server.store.schema import console_lines, cursors, runs
 from wbdist.server.store.views import view_of
 
@@ -35,12 +36,17 @@ def _upsert_cursor(insert: Insert) -> Any:
     return statement.on_conflict_do_update(index_elements=list(Key.__struct_fields__), set_=change)
 
 
+_CONFIG = sa.select(runs.c.config).where(runs.c.pk == sa.bindparam("key"))
 _TOUCH_RUN = sa.update(runs).where(runs.c.pk == sa.bindparam("key"))
 _CHANGE_RUN = _TOUCH_RUN.values(version=runs.c.version + 1)
 _MOVE_CURSOR = {"sqlite": _upsert_cursor(sqlite.insert), "postgresql": _upsert_cursor(postgresql.insert)}
 
 NO_NONCE = "(none)"
 """Lane of lines that name an attempt but no nonce."""
+
+
+SDK = "sdk"
+"""Writer of W&B's client, unless it is in shared mode."""
 
 
 class Lines(msgspec.Struct, frozen=True):
@@ -83,8 +89,13 @@ def append(
         lane = "" if known["nonce"] == nonce else nonce or NO_NONCE
     position, loose = _cursors(db, pk, target, lane, writer)
     next_seq = {stream: position.get(stream, 0) for stream in lines}
-    view = None if attempt is not None or current == 0 else view_of(db, pk, current)
+    # W&B's client counts lines of the run, but where several write to one (shared mode) each counts its own.
+    view = view_of(db, pk, current) if attempt is None and writer == SDK else None
     below = {stream: 0 if view is None else view.below(stream, target) for stream in lines}
+    if view is not None:
+        known_lines = Known(view, run["last_step"])
+        ends = {stream: below[stream] + next_seq[stream] for stream in lines}
+        lines = {stream: _unrepeated(db, known_lines, stream, part, ends[stream]) for stream, part in lines.items()}
     if any(part.seq - below[stream] > next_seq[stream] for stream, part in lines.items()):
         return Appended(code="gap", next=next_seq, attempt=current)
     fresh: dict[str, Batch | None] = {}
@@ -117,7 +128,7 @@ def append(
         view = view_of(db, pk, current)
         fenced = not view.admits(target, writer, next_seq)
         if fresh:
-            change = recount(db, view, summary=not run["summary_given"])
+            change = recount(db, view, config=None if run["summary_given"] else config_of(db, pk))
             change.pop("summary_given", None)
     if target == current and not lane:  # what a superseded attempt says is no sign of life of the run
         change["heartbeat_at"] = now
@@ -148,14 +159,34 @@ def _advance(
         if not batch.numeric <= known:
             change["metrics"] = json.dumps(sorted(known | batch.numeric))
         if not run["summary_given"]:
-            if batch.step_lo > run["last_step"]:
-                latest = {key: value for row in batch.rows for key, value in row.items() if value is not None}
-                shown = {key: value for key, value in latest.items() if in_summary(key)}
-                change["summary"] = json.dumps(json.loads(run["summary"]) | shown)
-            else:  # several writers: which value is the last is a matter of steps, not of arrival
+            latest = {key: value for row in batch.rows for key, value in row.items() if value is not None}
+            shown = {key: value for key, value in latest.items() if in_summary(key)}
+            old = json.loads(run["summary"])
+            if batch.step_lo > run["last_step"] and not any(_reduced(old.get(key), new) for key, new in shown.items()):
+                change["summary"] = json.dumps(old | shown)
+            else:  # of several writers the last value is a matter of steps, not of arrival; or more than the last is asked for
                 view = view_of(db, int(run["pk"]), int(run["attempt"]))
-                change["summary"] = recount(db, view, summary=True)["summary"]
+                change["summary"] = recount(db, view, config=config_of(db, int(run["pk"])))["summary"]
     return change
+
+
+def _unrepeated(db: sa.Connection, known: Known, stream: str, part: Lines, expected: int) -> Lines:
+    """The lines without those at their head that the run has; the others follow what it has then."""
+    skip = known.repeated(db, stream, part.parsed)
+    if skip == 0:
+        return part
+    rest = part.parsed[skip:]
+    return Lines(expected, rest, Batch.of(rest) if rest and stream != CONSOLE else None)
+
+
+def _reduced(old: Any, new: Any) -> bool:
+    """Whether the summary has more of a key than its last value: `define_metric` asked for it."""
+    return isinstance(old, dict) and not isinstance(new, dict)
+
+
+def config_of(db: sa.Connection, pk: int) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(db.execute(_CONFIG, {"key": pk}).scalar_one())
+    return found
 
 
 def _cursors(db: sa.Connection, pk: int, attempt: int, lane: str, writer: str) -> tuple[dict[str, int], dict[str, int]]:

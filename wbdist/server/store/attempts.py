@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from typing import Any
 
 import msgspec
@@ -12,10 +13,11 @@ from wbdist.core.position import HISTORY, Watermark
 from wbdist.core.states import RunEvent, RunState, next_state
 from wbdist.errors import UsageError
 from wbdist.protocol.attempts import BeginAttempt, BegunAttempt
-from wbdist.server.store import branches
-from wbdist.server.store.branches import Source
+from wbdist.server.store import branches, definitions
+from wbdist.server.store.branches import Beneath, Frozen, Origin, Source
 from wbdist.server.store.derived import recount
 from wbdist.server.store.interface import AttemptRow, BranchError
+from wbdist.server.store.merging import merged_config
 from wbdist.server.store.schema import attempts, runs
 from wbdist.server.store.views import view_of
 
@@ -32,22 +34,40 @@ def attempt_of(db: sa.Connection, pk: int, attempt: int) -> sa.RowMapping | None
     return db.execute(_ATTEMPT, {"pk": pk, "number": attempt}).mappings().first()
 
 
-def begin(db: sa.Connection, run: sa.RowMapping, source: Source, request: BeginAttempt, now: float) -> BegunAttempt:
-    """See `Store.begin_attempt`; `run` and `source` are locked by the caller."""
+def begin(
+    db: sa.Connection,
+    run: sa.RowMapping,
+    source: Source,
+    request: BeginAttempt,
+    now: float,
+    *,
+    before: sa.RowMapping | None = None,
+) -> BegunAttempt:
+    """See `Store.begin_attempt`; `run` and `source` are locked by the caller. `before`: the run's row before the client's words
+    about the new attempt."""
     pk, current = int(run["pk"]), int(run["attempt"])
     known = attempt_of(db, pk, request.attempt)
     if known is not None and known["nonce"] not in {"", request.nonce}:
         return BegunAttempt(accepted=False, attempt=current)
     if known is None or known["nonce"] == "":
         newest = request.attempt > current
-        _open(db, pk, source, request, now, placeheld=known is not None, superseded=not newest)
+        origin = _open(db, pk, source, request, now, placeheld=known is not None, superseded=not newest)
+        config = json.loads(run["config"])
         if newest:
+            _freeze(db, before or run)
             current = request.attempt
             open_ones = (attempts.c.run_pk == pk) & (attempts.c.attempt < current) & attempts.c.ended_at.is_(None)
             db.execute(sa.update(attempts).where(open_ones).values(ended_at=now, end_cause=_SUPERSEDED))
         # A late word of an older attempt may put more below the base of the newer one, but not undo what that said itself.
-        change = recount(db, view_of(db, pk, current), summary=newest or not run["summary_given"])
+        if newest and origin is not None and origin.kind == "fork":
+            config = merged_config(_config_of(db, origin), config)
+        change = recount(db, view_of(db, pk, current), config=config if newest or not run["summary_given"] else None)
         if newest:
+            if origin is not None and origin.kind != "resume":
+                user = {key: value for key, value in config.items() if key != "_wandb"}
+                beneath = Beneath(user, json.loads(change["summary"]))
+                change["config"] = json.dumps(config)
+                _note(db, pk, current, "beneath", beneath)
             state = next_state(RunState(run["state"]), RunEvent.START)
             change |= {"attempt": current, "state": state.value, "heartbeat_at": now, "stopping": False}
         db.execute(sa.update(runs).where(runs.c.pk == pk).values(**change, version=runs.c.version + 1))
@@ -73,9 +93,44 @@ def check(request: BeginAttempt) -> None:
             )
 
 
+def _freeze(db: sa.Connection, run: sa.RowMapping) -> None:
+    """Keeps what the run's row says of its current attempt, for whoever reads that by its immutable id."""
+    number = int(run["attempt"])
+    if number == 0:  # the plain SDK's first: it has a row of its own from now on
+        if not view_of(db, run["pk"], 0).next_of(0):
+            return
+        values = {"nonce": "", "base": None, "started_at": run["created_at"], "cause": "", "end_cause": _SUPERSEDED}
+        db.execute(sa.insert(attempts).values(run_pk=run["pk"], attempt=0, ended_at=run["heartbeat_at"], **values))
+    frozen = Frozen(json.loads(run["config"]), json.loads(run["summary"]), run["state"])
+    _note(db, run["pk"], number, "frozen", frozen)
+
+
+def _note(db: sa.Connection, pk: int, attempt: int, column: str, value: Beneath | Frozen) -> None:
+    where = (attempts.c.run_pk == pk) & (attempts.c.attempt == attempt)
+    # The standard library's JSON: NaN and integers of any size come back.
+    db.execute(sa.update(attempts).where(where).values({column: json.dumps(msgspec.structs.asdict(value))}))
+
+
+def beneath_of(row: Mapping[Any, Any] | None) -> Beneath | None:
+    """What an attempt's row keeps under the client's config and summary."""
+    return None if row is None or row["beneath"] is None else Beneath(**json.loads(row["beneath"]))
+
+
+def frozen_of(row: Mapping[Any, Any] | None) -> Frozen | None:
+    """What an attempt's row says of the time when it was superseded."""
+    return None if row is None or row["frozen"] is None else Frozen(**json.loads(row["frozen"]))
+
+
+def _config_of(db: sa.Connection, origin: Origin) -> dict[str, Any]:
+    """A fork's inheritance; not the client's own word that the run has started, nor where it ran."""
+    config: dict[str, Any] = json.loads(db.execute(sa.select(runs.c.config).where(runs.c.pk == origin.run)).scalar_one())
+    frozen = frozen_of(attempt_of(db, origin.run, origin.attempt))
+    return {key: value for key, value in (config if frozen is None else frozen.config).items() if key != "_wandb"}
+
+
 def _open(
     db: sa.Connection, pk: int, source: Source, request: BeginAttempt, now: float, *, placeheld: bool, superseded: bool
-) -> None:
+) -> Origin | None:
     base, origin = branches.resolve(db, pk, source, request)
     values: dict[str, Any] = {
         "nonce": request.nonce,
@@ -101,6 +156,19 @@ def _open(
         view_of(db, pk, request.attempt)
     except ValueError as error:
         raise BranchError(str(error)) from None
+    return origin
+
+
+def laid_over(db: sa.Connection, run: sa.RowMapping, summary: dict[str, Any], *, whole: bool) -> dict[str, Any]:
+    """A client's summary over what a rewind or fork has from before. `whole`: the client reduced its metrics over all of it;
+    W&B's own knows of them only what it logged itself."""
+    beneath = beneath_of(attempt_of(db, run["pk"], run["attempt"]))
+    if beneath is None:
+        return summary
+    merged = {**beneath.summary, **summary}
+    if whole:
+        return merged
+    return definitions.apply(db, view_of(db, run["pk"], run["attempt"]), json.loads(run["config"]), merged)
 
 
 def end(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import msgspec
@@ -28,6 +29,24 @@ class Origin(msgspec.Struct, frozen=True):
     step: int
     kind: str
     """`fork` (another run's), `rewind` (some streams start empty), `resume`."""
+    asked: int | None = None
+    """The step that was asked for; the run may have no row at it."""
+
+
+class Beneath(msgspec.Struct, frozen=True):
+    """What a rewind or fork has from before its branch point; what is given later is laid over it."""
+
+    config: dict[str, Any]
+    """Without `_wandb`."""
+    summary: dict[str, Any]
+
+
+class Frozen(msgspec.Struct, frozen=True):
+    """What the run's row said when a newer attempt took over."""
+
+    config: dict[str, Any]
+    summary: dict[str, Any]
+    state: str
 
 
 class Source(msgspec.Struct, frozen=True):
@@ -71,8 +90,7 @@ def resolve(db: sa.Connection, pk: int, source: Source, request: BeginAttempt) -
     """What `request` of run `pk` builds on. Raises BranchError for a step that the source does not have."""
     if request.base is None and request.at_step is None and not request.base_run:
         return None, None
-    goes_back = request.at_step is not None or request.fresh or request.base_run
-    kind = "fork" if source.pk != pk else "rewind" if goes_back else "resume"
+    kind = "fork" if source.pk != pk else "rewind" if request.at_step is not None or request.fresh else "resume"
     hidden = frozenset(request.fresh)
     if request.base is not None:
         base = Base(source.pk, request.base, hidden)
@@ -86,7 +104,8 @@ def resolve(db: sa.Connection, pk: int, source: Source, request: BeginAttempt) -
         has = f"its steps end at {reached}" if reached >= 0 else "it has none"
         raise BranchError(f"run {source.shown} has no step {request.at_step}: {has}; give one from 0 to its last")
     found = cut(db, view, request.at_step)
-    return msgspec.structs.replace(found, fresh=hidden), Origin(source.pk, source.attempt, found.watermark.step, kind)
+    origin = Origin(source.pk, source.attempt, found.watermark.step, kind, request.at_step)
+    return msgspec.structs.replace(found, fresh=hidden), origin
 
 
 def whole(view: View, attempt: int, step: int) -> Watermark:
@@ -134,13 +153,13 @@ def position(
     view = view_of(db, int(run["pk"]), attempt)
     if step is None:
         watermark = whole(view, attempt, last_step(db, view))
-        summary = summary_of(db, view) if stored is None else stored
+        summary = summary_of(db, view, json.loads(run["config"])) if stored is None else stored
     else:
         source = Source(int(run["pk"]), attempt, run["run_id"])
         base, _ = resolve(db, source.pk, source, BeginAttempt(attempt + 1, "n", "w", at_step=step))
         assert base is not None
         watermark = base.watermark
-        summary = summary_of(db, cut_of(db, base))
+        summary = summary_of(db, cut_of(db, base), json.loads(run["config"]))
         named = db.execute(sa.select(runs.c.run_id).where(runs.c.pk == base.run)).scalar_one()
     return RunPosition(named, run["project"], run["entity"], watermark, summary, _runtime(summary))
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import sqlalchemy as sa
 
 from wbdist.core.position import HISTORY
+from wbdist.server.store import definitions
 from wbdist.server.store.chunks import load_many
 from wbdist.server.store.columns import steps_of
 from wbdist.server.store.lines import visible_keys
@@ -18,22 +20,22 @@ _SHOWN = frozenset({"_step", "_timestamp", "_runtime"})
 """Internal keys that belong to a summary."""
 
 
-def recount(db: sa.Connection, view: View, *, summary: bool) -> dict[str, Any]:
-    """Columns of `runs` as the view has them; `summary`: that too, see `summary_of`."""
-    numeric, reached, latest = _scan(db, view, summary=summary)
+def recount(db: sa.Connection, view: View, *, config: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Columns of `runs` as the view has them; with `config` (the run's, for its metric definitions) the summary too."""
+    numeric, reached, latest = _scan(db, view, summary=config is not None)
     change: dict[str, Any] = {
         "line_counts": json.dumps({stream: view.total(stream) for stream in view.streams()}),
         "metrics": json.dumps(sorted(visible_keys(numeric))),
         "last_step": reached,
     }
-    if summary:
-        change |= {"summary": json.dumps(latest), "summary_given": False}
+    if config is not None:
+        change |= {"summary": json.dumps(definitions.apply(db, view, config, latest)), "summary_given": False}
     return change
 
 
-def summary_of(db: sa.Connection, view: View) -> dict[str, Any]:
-    """The last visible value that is not None of every key."""
-    return _scan(db, view, summary=True)[2]
+def summary_of(db: sa.Connection, view: View, config: Mapping[str, Any]) -> dict[str, Any]:
+    """The last visible value that is not None of every key, or what `define_metric` asked for instead."""
+    return definitions.apply(db, view, config, _scan(db, view, summary=True)[2])
 
 
 def last_step(db: sa.Connection, view: View) -> int:

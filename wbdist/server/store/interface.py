@@ -21,6 +21,10 @@ class BranchError(UsageError):
     """An attempt cannot be built where it was asked to be: the source has no such step, or would be based on itself."""
 
 
+class DeletedRunError(UsageError):
+    """The id belonged to a run that was deleted; ids are not used twice."""
+
+
 class RunFields(msgspec.Struct, kw_only=True):
     """What an upsert may set; UNSET leaves the stored value as it is."""
 
@@ -36,6 +40,17 @@ class RunFields(msgspec.Struct, kw_only=True):
     program: str | msgspec.UnsetType = msgspec.UNSET
     commit: str | msgspec.UnsetType = msgspec.UNSET
     repo: str | msgspec.UnsetType = msgspec.UNSET
+
+
+class Opening(msgspec.Struct, frozen=True):
+    """How a process of W&B's own client opens a run."""
+
+    kind: str
+    """`start` (by its id, without `resume`), `resume`, `rewind`, `fork`."""
+    source: str = ""
+    """Of a fork: the run id or immutable id it builds on."""
+    step: int | None = None
+    """Of a rewind or fork: the last step to keep."""
 
 
 class RunRow(msgspec.Struct, kw_only=True):
@@ -118,9 +133,25 @@ class Bucket(msgspec.Struct):
 class Store(Protocol):
     """Thread-safe, synchronous; every mutation is one transaction and idempotent."""
 
-    def upsert_run(self, entity: str, project: str, run_id: str, fields: RunFields, now: float) -> tuple[RunRow, bool]:
+    def upsert_run(
+        self,
+        entity: str,
+        project: str,
+        run_id: str,
+        fields: RunFields,
+        now: float,
+        *,
+        opening: Opening | None = None,
+        keep_config: bool = False,
+    ) -> tuple[RunRow, bool]:
         """Creates or updates; the flag says whether it was inserted. Creates the project on demand. Applies E.START on
-        creation (pending -> running); does not touch the state of a known run."""
+        creation (pending -> running); does not touch the state of a known run, unless by `opening` it begins an attempt, in
+        the same transaction. `keep_config`: config keys that are not given stay. Raises DeletedRunError for an id that was
+        used by a run which is deleted, and what begin_attempt raises."""
+        ...
+
+    def open_run(self, pk: int, opening: Opening, now: float) -> RunRow:
+        """Begins the attempt that `opening` of a known run asks for, unless it is begun already."""
         ...
 
     def begin_attempt(self, pk: int, request: BeginAttempt, now: float) -> BegunAttempt:
@@ -142,7 +173,8 @@ class Store(Protocol):
         writer: str = "sdk",
     ) -> Appended:
         """stream -> (seq of first line, lines). Known seqs are skipped, so repeating is a no-op; a gap in any stream
-        stores nothing. attempt None (plain SDK): the current attempt, and the seq is the W&B offset."""
+        stores nothing. attempt None (W&B's own client): the current attempt. Of the writer `sdk` the seq is the W&B offset
+        then, and rows up to the last step are known, wherever they come; another writer (shared mode) counts its own lines."""
         ...
 
     def record_event(
@@ -151,7 +183,12 @@ class Store(Protocol):
         """Runs the state table; also closes the attempt on an ending event. Ignored when `attempt` is superseded."""
         ...
 
-    def set_summary(self, pk: int, summary: dict[str, Any], now: float, *, attempt: int | None = None) -> None: ...
+    def set_summary(
+        self, pk: int, summary: dict[str, Any], now: float, *, attempt: int | None = None, merge: bool = False
+    ) -> None:
+        """Replaces it; `merge`: the keys that are given, as of one of several writers. After a rewind or fork what was there at
+        the branch point stays under it. Ignored when `attempt` is superseded."""
+        ...
 
     def silent_runs(self, before: float) -> list[int]:
         """pks of running or preempting runs whose last beat is older than `before`."""

@@ -128,6 +128,22 @@ def _values(db: sa.Connection, found: Sequence[Chunk], key: str) -> dict[int, tu
     return out
 
 
+def first_value(db: sa.Connection, view: View, key: str) -> Any:
+    """A metric's first visible number by step, None when there is none."""
+    first: tuple[int, Any] | None = None
+    for segment in view.segments:
+        for found in chunks_of(db, view, segment, HISTORY).values():
+            for chunk in found:
+                values = _values(db, [chunk], key)
+                if chunk.pk in values and len(values[chunk.pk][0]):
+                    steps, numbers = values[chunk.pk]
+                    first = min((int(steps[0]), float(numbers[0])), first or (int(steps[0]), float(numbers[0])))
+                    break
+        if first is not None:
+            break
+    return None if first is None else first[1]
+
+
 def tail(db: sa.Connection, view: View, stream: str) -> dict[str, Any] | None:
     """The last visible line of a stream of objects; of several writers', the one with the greatest step."""
     for segment in reversed(view.segments):

@@ -6,16 +6,17 @@ JSON is written in ASCII with bare NaN and Infinity, by the standard library: ev
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
-import msgspec
 import sqlalchemy as sa
 
 from wbdist.core.states import RunEvent, RunState, next_state
 from wbdist.server.store import names
+from wbdist.server.store.attempts import attempt_of, frozen_of
 from wbdist.server.store.derived import recount
 from wbdist.server.store.interface import RunRow
+from wbdist.server.store.merging import merged_config
 from wbdist.server.store.views import view_of
 
 _COLUMN = {"group": "run_group", "commit": "git_commit"}
@@ -45,12 +46,12 @@ def new_run(entity: str, project: str, run_id: str, now: float) -> dict[str, Any
     }
 
 
-def to_columns(given: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
-    """Given fields of an upsert as columns; `config` is the stored one, to merge into."""
+def to_columns(given: dict[str, Any], config: dict[str, Any], keep: Iterable[str] = ()) -> dict[str, Any]:
+    """Given fields of an upsert as columns; `config` is the stored one, to merge into; `keep`: its keys that stay."""
     out: dict[str, Any] = {}
     for field, value in given.items():
         if field == "config":
-            out["config"] = json.dumps(_merged_config(config, value))
+            out["config"] = json.dumps(merged_config(config, value, keep))
         elif field in {"summary", "tags"}:
             out[field] = json.dumps(value)
             if field == "summary":
@@ -60,24 +61,17 @@ def to_columns(given: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
     return out
 
 
-def _merged_config(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
-    """User keys are replaced as a whole; `_wandb` keeps one environment (`e`) per writer: they do not know each other's."""
-    merged = dict(new)
-    ours, theirs = (e.get("value") if isinstance(e := config.get("_wandb"), dict) else None for config in (old, new))
-    if isinstance(ours, dict):
-        theirs = theirs if isinstance(theirs, dict) else {}
-        value = {**ours, **theirs}
-        if isinstance(ours.get("e"), dict) and isinstance(theirs.get("e"), dict):
-            value["e"] = {**ours["e"], **theirs["e"]}
-        merged["_wandb"] = {"value": value}
-    return merged
-
-
 def incarnation_row(db: sa.Connection, row: sa.RowMapping, attempt: int) -> RunRow:
     """The run as one of its attempts shows it."""
-    seen = recount(db, view_of(db, row["pk"], attempt), summary=True)
+    seen = recount(db, view_of(db, row["pk"], attempt), config=json.loads(row["config"]))
     found = run_row({**row, **seen, "run_id": f"{row['run_id']}:{attempt}", "attempt": attempt})
-    return msgspec.structs.replace(found, view=attempt)
+    frozen = frozen_of(attempt_of(db, row["pk"], attempt))
+    if frozen is not None:
+        found.config, found.summary, found.state = frozen.config, frozen.summary, RunState(frozen.state)
+    elif attempt == row["attempt"]:
+        found.summary = json.loads(row["summary"])
+    found.view = attempt
+    return found
 
 
 def run_row(row: Mapping[Any, Any]) -> RunRow:

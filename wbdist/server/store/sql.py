@@ -14,9 +14,10 @@ from wbdist.core.states import RunEvent, RunState, next_state
 from wbdist.errors import UsageError
 from wbdist.protocol.attempts import BeginAttempt, BegunAttempt
 from wbdist.server.store import appending, attempts, branches, names, reading
+from wbdist.server.store import opening as attempts_by_opening
 from wbdist.server.store.chunks import ColumnCache
 from wbdist.server.store.engine import Connections
-from wbdist.server.store.interface import Appended, AttemptRow, Bucket, RunFields, RunRow
+from wbdist.server.store.interface import Appended, AttemptRow, Bucket, DeletedRunError, Opening, RunFields, RunRow
 from wbdist.server.store.runrows import incarnation_row, new_run, run_row, to_columns
 from wbdist.server.store.schema import projects, runs
 from wbdist.server.store.views import View, view_of
@@ -47,7 +48,17 @@ class SqlStore:
 
     # Runs -----------------------------------------------------------------------------------------------
 
-    def upsert_run(self, entity: str, project: str, run_id: str, fields: RunFields, now: float) -> tuple[RunRow, bool]:
+    def upsert_run(
+        self,
+        entity: str,
+        project: str,
+        run_id: str,
+        fields: RunFields,
+        now: float,
+        *,
+        opening: Opening | None = None,
+        keep_config: bool = False,
+    ) -> tuple[RunRow, bool]:
         with self._db.write() as db:
             named = (runs.c.entity == entity) & (runs.c.project == project) & (runs.c.run_id == run_id)
             found = db.execute(self._db.locked(sa.select(runs).where(named))).mappings().first()
@@ -58,16 +69,35 @@ class SqlStore:
                 if not values["display_name"]:
                     values["display_name"] = names.invent(run_id, number)
                 inserted = self._db.insert(runs).values(**values).on_conflict_do_nothing().returning(runs.c.pk)
-                if db.execute(inserted).first() is not None:
-                    return run_row(db.execute(sa.select(runs).where(named)).mappings().one()), True
+                if (pk := db.execute(inserted).scalar()) is not None:
+                    return self._opened(db, pk, opening, now), True
                 found = db.execute(self._db.locked(sa.select(runs).where(named))).mappings().one()
-            changes = to_columns(given, json.loads(found["config"]))
+            if found["deleted_at"] is not None:
+                raise DeletedRunError(f"run {entity}/{project}/{run_id} was previously created and deleted; use another id")
+            config = json.loads(found["config"])
+            anew = opening is not None and opening.kind != "resume"
+            beneath = None if anew else attempts.beneath_of(attempts.attempt_of(db, found["pk"], found["attempt"]))
+            changes = to_columns(given, config, config if keep_config else beneath.config if beneath else ())
             if not changes.get("display_name", "x"):
                 del changes["display_name"]
             db.execute(
                 sa.update(runs).where(runs.c.pk == found["pk"]).values(**changes, heartbeat_at=now, version=runs.c.version + 1)
             )
-            return run_row(db.execute(sa.select(runs).where(named)).mappings().one()), False
+            return self._opened(db, found["pk"], opening, now, before=found), False
+
+    def open_run(self, pk: int, opening: Opening, now: float) -> RunRow:
+        with self._db.write() as db:
+            return self._opened(db, pk, opening, now, before=self._locked(db, pk))
+
+    def _opened(
+        self, db: sa.Connection, pk: int, opening: Opening | None, now: float, *, before: sa.RowMapping | None = None
+    ) -> RunRow:
+        """The run after what W&B's client opened it with; `before`: its row before that, None for a new one. It is locked."""
+        if opening is not None:
+            asked = attempts_by_opening.request(db, self._row(db, pk), opening, inserted=before is None)
+            if asked is not None:
+                self._begin(db, pk, asked, now, before=before)
+        return run_row(self._row(db, pk))
 
     def _count_run(self, db: sa.Connection, entity: str, project: str, now: float) -> int:
         statement = self._db.insert(projects).values(entity=entity, project=project, created_at=now, runs=1)
@@ -135,11 +165,16 @@ class SqlStore:
         with self._db.read() as db:
             return list(db.execute(statement).scalars())
 
-    def set_summary(self, pk: int, summary: dict[str, Any], now: float, *, attempt: int | None = None) -> None:
+    def set_summary(
+        self, pk: int, summary: dict[str, Any], now: float, *, attempt: int | None = None, merge: bool = False
+    ) -> None:
         with self._db.write() as db:
             run = self._locked(db, pk)
             if attempt is not None and attempt != run["attempt"]:
                 return
+            if merge:
+                summary = json.loads(run["summary"]) | summary
+            summary = attempts.laid_over(db, run, summary, whole=attempt is not None)
             change = {**to_columns({"summary": summary}, {}), "heartbeat_at": now, "version": runs.c.version + 1}
             db.execute(sa.update(runs).where(runs.c.pk == pk).values(**change))
 
@@ -173,12 +208,15 @@ class SqlStore:
     def begin_attempt(self, pk: int, request: BeginAttempt, now: float) -> BegunAttempt:
         attempts.check(request)
         with self._db.write() as db:
-            run = self._row(db, pk)
-            source = branches.find_source(db, run, request)
-            for key in sorted({pk, source.pk}):  # in one order, so that two that fork each other do not wait for ever
-                locked = self._locked(db, key)
-                run = locked if key == pk else run
-            return attempts.begin(db, run, source, request, now)
+            return self._begin(db, pk, request, now)
+
+    def _begin(
+        self, db: sa.Connection, pk: int, request: BeginAttempt, now: float, *, before: sa.RowMapping | None = None
+    ) -> BegunAttempt:
+        source = branches.find_source(db, self._row(db, pk), request)
+        for key in sorted({pk, source.pk}):  # in one order, so that two that fork each other do not wait for ever
+            self._locked(db, key)
+        return attempts.begin(db, self._row(db, pk), source, request, now, before=before)
 
     def attempts(self, pk: int) -> list[AttemptRow]:
         with self._db.read() as db:
