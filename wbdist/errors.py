@@ -36,6 +36,10 @@ class UsageError(Error):
     exit_code = EXIT_FAILED_FOR_GOOD
 
 
+class InvalidArgumentError(UsageError, ValueError):
+    """The value of an argument is not one of those that it takes (W&B raises a ValueError there)."""
+
+
 class ConfigError(UsageError):
     """A config key would be changed to another value without `allow_val_change`."""
 

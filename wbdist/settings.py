@@ -48,6 +48,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     reinit: Reinit = "default"
     """What `init` does while a run is active. `default` is `finish_previous`, in notebooks `return_previous`."""
     resume: str | None = None
+    """`allow`, `must`, `never`, `auto` (of the file of `root_dir`), or the id of a run that must exist; '' is none."""
     fork_from: str | None = None
     resume_from: str | None = None
     console: Console = "auto"
@@ -106,6 +107,7 @@ _ALLOWED: dict[str, tuple[str, ...]] = {
 }
 _SYNONYMS: dict[str, dict[object, str]] = {
     "mode": {"run": "online", "dryrun": "offline"},
+    "resume": {True: "auto", False: "", "true": "auto", "false": ""},
     "reinit": {True: "finish_previous", False: "return_previous", "true": "finish_previous", "false": "return_previous"},
     "console": {"wrap_raw": "wrap", "wrap_emu": "wrap", "redirect": "wrap"},
 }

@@ -94,12 +94,14 @@ def test_parent_and_child_runs_nest() -> None:
 
 
 def test_one_id_is_open_once() -> None:
-    """Proves that an id in use in this process is refused, and free again after finish."""
+    """Proves that an id in use in this process is refused; after finish the run goes on only when that is asked for."""
     run = wbdist.init(project="p", id="one", reinit="create_new")
     with pytest.raises(wbdist.UsageError, match="'one' is in use"):
         wbdist.init(project="p", id="one", reinit="create_new")
     run.finish()
-    wbdist.init(project="p", id="one", reinit="create_new").finish()
+    with pytest.raises(wbdist.UsageError, match="'one' exists already"):
+        wbdist.init(project="p", id="one", reinit="create_new")
+    wbdist.init(project="p", id="one", reinit="create_new", resume="must").finish()
 
 
 def test_module_functions_need_init() -> None:
@@ -134,18 +136,13 @@ def test_the_modules_own_names_follow_the_global_run() -> None:
         wbdist.nonsense  # noqa: B018
 
 
-@pytest.mark.parametrize("argument", ["resume", "fork_from", "resume_from", "save_code", "sync_tensorboard", "monitor_gym"])
-def test_what_is_not_built_is_refused(argument: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Proves that arguments of W&B that this version does not have raise, from the environment too, and open no run."""
+@pytest.mark.parametrize("argument", ["save_code", "sync_tensorboard", "monitor_gym"])
+def test_what_is_not_built_is_refused(argument: str) -> None:
+    """Proves that arguments of W&B that this version does not have raise, and open no run."""
     with pytest.raises(wbdist.UsageError, match=f"{argument}=.*not built yet"):
         wbdist.init(project="p", **{argument: "x"})
-    if argument in {"resume", "fork_from", "resume_from"}:
-        monkeypatch.setenv(f"WANDB_{argument.upper()}", "x")
-        with pytest.raises(wbdist.UsageError, match="not built yet"):
-            wbdist.init(project="p")
-        monkeypatch.delenv(f"WANDB_{argument.upper()}")
     assert lifecycle.active_runs() == []
-    wbdist.init(project="p", resume=False if argument == "resume" else None)
+    wbdist.init(project="p", resume=False)
 
 
 def test_disabled_makes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

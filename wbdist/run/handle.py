@@ -76,8 +76,9 @@ class Run:
         self._lock = journal.lock
         self._state: Literal["open", "finished", "foreign"] = "open"
         self._warned_at = 0.0
-        base = spec.base
-        self.starting_step = base.watermark.step + 1 if base is not None else 0
+        self.starting_step = journal.rule.step
+        self.exit_code: int | None = None
+        """Known when the run has finished."""
         self._lines = 0
         self._on_finish: list[Callable[[], None]] = []
         self._log_row: Callable[[Mapping[str, Any], int | None, bool | None], bool] = journal.log
@@ -261,8 +262,8 @@ class Run:
 
     @property
     def resumed(self) -> bool:
-        """Whether this attempt continues an earlier one."""
-        return self._spec.base is not None
+        """Whether this attempt continues an earlier one; a fork and a rewind begin something else."""
+        return self._spec.base is not None and not self._spec.fresh
 
     @property
     def disabled(self) -> bool:
@@ -324,6 +325,7 @@ class Run:
                 return
             console.detach(self._keep_line)
             self._state = "finished"
+            self.exit_code = code
             self._log_row = self._refuse_row
         process_end.forget(self)
         try:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from wbdist.errors import UsageError
 from wbdist.protocol import names
 from wbdist.run import lifecycle, machine
+from wbdist.run.choosing import choose
 from wbdist.run.config import checked
 from wbdist.run.handle import Run
 from wbdist.run.lifecycle import RunSpec
@@ -20,9 +21,6 @@ if TYPE_CHECKING:
     from wbdist.run.metrics import Metric
 
 NOT_BUILT = {
-    "resume": "resuming a run by id",
-    "fork_from": "forking a run",
-    "resume_from": "rewinding a run",
     "save_code": "saving code",
     "tensorboard": "reading TensorBoard logs",
     "sync_tensorboard": "reading TensorBoard logs",
@@ -89,11 +87,8 @@ def init(  # noqa: PLR0917  (W&B's order, but for `project` first, as its docume
         "fork_from": fork_from,
     }
     given = {name: value for name, value in arguments.items() if value is not None}
-    resolved = resolve(settings, {name: value for name, value in given.items() if value is not False or name == "reinit"})
+    resolved = resolve(settings, given)
     refuse_what_is_not_built(
-        resume=resolved.resume,
-        fork_from=resolved.fork_from,
-        resume_from=resolved.resume_from,
         save_code=save_code,
         tensorboard=tensorboard,
         sync_tensorboard=sync_tensorboard,
@@ -110,6 +105,11 @@ def init(  # noqa: PLR0917  (W&B's order, but for `project` first, as its docume
         policy = "return_previous" if machine.in_notebook() else "finish_previous"
     if policy == "return_previous" and (active := lifecycle.active_runs()):
         newest = active[-1]
+        if resolved.resume == "must" and newest.id != resolved.run_id:
+            raise UsageError(
+                f'resume="must" asks for run {resolved.run_id!r}, and reinit="return_previous" would return {newest.id!r}, '
+                'which is open: finish that one first, or give reinit="finish_previous" or "create_new"'
+            )
         if set(given) - {"reinit"} or config is not None:
             resolved.say(
                 f"run {newest.id} is open and returned; the other arguments of init() are ignored (reinit)", warning=True
@@ -155,12 +155,18 @@ def make_spec(
         unwanted = set(config_exclude_keys)
         values = {key: value for key, value in values.items() if key not in unwanted}
     here = Path.cwd()
+    project = (
+        names.project(settings.project) if settings.project is not None else machine.default_project(machine.git(here), here)
+    )
+    goes_on = choose(settings, project)
     return RunSpec(
         settings=settings,
-        run_id=names.run_id(settings.run_id) if settings.run_id is not None else lifecycle.new_run_id(),
-        project=names.project(settings.project)
-        if settings.project is not None
-        else machine.default_project(machine.git(here), here),
+        run_id=goes_on.run_id,
+        resume=goes_on.resume,
+        auto_resume=goes_on.auto,
+        branch=goes_on.branch,
+        id_is_given=goes_on.id_is_given,
+        project=project,
         entity=names.entity(settings.entity or ""),
         name=settings.run_name,
         notes=settings.run_notes,
@@ -169,7 +175,7 @@ def make_spec(
         job_type=settings.run_job_type,
         config=values,
         allow_val_change=allow_val_change or machine.in_notebook(),
-        must_be_new=settings.run_id is not None,
+        must_be_new=goes_on.id_is_given and not goes_on.resume and (goes_on.branch is None or goes_on.is_fork),
         force=force,
         capture_console=settings.console != "off",
     )

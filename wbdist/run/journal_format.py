@@ -25,6 +25,7 @@ import msgspec
 
 from wbdist.core.position import Watermark
 from wbdist.errors import JournalCorruptError
+from wbdist.protocol.attempts import BeginAttempt
 
 MAGIC: Final = b"WBDJ\r\n\x1a\n"
 VERSION: Final = 1
@@ -88,7 +89,13 @@ class JournalHeader(msgspec.Struct, frozen=True, kw_only=True):
     writer: str
     role: Literal["run", "feed"] = "run"
     base: Watermark | None = None
-    """What this attempt builds upon; None: nothing."""
+    """What this attempt builds upon; None: nothing, unless `at_step` says otherwise."""
+    base_run: str = ""
+    """The run (id or immutable id) in which `base` or `at_step` counts; '' is this one."""
+    at_step: int | None = None
+    """Build upon the rows up to this step, inclusive; for a history that only the server knows."""
+    fresh: tuple[str, ...] = ()
+    """Streams that start empty although history continues."""
     cause: str = ""
     """Why this attempt exists: 'start', 'preempted', 'lost', ..."""
     rank: int = 0
@@ -112,7 +119,23 @@ class JournalHeader(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def starting_step(self) -> int:
         """The first step this attempt may log."""
+        if self.at_step is not None:
+            return self.at_step + 1
         return self.base.step + 1 if self.base is not None else 0
+
+
+def begin_request(header: JournalHeader) -> BeginAttempt:
+    """What a journal asks of the server before its first line: of its header alone, so that asking again changes nothing."""
+    return BeginAttempt(
+        header.attempt,
+        header.nonce,
+        header.writer,
+        header.base,
+        header.cause,
+        header.base_run,
+        header.at_step,
+        header.fresh,
+    )
 
 
 class Record(msgspec.Struct, frozen=True, gc=False):

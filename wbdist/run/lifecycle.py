@@ -5,21 +5,26 @@ from __future__ import annotations
 import os
 import threading
 import time
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
 
 from wbdist.core import ids
+from wbdist.core.branch import BranchPoint
 from wbdist.core.metrics import from_wandb
 from wbdist.core.position import RunPosition
 from wbdist.core.tails import JournalCopy
 from wbdist.errors import CommError, InitStartError, UsageError
-from wbdist.run import console, machine, process_end
+from wbdist.run import autoresume, console, machine, process_end
 from wbdist.run.disabled import NoJournal
 from wbdist.run.handle import Run
 from wbdist.run.journal import JournalHeader, JournalWriter, Kind, journal_name
 from wbdist.settings import Settings
+
+if TYPE_CHECKING:
+    from wbdist.run.local_history import LocalRun
 
 REGISTER_SECONDS = 5.0
 """How long opening a run waits for the server to know it; then the shipper tells it later."""
@@ -43,6 +48,17 @@ class RunSpec(msgspec.Struct, frozen=True, kw_only=True):
     """What this attempt continues from: step, summary, runtime."""
     earlier: tuple[JournalCopy, ...] = ()
     """Journals of earlier attempts, from the checkpoint; what this disk lacks is brought back before the run begins."""
+    base_run: str = ""
+    at_step: int | None = None
+    fresh: tuple[str, ...] = ()
+    """As in JournalHeader."""
+    resume: Literal["", "allow", "must", "never"] = ""
+    """Whether this goes on with the run of this id; attempt and base are then found when it is opened."""
+    auto_resume: bool = False
+    """The id is kept in the root's file, for `resume=True` to find it, until the run has finished well."""
+    branch: BranchPoint | None = None
+    """The point to go on from: of another run (a fork), or of this one (a rewind)."""
+    id_is_given: bool = False
     cause: str = "start"
     rank: int = 0
     name: str | None = None
@@ -62,6 +78,17 @@ class RunSpec(msgspec.Struct, frozen=True, kw_only=True):
     url: str | None = None
     """The run's page, when somebody else has registered the run (a feed's)."""
 
+    @property
+    def is_fork(self) -> bool:
+        return self.branch is not None and self.branch.run_id != self.run_id
+
+    @property
+    def may_exist(self) -> bool:
+        """Whether something of this run may be there already: its id was not made up just now, and nobody (a job) who says
+        where it goes on answers for it."""
+        answered = self.role == "feed" or self.nonce or self.base is not None
+        return not answered and (self.id_is_given or bool(self.resume) or self.branch is not None)
+
 
 _lock = threading.RLock()
 _active: list[Run] = []
@@ -80,10 +107,12 @@ def open_run(spec: RunSpec) -> Run:
 
     When it returns there is a journal with a living writer. Offline and for feeds it takes a few milliseconds and waits for
     nobody; online at most `settings.init_timeout` for the embedded server and REGISTER_SECONDS for the run to be
-    registered. A server that is away is said in one line and is no error (unless `spec.force`).
+    registered. A server that is away is said in one line and is no error (unless `spec.force`, or when only the server can tell
+    what a run that is to be resumed builds upon). A run that may exist already is claimed first, against other processes here.
 
-    Raises UsageError (a run of this id is open here, or exists and `must_be_new`), AuthenticationError, CommError when the
-    server refuses the run, JournalError when the disk does.
+    Raises UsageError (a run of this id is open here; it exists and `must_be_new`; `resume` or `branch` cannot be met),
+    JobAlreadyRunningError (another process here writes it), AuthenticationError, CommError when the server refuses the run,
+    JournalError when the disk does.
     """
     opened_at = time.time()
     with _lock:
@@ -99,37 +128,19 @@ def open_run(spec: RunSpec) -> Run:
         return _enlist(Run(quiet, journal=nothing, shipping=None, directory=None, opened_at=opened_at))
 
     online = spec.settings.mode == "online" and spec.role == "run"
-    placed = _register(spec) if online else _Placed(spec)
-    spec = placed.spec
-    root = _journal_root(spec.settings)
-    directory = _make_directory(root, spec.settings.mode, spec.run_id, opened_at)
-    header = JournalHeader(
-        run_id=spec.run_id,
-        project=spec.project,
-        entity=spec.entity,
-        attempt=spec.attempt,
-        nonce=spec.nonce or os.urandom(8).hex(),
-        writer=spec.writer,
-        role=spec.role,
-        base=spec.base.watermark if spec.base else None,
-        cause=spec.cause,
-        rank=spec.rank,
-        host=spec.settings.host or machine.host(),
-        pid=os.getpid(),
-        created=opened_at,
-        online=bool(placed.base_url),
-        base_url=placed.base_url,
-        data_dir=placed.data_dir,
-        runtime=spec.base.runtime if spec.base else 0.0,
-        summary=spec.base.summary if spec.base else {},
-    )
-    if spec.earlier:
-        from wbdist.run import journal_copy
+    root = journal_root(spec.settings)
+    with _claim(root, spec) as local:
+        placed = _register(spec, local) if online else _Placed(_alone(spec, local))
+        spec = placed.spec
+        directory = _make_directory(root, spec.settings.mode, spec.run_id, opened_at)
+        header = _header(spec, placed, opened_at)
+        if spec.earlier:
+            from wbdist.run import journal_copy
 
-        journal_copy.bring_back(
-            spec.earlier, root, header, lambda run_id: _make_directory(root, spec.settings.mode, run_id, opened_at)
-        )
-    journal = JournalWriter.create(directory / journal_name(spec.writer, spec.attempt), header)
+            journal_copy.bring_back(
+                spec.earlier, root, header, lambda run_id: _make_directory(root, spec.settings.mode, run_id, opened_at)
+            )
+        journal = JournalWriter.create(directory / journal_name(spec.writer, spec.attempt), header)
     shipping = None
     if placed.base_url:
         from wbdist.run.shipping import Shipping
@@ -143,7 +154,14 @@ def open_run(spec: RunSpec) -> Run:
         for arguments in from_wandb(list(spec.metrics)):
             run._define(arguments)  # noqa: SLF001
         run.config.update(spec.config)
+        if not (spec.nonce or spec.resume or spec.branch or spec.auto_resume or spec.role == "feed"):
+            autoresume.forget(root)
+        if spec.auto_resume:
+            autoresume.write(root, spec.project, spec.run_id)
+            run.on_finish(lambda: autoresume.forget(root) if run.exit_code == 0 else None)
         if shipping is not None:
+            for segment in local.offline() if local is not None else ():
+                _start(Shipping(root, segment, placed.base_url, placed.api_key), run, spec)
             _start(shipping, run, spec)
     except BaseException:
         run.finish(1, cause="init")
@@ -154,6 +172,50 @@ def open_run(spec: RunSpec) -> Run:
     if spec.capture_console:
         run.capture_console()
     return _enlist(run)
+
+
+def _header(spec: RunSpec, placed: _Placed, opened_at: float) -> JournalHeader:
+    base = spec.base
+    return JournalHeader(
+        run_id=spec.run_id,
+        project=spec.project,
+        entity=spec.entity,
+        attempt=spec.attempt,
+        nonce=spec.nonce or os.urandom(8).hex(),
+        writer=spec.writer,
+        role=spec.role,
+        base=base.watermark if base is not None and spec.at_step is None else None,
+        base_run=spec.base_run,
+        at_step=spec.at_step,
+        fresh=spec.fresh,
+        cause=spec.cause,
+        rank=spec.rank,
+        host=spec.settings.host or machine.host(),
+        pid=os.getpid(),
+        created=opened_at,
+        online=bool(placed.base_url),
+        base_url=placed.base_url,
+        data_dir=placed.data_dir,
+        runtime=base.runtime if base is not None else 0.0,
+        summary=base.summary if base is not None else {},
+    )
+
+
+def _claim(root: Path, spec: RunSpec) -> AbstractContextManager[LocalRun | None]:
+    if not spec.may_exist:
+        return nullcontext()
+    from wbdist.run import continuation
+
+    return continuation.claim(root, spec)
+
+
+def _alone(spec: RunSpec, local: LocalRun | None, problem: str = "") -> RunSpec:
+    """How a run that may exist goes on without a server."""
+    if not spec.may_exist:
+        return spec
+    from wbdist.run import continuation
+
+    return continuation.without_server(spec, local, problem)
 
 
 class _Placed(msgspec.Struct):
@@ -169,7 +231,7 @@ class _Placed(msgspec.Struct):
     problem: str = ""
 
 
-def _register(spec: RunSpec) -> _Placed:
+def _register(spec: RunSpec, local: LocalRun | None) -> _Placed:
     """Finds the server and makes it know the run, so that name and page are there when `init` returns."""
     from wbdist.run import backend, registration
 
@@ -177,15 +239,14 @@ def _register(spec: RunSpec) -> _Placed:
     if server is None:
         if spec.force:
             raise CommError(problem)
-        return _Placed(spec, problem=problem)
+        return _Placed(_alone(spec, local, problem), problem=problem)
     data_dir = spec.settings.data_dir if server.embedded else ""
     try:
-        known = registration.register(server, spec, REGISTER_SECONDS)
+        known, spec = registration.register(server, spec, local, REGISTER_SECONDS)
     except registration.AwayError as error:
         if spec.force:
             raise CommError(str(error)) from error
-        return _Placed(spec, server.base_url, server.api_key, data_dir, problem=str(error))
-    spec = msgspec.structs.replace(spec, entity=known.entity, project=known.project, name=known.display_name)
+        return _Placed(_alone(spec, local, str(error)), server.base_url, server.api_key, data_dir, problem=str(error))
     return _Placed(spec, server.base_url, server.api_key, data_dir, url=registration.page(server.base_url, known))
 
 
@@ -234,7 +295,7 @@ def _facts(spec: RunSpec) -> dict[str, Any]:
     return {name: value for name, value in facts.items() if value not in (None, "")}
 
 
-def _journal_root(settings: Settings) -> Path:
+def journal_root(settings: Settings) -> Path:
     """`<root_dir>/wandb`, as W&B has it; when that cannot be written, with a warning, one below the temporary directory."""
     root = Path(settings.root_dir) / "wandb"
     try:

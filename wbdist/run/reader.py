@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from importlib import import_module
 from typing import Any
@@ -14,6 +15,7 @@ from wbdist.run import backend
 from wbdist.run.connection import Connection
 from wbdist.settings import Settings, resolve
 
+_IMMUTABLE = re.compile(r"[^:]+:[0-9]+")
 PAGE_STEPS = 1000
 """Steps asked for at a time: what W&B's server answers at most."""
 
@@ -98,7 +100,9 @@ class Api:
     def _split(self, path: str) -> tuple[str, str, str]:
         if "://" in path:
             path = urlsplit(path).path
-        parts = [part for part in path.replace(":", "/").split("/") if part]
+        parts = [part for part in path.split("/") if part]
+        if not (len(parts) >= 3 and _IMMUTABLE.fullmatch(parts[-1])):  # else the id of one incarnation
+            parts = [part for part in path.replace(":", "/").split("/") if part]
         if len(parts) == 4 and parts[2] == "runs":
             del parts[2]
         if not 1 <= len(parts) <= 3:

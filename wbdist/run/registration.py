@@ -5,35 +5,38 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 from urllib.parse import quote
 
+import msgspec
+
 from wbdist.errors import AuthenticationError, CommError, UsageError
 from wbdist.protocol import operations
 from wbdist.protocol.operations import UpsertedRun
+from wbdist.run import continuation
 from wbdist.run.connection import Connection, RefusedError
 
 if TYPE_CHECKING:
     from wbdist.run.backend import Server
     from wbdist.run.lifecycle import RunSpec
+    from wbdist.run.local_history import LocalRun
 
 
 class AwayError(CommError):
     """The server did not answer; it may be back later."""
 
 
-def register(server: Server, spec: RunSpec, timeout: float) -> UpsertedRun:
+def register(server: Server, spec: RunSpec, local: LocalRun | None, timeout: float) -> tuple[UpsertedRun, RunSpec]:
     """Creates the run, or finds it, with its name, group, job type, notes and tags; repeating it changes nothing.
 
-    Touches neither state nor attempts: that is the shipper's, in the order of the journal. Raises AwayError after at most
-    about `timeout` seconds, AuthenticationError, CommError when the server refuses, UsageError when the run must be new.
+    The spec comes back as the attempt that goes on, when it is to go on with a run. Touches neither state nor attempts: that
+    is the shipper's, in the order of the journal. Raises AwayError after at most about `timeout` seconds a request,
+    AuthenticationError, CommError when the server refuses, UsageError when the run must be new, or must exist.
     """
     connection = Connection(server.base_url, server.api_key, timeout=timeout)
     try:
         if spec.must_be_new and spec.attempt == 1 and _exists(connection, spec):
-            raise UsageError(
-                f"run {spec.run_id!r} exists already in project {spec.project!r} of {server.base_url}. Logging to it again "
-                "would mix two histories, and resuming by id (resume=) is not built yet: leave `id` out, or choose another. "
-                "(A job with a checkpoint_dir continues its run by itself.)"
-            )
-        return operations.read_upserted(
+            raise UsageError(continuation.must_be_new_refusal(spec, server.base_url))
+        if spec.resume or spec.branch is not None:
+            spec = continuation.with_server(connection, spec, local)
+        known = operations.read_upserted(
             connection.execute(
                 operations.upsert_run(
                     project=spec.project,
@@ -55,6 +58,7 @@ def register(server: Server, spec: RunSpec, timeout: float) -> UpsertedRun:
         raise CommError(f"{server.base_url} is not a W&B or wbdist server: {error}") from error
     finally:
         connection.close()
+    return known, msgspec.structs.replace(spec, entity=known.entity, project=known.project, name=known.display_name)
 
 
 def _exists(connection: Connection, spec: RunSpec) -> bool:

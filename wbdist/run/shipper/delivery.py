@@ -21,8 +21,9 @@ import msgspec
 from wbdist.core.position import HISTORY, SUMMARY
 from wbdist.errors import JournalCorruptError
 from wbdist.protocol import file_stream, operations
-from wbdist.protocol.attempts import FEATURE, BeginAttempt, Ended, StreamAnswer, StreamStamp
+from wbdist.protocol.attempts import FEATURE, Ended, StreamAnswer, StreamStamp
 from wbdist.run.journal import JournalReader
+from wbdist.run.journal_format import begin_request
 from wbdist.run.shipper.lines import Translator
 from wbdist.run.shipper.remote import Answer, Remote, UnreachableError
 
@@ -223,7 +224,7 @@ class Delivery:
             facts = {key: value for key, value in self._facts().items() if key in {"display_name", "group", "job_type"}}
             upserted = self._ask_for(operations.upsert_run(**self._names(), **facts), operations.read_upserted)
             self._entity, self._project = upserted.entity, upserted.project
-            begin = BeginAttempt(header.attempt, header.nonce, header.writer, header.base, header.cause)
+            begin = begin_request(header)
             begun = self._ask_for(
                 operations.begin_attempt(self._entity, self._project, header.run_id, begin), operations.read_begun
             )

@@ -8,6 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from time import monotonic, time
 
+from wbdist.core.branch import split_immutable
+from wbdist.run.journal import JournalHeader
 from wbdist.run.shipper.delivery import Delivery, Pace, State
 from wbdist.run.shipper.remote import Remote
 
@@ -97,11 +99,17 @@ class Lane:
                     self._condition.notify_all()
 
     def _may_begin(self, delivery: Delivery) -> bool:
-        """Under the lock. Whether nothing of an older attempt of the same run is still to come first."""
+        """Under the lock. Whether nothing is still to come first of an older attempt of the same run, or of a fork's source."""
         return delivery.state is not State.OPENING or not any(
-            older.run_key == delivery.run_key
-            and older.header.attempt < delivery.header.attempt
-            and not older.finished
-            and not (older.caught_up and older.writer_lives)
+            _is_below(older.header, delivery.header) and not older.finished and not (older.caught_up and older.writer_lives)
             for older in self._deliveries.values()
         )
+
+
+def _is_below(older: JournalHeader, header: JournalHeader) -> bool:
+    """Whether `header`'s attempt may be built upon `older`'s."""
+    if older.project != header.project:
+        return False
+    if older.run_id == header.run_id:
+        return older.entity == header.entity and older.attempt < header.attempt
+    return bool(header.base_run) and split_immutable(header.base_run)[0] == older.run_id

@@ -6,15 +6,20 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from time import monotonic, sleep, time
+from typing import Any
 
 import msgspec
 
+from wbdist.core.branch import split_immutable
 from wbdist.errors import JournalCorruptError
 from wbdist.run.journal import JournalHeader, JournalReader
 from wbdist.run.shipper.delivery import Delivery, Pace, State
 from wbdist.run.shipper.remote import Remote
 
 _LONGEST_NAP = 0.5
+
+Name = tuple[str, str]
+"""Project and id of a run."""
 
 
 class Synced(msgspec.Struct, frozen=True):
@@ -30,7 +35,7 @@ class Synced(msgspec.Struct, frozen=True):
 def ship(
     journals: Sequence[Path], remote_for: Callable[[JournalHeader], Remote], timeout: float, log: logging.Logger
 ) -> Iterator[Synced]:
-    """Delivers `journals`, a run's attempts in their order; yields each as it is done.
+    """Delivers `journals`, a run's attempts in their order, forks behind their sources; yields each as it is done.
 
     Idempotent: lines the server has are not sent again. A server that stays away fails a journal after `timeout` seconds
     without progress. Raises what `remote_for` raises.
@@ -42,12 +47,33 @@ def ship(
                 found.append((path, reader.header))
         except (JournalCorruptError, OSError) as error:
             yield Synced(path, None, "failed", str(error))
-    found.sort(key=lambda pair: (pair[1].entity, pair[1].project, pair[1].run_id, pair[1].attempt, pair[1].writer))
+    depths = _depths([header for _, header in found])
+    found.sort(key=lambda pair: _order(pair[1], depths))
     for path, header in found:
         if header.role == "feed":
             yield Synced(path, header, "skipped", "a rank's feed: its rows are in the journal of the run's aggregator")
             continue
         yield _ship_one(path, header, remote_for(header), timeout, log)
+
+
+def _order(header: JournalHeader, depths: dict[Name, int]) -> tuple[Any, ...]:
+    name = (header.project, header.run_id)
+    return depths[name], header.entity, *name, header.attempt, header.writer
+
+
+def _depths(headers: Sequence[JournalHeader]) -> dict[Name, int]:
+    """(project, run) -> how many forks lie below it: a server must have heard of what a run is built upon."""
+    sources: dict[Name, set[Name]] = {}
+    for header in headers:
+        below = sources.setdefault((header.project, header.run_id), set())
+        if header.base_run:
+            below.add((header.project, split_immutable(header.base_run)[0]))
+
+    def depth(name: Name, above: frozenset[Name]) -> int:
+        above |= {name}
+        return max((1 + depth(source, above) for source in sources.get(name, set()) - above), default=0)
+
+    return {name: depth(name, frozenset()) for name in sources}
 
 
 def _ship_one(path: Path, header: JournalHeader, remote: Remote, timeout: float, log: logging.Logger) -> Synced:
