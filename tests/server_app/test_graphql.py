@@ -190,10 +190,15 @@ def test_console(server: Any) -> None:
         {"number": 1, "timestamp": "2026-11-21T03:17:59.296781Z", "level": "error", "label": "rank1", "line": "oops"},
         {"number": 2, "timestamp": None, "level": "", "label": "", "line": "no time at all"},
     ]
-    texts, cursor = reads.read_console_page(ask(server, reads.console_page("local", "gql", "con", first=2)))
-    assert texts == ["hello", "oops"]
-    rest = reads.read_console_page(ask(server, reads.console_page("local", "gql", "con", first=2, after=cursor)))
-    assert rest == (["no time at all"], None)
+    lines, cursor = reads.read_console_lines(ask(server, reads.console_page("local", "gql", "con", first=2)))
+    assert [(line.number, line.level, line.label, line.content) for line in lines] == [
+        (0, "", "", "hello"),
+        (1, "error", "rank1", "oops"),
+    ]
+    rest = reads.read_console_lines(ask(server, reads.console_page("local", "gql", "con", first=2, after=cursor)))
+    assert rest == ([reads.ConsoleLine(2, None, "", "", "no time at all")], None)
+    newest = reads.read_console_lines(ask(server, reads.console_page("local", "gql", "con", last=1)))
+    assert [line.number for line in newest[0]] == [2]
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,8 @@ from typing import Any
 import click
 
 from wbdist.errors import Error
-from wbdist.run.reader import Api, RunRecord
+from wbdist.run.reader import Api
+from wbdist.run.remote_run import RunRecord
 
 SHOWN_METRICS = 4
 

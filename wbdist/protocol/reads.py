@@ -66,11 +66,11 @@ query RunFullHistory($project: String!, $entity: String!, $name: String!, $sampl
 """
 
 _CONSOLE = """
-query RunConsoleLogPage($entity: String!, $project: String!, $runName: String!, $first: Int, $after: String) {
+query RunConsoleLogPage($entity: String!, $project: String!, $runName: String!, $first: Int, $after: String,
+    $last: Int) {
   project(name: $project, entityName: $entity) {
     run(name: $runName) {
-      logLineCount
-      logLines(first: $first, after: $after, useImprovedPagination: true) {
+      logLines(first: $first, after: $after, last: $last, useImprovedPagination: true) {
         edges { node { number timestamp level label line } }
         pageInfo { endCursor hasNextPage }
       }
@@ -238,16 +238,33 @@ def read_full_history(data: Mapping[str, Any]) -> list[dict[str, Any]]:
     return [jsonvalues.loads_object(line, "a row") for line in node.get("rows") or ()]
 
 
-def console_page(entity: str, project: str, run_id: str, *, first: int = 1000, after: str | None = None) -> Operation:
-    variables = {"entity": entity, "project": project, "runName": run_id, "first": first, "after": after}
+class ConsoleLine(msgspec.Struct, frozen=True):
+    """One printed line."""
+
+    number: int
+    timestamp: str | None
+    """ISO 8601, UTC; None when it was not sent with one."""
+    level: str
+    """"error" for standard error, else ""."""
+    label: str
+    """The rank or other writer, where there are several."""
+    content: str = msgspec.field(name="line")
+
+
+def console_page(
+    entity: str, project: str, run_id: str, *, first: int = 1000, after: str | None = None, last: int | None = None
+) -> Operation:
+    """`last`: the newest lines instead of the first ones."""
+    variables = {"entity": entity, "project": project, "runName": run_id, "first": first, "after": after, "last": last}
     return Operation("RunConsoleLogPage", _CONSOLE, variables)
 
 
-def read_console_page(data: Mapping[str, Any]) -> tuple[list[str], str | None]:
+def read_console_lines(data: Mapping[str, Any]) -> tuple[list[ConsoleLine], str | None]:
     """(lines, cursor of the next page or None)."""
     found = (_run_node(data) or {}).get("logLines") or {"edges": [], "pageInfo": {}}
     info = found["pageInfo"]
-    return [edge["node"]["line"] for edge in found["edges"]], (info.get("endCursor") if info.get("hasNextPage") else None)
+    lines = msgspec.convert([edge["node"] for edge in found["edges"]], list[ConsoleLine])
+    return lines, (info.get("endCursor") if info.get("hasNextPage") else None)
 
 
 def attempts(entity: str, project: str, run_id: str) -> Operation:

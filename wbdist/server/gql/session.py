@@ -25,6 +25,8 @@ class ProjectRef(msgspec.Struct, frozen=True):
 
     entity: str
     name: str
+    created_at: float | None = None
+    """Unix seconds; None: not looked up."""
 
 
 def entity_of(name: str) -> dict[str, Any]:
@@ -40,6 +42,8 @@ def user_of(user: User) -> dict[str, Any]:
         "entity": user.entity,
         "admin": user.admin,
         "flags": "{}",
+        "deletedAt": None,
+        "apiKeys": {"edges": []},
         "teams": {"edges": [{"node": entity_of(user.entity)}]},
     }
 

@@ -1,0 +1,144 @@
+"""`Api`: runs and projects read and changed, with the same names and the same answers as W&B's."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from support.seeding import Seeds
+
+import wbdist
+from wbdist.errors import DeadlineError
+from wbdist.run.reader import ProjectNotFoundError, RunNotFoundError
+
+WRITE = """
+import sys
+import wandb
+for i in range(3):
+    with wandb.init(project="read", id=f"run{i}", name=f"Run {i}", group="g", job_type="j", tags=["t"], notes="n",
+                    config={"lr": 0.1 * i, "net": {"width": 3}}) as run:
+        for step in range(10):
+            run.log({"loss": 1 / (step + 1), "even": step} if step % 2 == 0 else {"loss": 1 / (step + 1)})
+        print("a line of run", i)
+        print("an error", file=sys.stderr)
+"""
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Seeds]:
+    """A server with a project `read` of three runs, which W&B's client logged."""
+    with Seeds(tmp_path_factory.mktemp("read")) as world:
+        world.run("wandb", WRITE, world.place("writer"))
+        yield world
+
+
+@pytest.fixture
+def api(world: Seeds, monkeypatch: pytest.MonkeyPatch) -> wbdist.Api:
+    monkeypatch.setenv("WANDB_BASE_URL", world.server.url)
+    monkeypatch.setenv("WANDB_API_KEY", world.server.key)
+    return wbdist.Api()
+
+
+ATTRIBUTES = """(lambda r: {
+    "id": r.id, "name": r.name, "display_name": r.display_name, "state": r.state, "config": r.config,
+    "entity": r.entity, "project": r.project, "group": r.group, "job_type": r.job_type, "tags": r.tags, "notes": r.notes,
+    "created_at": r.created_at, "heartbeat_at": r.heartbeat_at, "storage_id": r.storage_id, "path": r.path, "url": r.url,
+    "user": [r.user.username, r.user.name], "sweep": r.sweep, "sweep_name": r.sweep_name, "commit": r.commit or "",
+    "last": r.lastHistoryStep, "rawconfig": sorted(r.rawconfig),
+    "summary": {k: r.summary[k] for k in ("loss", "even", "_step")}, "metrics": r.summary_metrics["loss"],
+    "history": r.history(pandas=False), "keyed": r.history(keys=["even"], pandas=False),
+    "few": len(r.history(samples=3, pandas=False)),
+    "scan": list(r.scan_history()), "scan_keys": [
+        [row["loss"], row["even"]] for row in r.scan_history(keys=["loss", "even"], page_size=3)],
+    "scan_range": list(r.scan_history(keys=["_step"], min_step=2, max_step=5)),
+    "system": isinstance(r.system_metrics, dict), "lines": [[l.number, l.level, l.content] for l in r.console_logs()],
+    "last_lines": [l.content for l in r.console_logs(last=1)],
+})(api.run("local/read/run1"))"""
+
+PROJECT = """{
+    "projects": [[p.entity, p.name, p.created_at, p.path] for p in api.projects("local")],
+    "project": [api.project("read", "local").name, api.from_path("local/read").entity, api.from_path("local/read/run1").id],
+    "entity": api.default_entity, "viewer": [api.viewer.username, api.viewer.entity],
+    "length": len(api.runs("local/read", per_page=2)), "index": api.runs("local/read", per_page=1)[2].id,
+    "slice": [r.id for r in api.runs("local/read")[0:2]],
+    "order": [r.id for r in api.runs("local/read", order="-config.lr.value")],
+    "filter": [r.id for r in api.runs("local/read", filters={"$or": [
+        {"config.lr": {"$gt": 0.15}}, {"display_name": "Run 0"}]})],
+    "histories": api.runs("local/read").histories(keys=["even"]),
+}"""
+
+
+@pytest.mark.parametrize("expression", [ATTRIBUTES, PROJECT], ids=["run", "project"])
+def test_answers_are_those_of_wandbs_own_api(world: Seeds, expression: str) -> None:
+    """Proves name by name that our read API answers what W&B's answers about the same server."""
+    ours, theirs = world.read("wbdist", expression), world.read("wandb", expression)
+    for name, value in theirs.items():
+        assert ours[name] == value, name
+
+
+def test_every_form_of_a_path(api: wbdist.Api) -> None:
+    """Proves that a run is found by each way of writing it, and that what is missing is a ValueError too, as W&B's is."""
+    url = api.run("local/read/run1").url
+    forms = ("local/read/run1", "read/run1", "local/read:run1", "read:run1", "local/read/runs/run1", "/local/read/runs/run1/")
+    for path in (*forms, url, url + "/overview?nw=x"):
+        assert api.run(path).id == "run1", path
+    assert wbdist.Api({"project": "read"}).run("run2").id == "run2"
+    for path in ("local/read/nope", "local/nope/run1", "nobody/read/run1"):
+        with pytest.raises(ValueError, match="could not find run"):
+            api.run(path)
+    with pytest.raises(wbdist.UsageError, match="entity/project/id"):
+        api.run("a/b/c/d/e/f")
+    with pytest.raises(ProjectNotFoundError, match="local/nope"):
+        api.project("nope")
+
+
+def test_changes_are_written(world: Seeds, api: wbdist.Api) -> None:
+    """Proves that what is set on a run and written with `update()` is what W&B's client reads, and nothing else changed."""
+    run = api.create_run(project="edited", run_id="one")
+    assert (run.state, run.lastHistoryStep, run.history(pandas=False)) == ("running", -1, [])
+    run.config.update({"lr": 0.5, "gone": 1})
+    run.update()
+    del run.config["gone"]
+    run.name, run.notes, run.tags, run.group, run.job_type = "One", "why", ["a", "b"], "g", "j"
+    run.update()
+    run.summary.update({"best": 7})
+    run.summary["later"] = 8
+    assert "later" not in api.run("edited/one").summary
+    run.save()
+    expression = "[r.name, r.notes, r.tags, r.group, r.job_type, r.config, r.summary['best'], r.summary['later'], r.state]"
+    got = world.read("wandb", f"(lambda r: {expression})(api.run('local/edited/one'))")
+    assert got == ["One", "why", ["a", "b"], "g", "j", {"lr": 0.5}, 7, 8, "running"]
+    run.name = "forgotten"
+    assert run.load(force=True).name == "One"
+
+
+def test_waiting_for_the_end(world: Seeds, api: wbdist.Api, tmp_path: Path) -> None:
+    """Proves that `wait_until_finished` returns once another process has ended the run, and gives up when told to."""
+    with pytest.raises(DeadlineError, match="still running"):
+        api.create_run(project="waited", run_id="never").wait_until_finished(timeout=0)
+    run = wbdist.init(project="waited", dir=tmp_path, settings={"silent": True})
+    ending = threading.Timer(0.2, run.finish)
+    ending.start()
+    found = wbdist.Api().run(run.path)
+    found.wait_until_finished(timeout=60)
+    assert found.state == "finished"
+    ending.join()
+
+
+def test_names_that_are_not_here_say_so(api: wbdist.Api) -> None:
+    """Proves that W&B's further names are refused by name, and misspelt ones are plain attribute errors."""
+    for name in ("sweep", "reports", "create_project"):
+        with pytest.raises(wbdist.UsageError, match=f"no `{name}`"):
+            getattr(api, name)
+    run = api.run("read/run0")
+    with pytest.raises(wbdist.UsageError, match=r"no `update_state`: .*stop"):
+        run.update_state("failed")
+    assert not hasattr(run, "stat")
+    assert not hasattr(api, "runz")
+    assert issubclass(RunNotFoundError, wbdist.CommError)
+    with pytest.raises(wbdist.UsageError, match="per_page"):
+        api.runs("read", per_page=0)
+    with pytest.raises(wbdist.UsageError, match="samples"):
+        run.history(samples=0)
