@@ -20,6 +20,8 @@ def _own_world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             "MASTER_PORT",
         }:
             monkeypatch.delenv(name, raising=False)
+    # Unbuffered, `print` writes its arguments one by one, and lines of several processes mix.
+    monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)
     monkeypatch.setenv("WBDIST_DATA_DIR", str(tmp_path / "wbdist-data"))
     monkeypatch.setenv("WANDB_CONFIG_DIR", str(tmp_path / "wandb-config"))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import random
-import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -125,31 +125,36 @@ def test_ranks_share_an_epoch() -> None:
     assert len(loaders[0]) == 5
 
 
+TRAINER = """
+import os, signal, psutil, torch
+from torch.utils.data import TensorDataset
+from wbdist.hooks.loader import ResumableLoader
+signal.alarm(60)
+def notify(): [os.kill(os.getpid(), number) for number in (signal.SIGTERM, signal.SIGINT)]
+os.register_at_fork(after_in_child=notify)
+loader = ResumableLoader(TensorDataset(torch.arange(50)), 5, num_workers=2, persistent_workers=True)
+for number, _ in enumerate(loader):
+    workers = [process.pid for process in psutil.Process().children()]
+    for worker in workers:
+        os.kill(worker, signal.SIGTERM)
+        os.kill(worker, signal.SIGINT)
+print(number, *workers, flush=True)
+signal.pause()
+"""
+
+
 def test_workers_survive_a_notice_and_die_with_the_trainer() -> None:
-    """SIGTERM and SIGINT to the workers change nothing; SIGKILL to their parent takes them along."""
-    read, write = os.pipe()
-    child = os.fork()
-    if child == 0:  # the trainer
-        loader = ResumableLoader(Noisy(), 5, num_workers=2, persistent_workers=True)
-        for number, _ in enumerate(loader):
-            if number == 0:
-                workers = [process.pid for process in psutil.Process().children()]
-                for worker in workers:
-                    os.kill(worker, signal.SIGTERM)
-                    os.kill(worker, signal.SIGINT)
-        os.write(write, " ".join(map(str, [number, *workers])).encode())
-        signal.pause()
-    try:
-        last, *workers = map(int, os.read(read, 100).split())
-        assert last == 9
-        assert len(workers) == 2
-        assert all(psutil.pid_exists(worker) for worker in workers)
-    finally:
-        os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
-        os.close(read)
-        os.close(write)
-    deadline = time.monotonic() + 3
+    """SIGTERM and SIGINT to the workers change nothing, from the moment they are forked; SIGKILL to their parent takes them along."""
+    with subprocess.Popen([sys.executable, "-c", TRAINER], stdout=subprocess.PIPE, text=True) as trainer:
+        assert trainer.stdout is not None
+        try:
+            last, *workers = map(int, trainer.stdout.readline().split())  # ends with the trainer, whom its alarm ends
+            assert last == 9
+            assert len(workers) == 2
+            assert all(psutil.pid_exists(worker) for worker in workers)
+        finally:
+            trainer.kill()
+    deadline = time.monotonic() + 30
     while any(psutil.pid_exists(worker) and psutil.Process(worker).status() != psutil.STATUS_ZOMBIE for worker in workers):
         assert time.monotonic() < deadline, "workers outlived their trainer"
         time.sleep(0.01)

@@ -302,20 +302,22 @@ def test_a_forked_child_is_refused_and_harms_nothing(make_writer: MakeWriter) ->
     read_end, write_end = os.pipe()
     pid = os.fork()
     if pid == 0:
-        said = []
-        for call in (
-            lambda: writer.append_row({"x": 2.0}, step=1, commit=True, time=1.0),
-            lambda: writer.append(Kind.PREEMPTING, {}),
-            writer.sync,
-        ):
-            try:
-                call()
-                said.append("nothing")
-            except UsageError as error:
-                said.append(str(error))
-        writer.close(0)
-        os.write(write_end, "\n".join(said).encode())
-        os._exit(0)
+        try:  # whatever happens, the child must not go on as a second test process
+            said = []
+            for call in (
+                lambda: writer.append_row({"x": 2.0}, step=1, commit=True, time=1.0),
+                lambda: writer.append(Kind.PREEMPTING, {}),
+                writer.sync,
+            ):
+                try:
+                    call()
+                    said.append("nothing")
+                except UsageError as error:
+                    said.append(str(error))
+            writer.close(0)
+            os.write(write_end, "\n".join(said).encode())
+        finally:
+            os._exit(0)
     os.close(write_end)
     with os.fdopen(read_end) as pipe:
         said = pipe.read().splitlines()

@@ -111,10 +111,12 @@ def in_child(body: Callable[[], None]) -> int:
     ready, done = os.pipe()
     pid = os.fork()
     if pid == 0:
-        os.write(done, b"x")
-        body()
-        signal.pause()
-        os._exit(0)
+        try:  # whatever happens, the child must not go on as a second test process
+            os.write(done, b"x")
+            body()
+            signal.pause()
+        finally:
+            os._exit(0)
     os.read(ready, 1)
     os.close(ready)
     os.close(done)

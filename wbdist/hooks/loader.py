@@ -13,6 +13,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -30,6 +31,8 @@ FINGERPRINT_MODULUS = 1 << 53
 """Fingerprints are below it, so that a float64 (and JSON, and a chart) holds them exactly."""
 
 _PR_SET_PDEATHSIG = 1
+_IGNORED = (signal.SIGTERM, signal.SIGINT)
+"""By workers."""
 
 
 class ResumableLoader:
@@ -110,7 +113,8 @@ class ResumableLoader:
     def __iter__(self) -> Iterator[Any]:
         self._worker_init.parent_is_here()
         batches = self.sampler.batches()
-        fetched = iter(self._loader)
+        with self._worker_init.signals_held():
+            fetched = iter(self._loader)
         for batch in batches:
             data = next(fetched)
             self.sampler.advance(batch)
@@ -226,6 +230,16 @@ class _WorkerInit:
     def __init__(self, then: Callable[[int], None] | None) -> None:
         self._then = then
         self._parent = 0
+        self._mask: set[int] = set()
+
+    @contextmanager
+    def signals_held(self) -> Iterator[None]:
+        """Workers start inside: what reaches them before they can ignore it waits until they do."""
+        self._mask = signal.pthread_sigmask(signal.SIG_BLOCK, _IGNORED)
+        try:
+            yield
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, self._mask)
 
     def parent_is_here(self) -> None:
         """Called in the process and on the thread that is about to start workers."""
@@ -234,8 +248,9 @@ class _WorkerInit:
 
     def __call__(self, worker: int) -> None:
         signal.set_wakeup_fd(-1)  # a forked worker shares the parent's: its signals would be read as the parent's
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        for number in _IGNORED:
+            signal.signal(number, signal.SIG_IGN)
+        signal.pthread_sigmask(signal.SIG_SETMASK, self._mask)
         if self._parent and sys.platform == "linux":
             ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL))
             if os.getppid() != self._parent:  # it died before the request
