@@ -144,7 +144,7 @@ signal.pause()
 
 
 def test_workers_survive_a_notice_and_die_with_the_trainer() -> None:
-    """SIGTERM and SIGINT to the workers change nothing, from the moment they are forked; SIGKILL to their parent takes them along."""
+    """SIGTERM and SIGINT to workers change nothing, from their fork on; SIGKILL to their parent takes them along."""
     with subprocess.Popen([sys.executable, "-c", TRAINER], stdout=subprocess.PIPE, text=True) as trainer:
         assert trainer.stdout is not None
         try:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
+from wbdist.errors import DiskFullError
 from wbdist.run.journal import JournalHeader, JournalWriter
 
 
@@ -29,4 +31,5 @@ def make_writer(tmp_path: Path) -> Iterator[Callable[..., JournalWriter]]:
 
     yield make
     for writer in made:
-        writer.close(0)
+        with suppress(DiskFullError):  # whether the last word of a test of full disks fits is chance
+            writer.close(0)
