@@ -11,7 +11,7 @@ from time import monotonic, time
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, Self
 
-from wbdist.core.position import CONSOLE, HISTORY, RunPosition, Watermark
+from wbdist.core.position import CONSOLE, FILES, HISTORY, RunPosition, Watermark
 from wbdist.core.summary import INTERNAL
 from wbdist.errors import JournalError, ShutdownError, UsageError
 from wbdist.protocol import names
@@ -22,7 +22,10 @@ from wbdist.run.summary import Summary
 from wbdist.run.values import NeedsFilesError, summary_values
 
 if TYPE_CHECKING:
+    import os
+
     from wbdist.run.disabled import NoJournal
+    from wbdist.run.files import SavedFiles
     from wbdist.run.journal import JournalWriter
     from wbdist.run.lifecycle import RunSpec
     from wbdist.run.metrics import JournaledSummary, Metric
@@ -80,6 +83,7 @@ class Run:
         self.exit_code: int | None = None
         """Known when the run has finished."""
         self._lines = 0
+        self._files: SavedFiles | None = None
         self._on_finish: list[Callable[[], None]] = []
         self._log_row: Callable[[Mapping[str, Any], int | None, bool | None], bool] = journal.log
         self._defined: JournaledSummary | None = None
@@ -149,7 +153,11 @@ class Run:
                 entity=self.entity,
                 watermark=Watermark(
                     attempt=self.attempt,
-                    counts={HISTORY: {self.writer: self._journal.rule.rows}, CONSOLE: {self.writer: self._lines}},
+                    counts={
+                        HISTORY: {self.writer: self._journal.rule.rows},
+                        CONSOLE: {self.writer: self._lines},
+                        FILES: {self.writer: self._files.count if self._files is not None else 0},
+                    },
                     step=self._journal.rule.last_step,
                 ),
                 summary=self._summary_state(),
@@ -277,10 +285,30 @@ class Run:
     def finished(self) -> bool:
         return self._state == "finished"
 
-    def save(self) -> bool:
-        """Without arguments, as after renaming a run: what was set is durable already; True. Saving files is not built yet."""
+    def save(
+        self,
+        glob_str: str | bytes | os.PathLike[str] | None = None,
+        base_path: str | os.PathLike[str] | None = None,
+        policy: str = "live",
+        glob: bool = True,
+    ) -> list[str] | bool:
+        """Keeps the files that match now with the run; returns their places in `dir`. Waits for no server.
+
+        `policy`: "live" uploads now, again when a file changes, and at the end; "now" once, as it is now; "end" at the
+        end. What a call saves is set aside before it returns, so the file may be written again at once (a live one
+        above 64 MiB, on a file system that cannot share blocks, is read in the background instead). Names keep the
+        directories below the working directory or `base_path`; of an absolute path the last one. `glob=False` takes the
+        path literally. A file that cannot be read is said, and fails nothing else.
+
+        Without arguments, as after renaming a run: what was set is durable already; True. A disabled run: False.
+        Raises ValueError for a policy, a pattern or a base_path that cannot be; ShutdownError, UsageError as `log`.
+        """
         self._check_usable("save()")
-        return True
+        if glob_str is None:
+            return True
+        if self.disabled:
+            return False
+        return self._saved_files().save(glob_str, base_path, policy, glob)
 
     # Ending -------------------------------------------------------------------------------------------
 
@@ -329,6 +357,13 @@ class Run:
             self._log_row = self._refuse_row
         process_end.forget(self)
         try:
+            if self._files is not None:
+                self._files.at_finish()
+        finally:
+            self._end(code, cause)
+
+    def _end(self, code: int, cause: str) -> None:
+        try:
             self._journal.close(code, cause)
         finally:
             # Also when the disk fails at the end. Not under the lock: a callback may wait for other processes.
@@ -339,7 +374,7 @@ class Run:
 
     def _wait_for_server(self, shipping: Shipping) -> None:
         timeout = self.settings.finish_timeout
-        outcome = shipping.flush(timeout)
+        outcome = shipping.flush(timeout, files=self._files is not None)
         if outcome.error.startswith("fenced"):
             self._say(
                 f"run {self.id}: {outcome.error.removeprefix('fenced: ')}; what this one logged is kept in the archive",
@@ -384,6 +419,16 @@ class Run:
 
     # Inner --------------------------------------------------------------------------------------------
 
+    def _saved_files(self) -> SavedFiles:
+        if self._files is None:
+            from wbdist.run.files import SavedFiles
+            from wbdist.run.journal import JournalWriter
+
+            assert isinstance(self._journal, JournalWriter)
+            assert self._run_directory is not None
+            self._files = SavedFiles(self._journal, self._run_directory.absolute(), lambda text: self._say(text, warning=True))
+        return self._files
+
     def _set_config(self, changed: dict[str, Any]) -> None:
         self._record(Kind.CONFIG, {"set": changed}, "config")
 
@@ -405,8 +450,8 @@ class Run:
         except OSError as error:
             raise JournalError(f"run {self.id}: a file of {', '.join(map(str, data))} cannot be written: {error}") from error
         summary_values(made)  # what cannot be kept is to be said before anything is journaled
-        for name, path in written.items():
-            self._journal.append(Kind.FILE, {"path": str(path), "name": name, "policy": "now"})
+        for name in written:
+            self._saved_files().add(name)
         return made
 
     def _summary_state(self) -> dict[str, Any]:

@@ -61,8 +61,8 @@ class Kind(IntEnum):
     STATS = 7
     """System metrics {name: value}: one line of the events stream."""
     FILE = 8
-    """{"path", "name", "policy"}: a file to upload. `path` is absolute; when the run's directory has been moved since, the file
-    lies below `files` beside the journal."""
+    """One version of a file of the run: `run.files.FileRecord`. Its `path` is absolute; when the run's directory has been moved
+    since, the file lies at the same place beside the journal."""
     PREEMPTING = 9
     """{}: the run is marked preempting."""
     COMMIT = 10

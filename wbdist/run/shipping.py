@@ -20,9 +20,11 @@ class Shipping:
         """Tells the shipper, starting it when there is none; a few milliseconds. Raises InitStartError."""
         client.watch(self._root, self._journal, self._base_url, self._api_key)
 
-    def flush(self, timeout: float, *, priority: bool = False) -> client.FlushResult:
+    def flush(self, timeout: float, *, priority: bool = False, files: bool = False) -> client.FlushResult:
         """Waits until the server has acknowledged all that is in the journal now, at most `timeout` seconds.
+
+        `files`: their contents too.
 
         Never raises for an absent server or shipper.
         """
-        return client.flush(self._root, self._journal, timeout, priority=priority)
+        return client.flush(self._root, self._journal, timeout, priority=priority, files=files)

@@ -51,9 +51,17 @@ def watch(root: Path, journal: Path, base_url: str, api_key: str | None, env: Ma
 
 
 def flush(
-    root: Path, journal: Path, timeout: float, *, priority: bool = False, env: Mapping[str, str] | None = None
+    root: Path,
+    journal: Path,
+    timeout: float,
+    *,
+    priority: bool = False,
+    files: bool = False,
+    env: Mapping[str, str] | None = None,
 ) -> FlushResult:
     """Waits until the server has acknowledged all that is now in `journal`, at most `timeout` seconds (2 more if it hangs).
+
+    `files`: also the contents of the run's files.
 
     A dead shipper is started again once. `priority`: before other journals (the run is being preempted). Never raises for
     an absent server: the result then is not acked.
@@ -61,7 +69,7 @@ def flush(
     deadline = monotonic() + timeout
     restarted = False
     told = _watched.get(journal)
-    request = Request("flush", str(journal.resolve()), priority=priority)
+    request = Request("flush", str(journal.resolve()), priority=priority, files=files)
     if told is not None:
         request.base_url, request.api_key = told.base_url, told.api_key
     while True:

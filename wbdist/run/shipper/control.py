@@ -2,7 +2,7 @@
 
 {"op": "ping"}                                              -> {"ok": true, "pid": n}
 {"op": "watch", "journal", "base_url", "api_key"}           -> {"ok": true}
-{"op": "flush", "journal", "timeout", "priority"}           -> {"acked": bool, "error": str}
+{"op": "flush", "journal", "timeout", "priority", "files"}  -> {"acked": bool, "error": str}
 {"op": "fenced", "journal"}                                 -> {"ok": true, "error": "" or "fenced: ..."}
 """
 
@@ -32,6 +32,7 @@ class Request(msgspec.Struct, omit_defaults=True):
     api_key: str | None = None
     timeout: float = 0.0
     priority: bool = False
+    files: bool = False
 
 
 class Reply(msgspec.Struct, omit_defaults=True):

@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from wbdist.core.position import HISTORY, SUMMARY
+from wbdist.core.position import FILES, HISTORY, SUMMARY
 from wbdist.errors import JournalCorruptError
 from wbdist.protocol import file_stream, operations
 from wbdist.protocol.attempts import FEATURE, Ended, StreamAnswer, StreamStamp
@@ -26,6 +26,7 @@ from wbdist.run.journal import JournalReader
 from wbdist.run.journal_format import begin_request
 from wbdist.run.shipper.lines import Translator
 from wbdist.run.shipper.remote import Answer, Remote, UnreachableError
+from wbdist.run.shipper.uploads import Uploads
 
 T = TypeVar("T")
 _NO_FEATURES: frozenset[str] = frozenset()
@@ -100,6 +101,8 @@ class Delivery:
         self._reader = JournalReader.open(path)
         self.header = self._reader.header
         self._translator = Translator(self.header)
+        self.uploads = Uploads(self.header, path.parent, log)
+        """The run's files: on their way beside the lines, and beyond their end."""
         self._entity = self.header.entity
         self._project = self.header.project
         self._ours = False
@@ -157,6 +160,7 @@ class Delivery:
             grew, at_end = bool(records), not records
             self._behind = self._behind and grew
             translator.feed(records)
+            self._offer_files()
         self.writer_lives = alive
         if self.state is State.OPENING:
             if not translator.facts_version and alive and ticket == self.flushed and now < self.header.created + 1.0:
@@ -169,11 +173,20 @@ class Delivery:
         lost = not alive and not ended and at_end
         if lost:
             translator.close_row()
-        if self._must_send(now, ticket, grew, ended or lost):
-            (self._archive if self.fenced else self._send)(now, end=ended or lost)
+        if ended or lost:
+            self.uploads.end(lost=lost)
+        # W&B's server takes what comes behind the end for a run that goes on: there the end waits for the files.
+        ending = (ended or lost) and (self._ours or not self.uploads.busy)
+        if self._must_send(now, ticket, grew, ending):
+            (self._archive if self.fenced else self._send)(now, end=ending)
             if self.finished:
                 return
         self._settle(now, ticket, at_end)
+
+    def _offer_files(self) -> None:
+        for seq, payload in self._translator.files:
+            self.uploads.offer(seq, payload)
+        self._translator.files.clear()
 
     def _settle(self, now: float, ticket: int, at_end: bool) -> None:
         """What is reached, and when to come back. `at_end`: this step looked into the journal and found nothing more."""
@@ -229,6 +242,7 @@ class Delivery:
                 operations.begin_attempt(self._entity, self._project, header.run_id, begin), operations.read_begun
             )
             self._base = dict(begun.lines)
+            self.uploads.begin(self._entity, self._project, ours=True, have=begun.next.get(FILES, {}))
             if not begun.accepted:
                 self._fence(begun.attempt)
             else:
@@ -256,6 +270,7 @@ class Delivery:
             fresh.write_bytes(msgspec.json.encode(known))
             fresh.replace(memory)
         self._base = known[self.remote.base_url]
+        self.uploads.begin(self._entity, self._project, ours=False, have={})
 
     def _names(self) -> dict[str, Any]:
         return {"project": self._project, "run_id": self.header.run_id, "entity": self._entity or None}
@@ -271,6 +286,7 @@ class Delivery:
         self._translator = Translator(self.header)
         self._translator.skip = expected
         self._translator.feed(self._reader.read())
+        self._offer_files()
         self._facts_sent = self._summary_sent = 0
         self._preempting_sent = False
 
@@ -293,6 +309,7 @@ class Delivery:
             final = end and last
             request = file_stream.StreamRequest(
                 files=chunks,
+                uploaded=self.uploads.take_uploaded(),
                 preempting=translator.preempting and not self._preempting_sent,
                 complete=final and self._exit_code() is not None,
                 exitcode=self._exit_code() if final else None,

@@ -12,6 +12,7 @@ from wbdist.core.branch import split_immutable
 from wbdist.run.journal import JournalHeader
 from wbdist.run.shipper.delivery import Delivery, Pace, State
 from wbdist.run.shipper.remote import Remote
+from wbdist.run.shipper.uploader import Uploader
 
 
 class Lane:
@@ -27,6 +28,7 @@ class Lane:
         self._pace = pace
         self._deliveries: dict[Path, Delivery] = {}
         self._condition = threading.Condition()
+        self._uploader = Uploader(lambda: self._remote_for_files(base_url, data_dir), self.snapshot, self._condition)
         self._stopping = False
         self._thread = threading.Thread(target=self._work, name=f"lane {base_url}", daemon=True)
         self._thread.start()
@@ -46,8 +48,11 @@ class Lane:
         with self._condition:
             self._remote.api_key = api_key
 
-    def flush(self, path: Path, timeout: float, priority: bool) -> tuple[bool, str]:
-        """Whether all that is in the journal now is acknowledged, and what is wrong; waits at most `timeout` seconds."""
+    def flush(self, path: Path, timeout: float, priority: bool, files: bool = False) -> tuple[bool, str]:
+        """Whether all that is in the journal now is acknowledged, and what is wrong; waits at most `timeout` seconds.
+
+        `files`: the contents of its files too.
+        """
         deadline = monotonic() + timeout
         with self._condition:
             delivery = self._deliveries[path]
@@ -60,7 +65,12 @@ class Lane:
                     break
                 self._condition.wait(rest)
             acked = not delivery.fenced and (delivery.flushed >= ticket or delivery.state is State.DONE)
-            return acked, delivery.error
+            if not (acked and files):
+                return acked, delivery.error
+            uploads = delivery.uploads
+            while uploads.busy and (rest := deadline - monotonic()) > 0:
+                self._condition.wait(rest)
+            return not (uploads.busy or uploads.failed), uploads.error or uploads.trouble
 
     def snapshot(self) -> list[Delivery]:
         with self._condition:
@@ -75,6 +85,7 @@ class Lane:
             while any(d.flushed < ticket and not d.finished for d, ticket in tickets) and (rest := deadline - monotonic()) > 0:
                 self._condition.wait(rest)
             self._stopping = True
+            self._uploader.stop()
             self._condition.notify_all()
         self._thread.join(max(0.0, deadline - monotonic()))
 
@@ -95,8 +106,12 @@ class Lane:
                 self._remote.api_key = self._find_key()
             for delivery in due:
                 delivery.step(time())
+                self._uploader.look(delivery)
                 with self._condition:
                     self._condition.notify_all()
+
+    def _remote_for_files(self, base_url: str, data_dir: str) -> Remote:
+        return Remote(base_url, self._remote.api_key, data_dir)
 
     def _may_begin(self, delivery: Delivery) -> bool:
         """Under the lock. Whether nothing is still to come first of an older attempt of the same run, or of a fork's source."""

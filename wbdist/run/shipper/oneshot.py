@@ -12,7 +12,7 @@ import msgspec
 
 from wbdist.core.branch import split_immutable
 from wbdist.errors import JournalCorruptError
-from wbdist.run.journal import JournalHeader, JournalReader
+from wbdist.run.journal import JournalHeader, JournalReader, writer_alive
 from wbdist.run.shipper.delivery import Delivery, Pace, State
 from wbdist.run.shipper.remote import Remote
 
@@ -93,8 +93,24 @@ def _ship_one(path: Path, header: JournalHeader, remote: Remote, timeout: float,
                     path, header, "failed", f"no progress within {timeout:g} s: {delivery.trouble or 'nothing came back'}"
                 )
             sleep(min(_LONGEST_NAP, max(0.0, delivery.due - time())))
+        if problem := _ship_files(delivery, remote, timeout):
+            return Synced(path, header, "failed", problem)
     finally:
         delivery.close()
         remote.close()
     outcome = {State.DONE: "complete", State.FAILED: "failed"}.get(delivery.state, "fenced" if delivery.fenced else "current")
     return Synced(path, header, outcome, delivery.error)
+
+
+def _ship_files(delivery: Delivery, remote: Remote, timeout: float) -> str:
+    """The contents of the run's files; what is wrong with them, or ''."""
+    uploads = delivery.uploads
+    progressed, before = monotonic(), -1
+    while uploads.busy:
+        uploads.step(remote, time(), lambda: writer_alive(delivery.path))
+        if uploads.progress != before:
+            progressed, before = monotonic(), uploads.progress
+        if monotonic() - progressed > timeout:
+            return f"files: no progress within {timeout:g} s: {uploads.trouble}"
+        sleep(min(_LONGEST_NAP, max(0.0, uploads.due - time())))
+    return f"files: {uploads.error}" if uploads.failed else ""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import http.client
 import importlib
+from collections.abc import Iterable, Mapping
 from email.utils import parsedate_to_datetime
 from pathlib import Path
 from time import time
@@ -52,6 +53,8 @@ class Remote:
         self._data_dir = data_dir
         self.api_key = api_key
         self._connection: http.client.HTTPConnection | None = None
+        self._put_connection: http.client.HTTPConnection | None = None
+        self._put_place = ("", "", 0)
         self._aim(base_url)
 
     def _aim(self, base_url: str) -> None:
@@ -81,6 +84,40 @@ class Remote:
                     continue
                 raise UnreachableError(f"{self.base_url} does not answer: {str(error) or type(error).__name__}") from error
 
+    def put(self, url: str, body: Iterable[bytes], size: int, headers: Mapping[str, str]) -> Answer:
+        """One PUT of `size` bytes to an address that authenticates itself. Raises UnreachableError, and what `body` raises:
+        the server then has an incomplete request. `body` may be iterated twice."""
+        parts = urlsplit(url)
+        place = (parts.scheme, parts.hostname or "", parts.port or (443 if parts.scheme == "https" else 80))
+        target = f"{parts.path}?{parts.query}" if parts.query else parts.path
+        sent = {"User-Agent": "wbdist-shipper", **headers, "Content-Length": str(size)}
+        while True:
+            reused = self._put_place == place and self._put_connection is not None
+            if not reused:
+                self._close_put()
+                self._put_place = place
+            try:
+                connection = self._put_connection = self._put_connection or _open(*place)
+                connection.request("PUT", target, body, sent)
+                response = connection.getresponse()
+                data = response.read(MAX_ANSWER)
+                if response.will_close or not response.isclosed():
+                    self._close_put()
+                return Answer(response.status, data, _seconds(response.getheader("Retry-After")))
+            except (OSError, http.client.HTTPException) as error:
+                self._close_put()
+                if reused and not isinstance(error, TimeoutError):
+                    continue
+                raise UnreachableError(f"{parts.netloc} does not take a file: {str(error) or type(error).__name__}") from error
+            except BaseException:
+                self._close_put()  # in the middle of a request
+                raise
+
+    def _close_put(self) -> None:
+        if self._put_connection is not None:
+            self._put_connection.close()
+            self._put_connection = None
+
     def _has_moved(self) -> bool:
         """Whether the embedded server says another address than the one we know; that one is used from now on."""
         if not self._data_dir:
@@ -95,6 +132,7 @@ class Remote:
         return True
 
     def close(self) -> None:
+        self._close_put()
         if self._connection is not None:
             self._connection.close()
             self._connection = None
@@ -113,20 +151,24 @@ class Remote:
         return Answer(response.status, data, _seconds(response.getheader("Retry-After")), key)
 
     def _connect(self) -> http.client.HTTPConnection:
-        if not self._https:
-            # Never through a proxy, which would need absolute targets: servers beyond the local network speak HTTPS.
-            return http.client.HTTPConnection(self._host, self._port, timeout=TIMEOUT)
-        if not hasattr(http.client, "HTTPSConnection"):  # see without_ssl
-            importlib.reload(http.client)
-        from urllib.request import getproxies, proxy_bypass  # 1 MiB that a local server does not need
+        return _open("https" if self._https else "http", self._host, self._port)
 
-        proxy = None if is_loopback(self._host) or proxy_bypass(self._host) else getproxies().get("https")
-        if proxy is None:
-            return http.client.HTTPSConnection(self._host, self._port, timeout=TIMEOUT)
-        via = urlsplit(proxy if "//" in proxy else f"//{proxy}")
-        connection = http.client.HTTPSConnection(via.hostname or "", via.port or 3128, timeout=TIMEOUT)
-        connection.set_tunnel(self._host, self._port)
-        return connection
+
+def _open(scheme: str, host: str, port: int) -> http.client.HTTPConnection:
+    if scheme != "https":
+        # Never through a proxy, which would need absolute targets: servers beyond the local network speak HTTPS.
+        return http.client.HTTPConnection(host, port, timeout=TIMEOUT)
+    if not hasattr(http.client, "HTTPSConnection"):  # see without_ssl
+        importlib.reload(http.client)
+    from urllib.request import getproxies, proxy_bypass  # 1 MiB that a local server does not need
+
+    proxy = None if is_loopback(host) or proxy_bypass(host) else getproxies().get("https")
+    if proxy is None:
+        return http.client.HTTPSConnection(host, port, timeout=TIMEOUT)
+    via = urlsplit(proxy if "//" in proxy else f"//{proxy}")
+    connection = http.client.HTTPSConnection(via.hostname or "", via.port or 3128, timeout=TIMEOUT)
+    connection.set_tunnel(host, port)
+    return connection
 
 
 def is_loopback(host: str) -> bool:

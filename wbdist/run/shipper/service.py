@@ -81,22 +81,26 @@ class Service:
         idle_since: float | None = None
         stuck_since: float | None = None
         next_scan = 0.0
+        progressed = 0
         while not self._terminated:
             now = monotonic()
             if now >= next_scan:
                 self._scan()
                 next_scan = now + self._limits.scan
             self._mark_shipped()
-            active = [delivery for delivery in self._deliveries() if not delivery.finished]
+            deliveries = self._deliveries()
+            active = [delivery for delivery in deliveries if not delivery.finished or delivery.uploads.busy]
+            progress = sum(delivery.uploads.progress for delivery in deliveries)
             idle_since = None if active else idle_since or now
             alone = bool(active) and not any(delivery.writer_lives for delivery in active)
-            stuck_since = (stuck_since or now) if alone else None
+            stuck_since = (stuck_since or now) if alone and progress == progressed else None
+            progressed = progress
             if idle_since is not None and now - idle_since >= self._limits.linger:
                 listener.close()
                 socket_path(self.root).unlink(missing_ok=True)
                 # Nobody can reach this shipper any more; whoever came in between is found here, or starts the next one.
                 self._scan()
-                if all(delivery.finished for delivery in self._deliveries()):
+                if all(delivery.finished and not delivery.uploads.busy for delivery in self._deliveries()):
                     break
                 listener, idle_since = self._listen(), None
             if stuck_since is not None and now - stuck_since >= self._limits.grace:
@@ -212,7 +216,8 @@ class Service:
 
     def _mark_shipped(self) -> None:
         for delivery in self._deliveries():
-            if delivery.state in {State.DONE, State.FENCED} and delivery.path not in self._ignored:
+            ended = delivery.state in {State.DONE, State.FENCED} and not delivery.uploads.busy
+            if ended and delivery.path not in self._ignored:
                 mark = delivery.path.with_name(delivery.path.name + SHIPPED)
                 try:
                     mark.write_text(f"{delivery.state.value} {delivery.remote.base_url} {time():.0f}\n", encoding="utf-8")
@@ -297,7 +302,7 @@ class Service:
             lane = self._add(path, base_url, header.data_dir, request.api_key)
         elif request.api_key:
             lane.add(path, request.api_key)  # begins again what was refused for want of the key
-        acked, error = lane.flush(path, request.timeout, request.priority)
+        acked, error = lane.flush(path, request.timeout, request.priority, request.files)
         return Reply(acked=acked, error=error)
 
 
