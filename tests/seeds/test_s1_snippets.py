@@ -56,3 +56,27 @@ def test_name_is_id(seeds: Seeds, client: Client) -> None:
     seeds.run(client, text, seeds.place(project), WANDB_PROJECT=project)
     (run,) = seeds.runs(other(client), project)
     assert run["name"] == run["id"]
+
+
+@by_both
+def test_offline_and_sync(seeds: Seeds, client: Client) -> None:
+    """Proves the offline sample and its `sync`: nothing is on the server before, all of it after, no more after a second.
+
+    The folder has the name of the documents, `dryrun-...`, for our client; W&B's `sync` does not know it any more.
+    """
+    project = f"s1-offline-{client}"
+    folder = seeds.place(project)
+    text = snippet("s1_offline", **{"offline-demo": project})
+    seeds.run(client, f'여기에_키 = "{seeds.server.key}"\n' + text, folder, WANDB_API_KEY="")
+    assert seeds.read("wbdist", f"len(api.runs('local/{project}'))") == 0
+    (written,) = (folder / "wandb").glob("offline-run-*")
+    if client == "wbdist":
+        written = written.rename(written.with_name("dryrun" + written.name.removeprefix("offline-run")))
+    for _ in range(2):
+        done = seeds.command(client, "sync", str(written.relative_to(folder)), folder=folder)
+        assert done.returncode == 0, done.stdout
+        (run,) = seeds.runs(other(client), project)
+        assert [(row["_step"], row["accuracy"]) for row in run["rows"]] == [(i, i) for i in range(100)]
+        assert run["config"] == {}  # the sample makes one and gives it to nobody
+        assert (run["state"], run["summary"]["accuracy"]) == ("finished", 99)
+        assert re.fullmatch(r"[a-z]+-[a-z]+-1", run["name"])

@@ -155,6 +155,21 @@ class Seeds:
         assert (process.returncode != 0) == fails, f"exit code {process.returncode}\n{said}"
         return said
 
+    def command(self, client: Client, *arguments: str, folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+        """The client's command line, `wandb ...` or `wbdist ...`."""
+        module = "wandb" if client == "wandb" else "wbdist"
+        return subprocess.run(
+            [sys.executable, "-m", module, *arguments],
+            cwd=folder,
+            env=self.environment(folder, **environment),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=90,
+            check=False,
+        )
+
     def read(self, client: Client, expression: str) -> Any:
         """The value of an expression over `api`, the `Api()` of `client`."""
         if client not in self._readers:
