@@ -295,3 +295,60 @@ open(f"done{n}", "w").close()
         assert run.attempt == 0
     finally:
         store.close()
+
+
+def test_runs_are_changed_through_the_api(server: Any, sdk: Any) -> None:
+    """Config, tags, notes, name and summary are edited; a running run is stopped; states are set; a deleted id is refused."""
+    victim = sdk.start(
+        HEAD
+        + """
+run = wandb.init(project="p", id="victim", config={"a": 1}, settings=quick)
+log(run, range(3))
+for _ in range(60):
+    time.sleep(1)
+"""
+    )
+    said = sdk.run(
+        HEAD
+        + """
+deadline = time.monotonic() + 30
+while True:
+    try:
+        run = wandb.Api().run("local/p/victim")  # an Api keeps runs as it first saw them
+        if run.state == "running" and run.lastHistoryStep == 2: break
+    except (ValueError, wandb.Error, TypeError): pass
+    assert time.monotonic() < deadline
+    time.sleep(0.2)
+run.config["b"] = 2
+run.tags.append("t")
+run.notes, run.display_name = "n", "named"
+run.summary["best"] = 7
+run.update()
+again = wandb.Api().run("local/p/victim")
+print("EDITED", sorted(again.config.items()), again.tags, again.notes, again.name, again.summary["best"], again.summary["i"])
+run.stop()
+"""
+    )
+    assert "EDITED [('a', 1), ('b', 2)] ['t'] n named 7 2" in said
+    assert victim.wait(40) != 0
+    said = sdk.run(
+        HEAD
+        + """
+api = wandb.Api()
+print("STATE", api.run("local/p/victim").state)
+made = api.create_run(run_id="made", project="p")
+made.update_state("failed")
+made.update_state("pending")
+print("MADE", wandb.Api().run("local/p/made").state)
+api.run("local/p/victim").delete()
+print("LEFT", [run.id for run in api.runs("local/p")])
+try:
+    wandb.init(project="p", id="victim")
+except wandb.Error as error:
+    print("REFUSED", error)
+"""
+    )
+    assert "STATE killed" in said
+    assert "MADE pending" in said
+    assert "LEFT ['made']" in said
+    assert "REFUSED run local/p/victim was previously created and deleted" in said

@@ -41,12 +41,14 @@ class RunEvent(StrEnum):
     """Stopped by a person or by the API."""
     REQUEUE = "requeue"
     """Put back in a queue."""
+    GIVE_UP = "give_up"
+    """Declared failed through the API."""
 
 
 S, E = RunState, RunEvent
 
 TABLE: dict[RunState, dict[RunEvent, RunState]] = {
-    S.PENDING: {E.START: S.RUNNING, E.BEAT: S.RUNNING, E.KILL: S.KILLED},
+    S.PENDING: {E.START: S.RUNNING, E.BEAT: S.RUNNING, E.KILL: S.KILLED, E.GIVE_UP: S.FAILED},
     S.RUNNING: {
         E.PREEMPT: S.PREEMPTING,
         E.EXIT_ZERO: S.FINISHED,
@@ -55,6 +57,7 @@ TABLE: dict[RunState, dict[RunEvent, RunState]] = {
         E.SILENCE: S.CRASHED,
         E.KILL: S.KILLED,
         E.REQUEUE: S.PENDING,
+        E.GIVE_UP: S.FAILED,
     },
     S.PREEMPTING: {
         E.START: S.RUNNING,

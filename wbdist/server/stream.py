@@ -69,7 +69,7 @@ def _take_stamped(ctx: AppContext, run: RunRow, request: StreamRequest, stamp: S
     if summary is not None:
         ctx.store.set_summary(run.pk, summary, now, attempt=stamp.attempt)
     _mark(ctx, run, request, now, attempt=stamp.attempt, cause=cause)
-    return 200, StreamReply(wbdist=answer)
+    return 200, StreamReply(stopped=run.stopping, wbdist=answer)
 
 
 def _take_plain(ctx: AppContext, run: RunRow, request: StreamRequest, writer: str) -> tuple[int, StreamReply]:
@@ -83,7 +83,7 @@ def _take_plain(ctx: AppContext, run: RunRow, request: StreamRequest, writer: st
     if summary is not None:
         ctx.store.set_summary(run.pk, summary, now, merge=bool(writer))
     _mark(ctx, run, request, now)
-    return 200, StreamReply()
+    return 200, StreamReply(stopped=run.stopping)
 
 
 def _append_behind(ctx: AppContext, run: RunRow, lines: Lines, expected: dict[str, int], writer: str) -> None:
@@ -139,7 +139,9 @@ def _mark(
         events.append((RunEvent.LOST, None))
     elif ends:
         code = request.exitcode if request.exitcode is not None else int(cause not in {"", "exit"})
-        events.append((RunEvent.EXIT_ZERO if code == 0 else RunEvent.EXIT_NONZERO, code))
+        # A process that was asked to stop and ends with an error code did as it was told.
+        unhappy = RunEvent.KILL if run.stopping else RunEvent.EXIT_NONZERO
+        events.append((RunEvent.EXIT_ZERO if code == 0 else unhappy, code))
     for event, exit_code in events:
         ctx.store.record_event(
             run.pk, event, now, attempt=attempt, exit_code=exit_code, cause=cause or ("exit" if ends else "")

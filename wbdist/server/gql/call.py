@@ -16,7 +16,7 @@ from wbdist.errors import UsageError
 from wbdist.protocol import names as naming
 from wbdist.server.auth import User
 from wbdist.server.context import AppContext
-from wbdist.server.store.interface import RunRow, UnknownRunError
+from wbdist.server.store.interface import DeletedRunError, RunRow, UnknownRunError
 
 Info: TypeAlias = GraphQLResolveInfo
 Resolver: TypeAlias = Any
@@ -53,6 +53,8 @@ def refusals() -> Iterator[None]:
         yield
     except UnknownRunError as error:
         raise refuse(404, str(error)) from None
+    except DeletedRunError as error:
+        raise refuse(410, str(error)) from None
     except UsageError as error:
         raise refuse(400, str(error)) from None
 

@@ -19,7 +19,7 @@ from starlette.routing import BaseRoute, Route
 from wbdist.server import http
 from wbdist.server.clients import is_shared
 from wbdist.server.context import AppContext
-from wbdist.server.gql import history, projects, run_files, runs, scalars, session
+from wbdist.server.gql import history, projects, run_changes, run_files, runs, scalars, session
 from wbdist.server.gql.call import Call
 from wbdist.server.gql.documents import DocumentCache
 
@@ -38,7 +38,7 @@ def make_schema() -> GraphQLSchema:
     """The schema of schema.graphql with its resolvers; a resolver for a field that the SDL lacks is a KeyError here."""
     schema = build_schema(resources.files("wbdist.server.gql").joinpath("schema.graphql").read_text())
     scalars.install(schema)
-    for part in (session, projects, runs, history, run_files):
+    for part in (session, projects, runs, run_changes, history, run_files):
         for type_name, fields in part.RESOLVERS.items():
             kind = schema.type_map[type_name]
             assert isinstance(kind, GraphQLObjectType)

@@ -83,6 +83,8 @@ class RunRow(msgspec.Struct, kw_only=True):
     """Last live `_step`, -1 when none."""
     metrics: list[str]
     """Names of the numeric history columns of the live view, sorted, without those starting with '_'."""
+    stopping: bool = False
+    """Somebody asked its process to stop; until it ends or is opened again."""
     version: int
     """Grows with every change of this run: a cheap 'has anything changed' for live pages."""
     view: int | None = None
@@ -188,6 +190,14 @@ class Store(Protocol):
     ) -> None:
         """Replaces it; `merge`: the keys that are given, as of one of several writers. After a rewind or fork what was there at
         the branch point stays under it. Ignored when `attempt` is superseded."""
+        ...
+
+    def delete_run(self, pk: int, now: float) -> None:
+        """It is gone for all readers and its id stays taken. Its lines stay as long as forks show them."""
+        ...
+
+    def ask_to_stop(self, pk: int) -> None:
+        """Sets `stopping`."""
         ...
 
     def silent_runs(self, before: float) -> list[int]:

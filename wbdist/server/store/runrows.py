@@ -43,6 +43,8 @@ def new_run(entity: str, project: str, run_id: str, now: float) -> dict[str, Any
         "metrics": "[]",
         "version": 1,
         "summary_given": False,
+        "deleted_at": None,
+        "stopping": False,
     }
 
 
@@ -99,5 +101,6 @@ def run_row(row: Mapping[Any, Any]) -> RunRow:
         line_counts=json.loads(row["line_counts"]),
         last_step=row["last_step"],
         metrics=json.loads(row["metrics"]),
+        stopping=row["stopping"],
         version=row["version"],
     )

@@ -13,7 +13,7 @@ from wbdist.core.position import HISTORY, RunPosition
 from wbdist.core.states import RunEvent, RunState, next_state
 from wbdist.errors import UsageError
 from wbdist.protocol.attempts import BeginAttempt, BegunAttempt
-from wbdist.server.store import appending, attempts, branches, names, reading
+from wbdist.server.store import appending, attempts, branches, deleting, names, reading
 from wbdist.server.store import opening as attempts_by_opening
 from wbdist.server.store.chunks import ColumnCache
 from wbdist.server.store.engine import Connections
@@ -25,8 +25,9 @@ from wbdist.server.store.views import View, view_of
 _ENDINGS = {RunEvent.EXIT_ZERO, RunEvent.EXIT_NONZERO, RunEvent.LOST, RunEvent.SILENCE, RunEvent.KILL}
 
 # Built once: putting a statement together takes SQLAlchemy longer than running it takes SQLite.
-_BY_PK = runs.c.pk == sa.bindparam("key")
-_BY_NAME = sa.and_(*(runs.c[name] == sa.bindparam(name) for name in ("entity", "project", "run_id")))
+_THERE = runs.c.deleted_at.is_(None)
+_BY_PK = (runs.c.pk == sa.bindparam("key")) & _THERE
+_BY_NAME = sa.and_(*(runs.c[name] == sa.bindparam(name) for name in ("entity", "project", "run_id")), _THERE)
 _RUN = sa.select(runs).where(_BY_PK)
 _RUN_BY_NAME = sa.select(runs).where(_BY_NAME)
 _CURRENT = sa.select(runs.c.attempt).where(_BY_PK)
@@ -144,7 +145,7 @@ class SqlStore:
         shown = (projects.c.entity, projects.c.project, projects.c.created_at)
         statement = (
             sa.select(*shown, count.label("runs"), latest.label("updated_at"))
-            .join(runs, (runs.c.entity == projects.c.entity) & (runs.c.project == projects.c.project))
+            .join(runs, (runs.c.entity == projects.c.entity) & (runs.c.project == projects.c.project) & _THERE)
             .group_by(*shown)
             .order_by(latest.desc())
         )
@@ -152,7 +153,7 @@ class SqlStore:
             return [dict(row) for row in db.execute(statement).mappings()]
 
     def list_runs(self, entity: str, project: str, *, group: str | None = None, limit: int = 1000) -> list[RunRow]:
-        statement = sa.select(runs).where((runs.c.entity == entity) & (runs.c.project == project))
+        statement = sa.select(runs).where((runs.c.entity == entity) & (runs.c.project == project) & _THERE)
         if group is not None:
             statement = statement.where(runs.c.run_group == group)
         with self._db.read() as db:
@@ -161,7 +162,7 @@ class SqlStore:
 
     def silent_runs(self, before: float) -> list[int]:
         states = [RunState.RUNNING.value, RunState.PREEMPTING.value]
-        statement = sa.select(runs.c.pk).where(runs.c.state.in_(states) & (runs.c.heartbeat_at < before))
+        statement = sa.select(runs.c.pk).where(runs.c.state.in_(states) & (runs.c.heartbeat_at < before) & _THERE)
         with self._db.read() as db:
             return list(db.execute(statement).scalars())
 
@@ -189,7 +190,7 @@ class SqlStore:
                     attempts.end(db, pk, attempt, now, cause=cause, exit_code=exit_code)
                 return run_row(run)
             state = next_state(RunState(run["state"]), event)
-            change: dict[str, Any] = {}
+            change: dict[str, Any] = {"stopping": False} if run["stopping"] and event in {RunEvent.START, *_ENDINGS} else {}
             if event in {RunEvent.BEAT, RunEvent.START}:
                 change["heartbeat_at"] = now
             if state != run["state"]:
@@ -202,6 +203,16 @@ class SqlStore:
                 guess = event is RunEvent.SILENCE
                 attempts.end(db, pk, run["attempt"], now, cause=cause, exit_code=exit_code, only_open=guess)
             return run_row(self._locked(db, pk))
+
+    def delete_run(self, pk: int, now: float) -> None:
+        with self._db.write() as db:
+            self._locked(db, pk)
+            deleting.delete(db, pk, now)
+
+    def ask_to_stop(self, pk: int) -> None:
+        with self._db.write() as db:
+            self._locked(db, pk)
+            db.execute(sa.update(runs).where(runs.c.pk == pk).values(stopping=True, version=runs.c.version + 1))
 
     # Attempts -------------------------------------------------------------------------------------------
 
