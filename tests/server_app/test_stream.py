@@ -46,14 +46,21 @@ class Job:
         return [row["_step"] for row in self.ctx.store.history(self.pk)]
 
     def send(
-        self, lines: list[str] | None = None, seq: int = 0, *, attempt: int = 1, ended: str = "", **fields: Any
+        self,
+        lines: list[str] | None = None,
+        seq: int = 0,
+        *,
+        attempt: int = 1,
+        writer: str = "rank0",
+        ended: str = "",
+        **fields: Any,
     ) -> tuple[int, StreamReply]:
         """As our client: stamped."""
         files = {} if lines is None else {HISTORY: FileChunk(content=lines, offset=seq)}
         stamp = StreamStamp(
             attempt=attempt,
             nonce=f"n{attempt}",
-            writer="rank0",
+            writer=writer,
             seq={} if lines is None else {HISTORY: seq},
             ended=Ended(cause=ended) if ended else None,
         )
@@ -207,6 +214,28 @@ def test_the_last_word_beats_a_guess(ctx: AppContext, clock: Any) -> None:
     job.begin(3)
     job.send(rows(0, 1), attempt=2, ended="lost")
     assert [a.end_cause for a in ctx.store.attempts(job.pk)] == ["exit", "lost", ""]
+
+
+@pytest.mark.parametrize("words", [("lost", "exit"), ("exit", "lost")])
+def test_of_two_writers_the_one_that_ends_the_attempt_decides(ctx: AppContext, words: tuple[str, str]) -> None:
+    """Proves that an attempt whose first writer was lost, and whose second ended it, has ended by the second's word, in
+    whatever order the two journals arrive."""
+    job = Job(ctx)
+    for word in words:
+        complete: dict[str, Any] = {"complete": True, "exitcode": 0} if word == "exit" else {}
+        job.send(rows(0, 1), writer="rank0" if word == "lost" else "rank0.1", ended=word, **complete)
+    assert [(a.end_cause, a.exit_code) for a in ctx.store.attempts(job.pk)] == [("exit", 0)]
+    assert job.row.state == RunState.FINISHED
+
+
+def test_an_attempt_with_a_living_writer_has_not_ended(ctx: AppContext) -> None:
+    """Proves that rows of a second writer take back the end that the first one's loss looked like."""
+    job = Job(ctx)
+    job.send(rows(0, 1), ended="lost")
+    assert job.row.state == RunState.CRASHED
+    job.send(rows(1, 2), writer="rank0.1")
+    assert [(a.end_cause, a.ended_at) for a in ctx.store.attempts(job.pk)] == [("", None)]
+    assert job.row.state == RunState.RUNNING
 
 
 def test_a_fenced_attempt_may_tell_its_end(ctx: AppContext) -> None:

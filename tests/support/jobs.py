@@ -35,6 +35,8 @@ class Server:
     def __init__(self, data_dir: Path, *arguments: str) -> None:
         self.data_dir = data_dir
         self._arguments = arguments
+        self.environment: dict[str, str] = {}
+        """Variables on top of ours."""
         self.port = "0"
         self.process: subprocess.Popen[bytes] | None = None
         self.url = ""
@@ -60,6 +62,7 @@ class Server:
                 ],
                 stdout=log,
                 stderr=log,
+                env={**os.environ, **self.environment},
             )
         poll(
             lambda: port_file.exists() and port_file.read_text().strip(),

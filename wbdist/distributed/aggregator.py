@@ -44,6 +44,9 @@ TICK = 0.25
 LINGER = 10.0
 """Seconds that the other ranks have, after rank 0 ended or was lost, to end too; and a remote rank to connect again."""
 HANDSHAKE = 5.0
+STRANGERS = 2.0
+"""How long it stays after rank 0 was lost, when nobody else is left but ranks that never came: a live one, which tries every
+moment, would have come; a launcher that takes the job down must not be outlived for LINGER."""
 FAREWELL = 2.0
 """Seconds for the feeders to hang up after FINISHED."""
 INBOX = 64
@@ -161,9 +164,14 @@ class Aggregator:
                 self._look_for_dead(now)
             self._answer_drains()
             if all(rank.gone for rank in self._ranks) or (
-                self._rank0_gone_at is not None and now - self._rank0_gone_at > LINGER
+                self._rank0_gone_at is not None and now - self._rank0_gone_at > self._patience()
             ):
                 return self._end()
+
+    def _patience(self) -> float:
+        """Seconds to stay after rank 0 is gone."""
+        strangers = all(rank.gone or rank.rows is None for rank in self._ranks)
+        return STRANGERS if strangers and self._ranks[0].lost_at is not None else LINGER
 
     def _accept(self) -> None:
         while True:
@@ -411,16 +419,19 @@ def main() -> None:
         raise SystemExit(error.exit_code) from None
     port = listener.address[1]
     assert isinstance(port, int)
-    _answer(
-        Started(
-            address=(plan.host, port),
-            journal=str(run.journal_path),
-            url=run.url,
-            name=run.name,
-            entity=run.entity,
-            project=run.project,
+    try:
+        _answer(
+            Started(
+                address=(plan.host, port),
+                journal=str(run.journal_path),
+                url=run.url,
+                name=run.name,
+                entity=run.entity,
+                project=run.project,
+            )
         )
-    )
+    except BrokenPipeError:  # rank 0 was gone before we came up, and nobody else knows of us: the run is lost, not failed
+        os._exit(EXIT_RETRYABLE)
     try:
         code = aggregator.serve()
     except Error as error:

@@ -23,6 +23,7 @@ from wbdist.server.store.views import view_of
 
 _SUPERSEDED = "superseded"
 _SILENCE = RunEvent.SILENCE.value
+_LOST = RunEvent.LOST.value
 _GUESSES = ("", _SUPERSEDED, _SILENCE)
 """Ends that a later word about the attempt may correct."""
 
@@ -174,15 +175,20 @@ def laid_over(db: sa.Connection, run: sa.RowMapping, summary: dict[str, Any], *,
 def end(
     db: sa.Connection, pk: int, attempt: int, now: float, *, cause: str, exit_code: int | None, only_open: bool = False
 ) -> None:
-    """Records how an attempt ended; `only_open`: unless something is known already."""
+    """Records how an attempt ended; `only_open`: unless something is known already.
+
+    Of several writers of one attempt (an aggregator that was lost, and the next) the one that ends it by its own word decides,
+    whichever is heard first.
+    """
     where = (attempts.c.run_pk == pk) & (attempts.c.attempt == attempt)
-    where &= attempts.c.ended_at.is_(None) if only_open else attempts.c.end_cause.in_(_GUESSES)
+    weaker = _GUESSES if cause == _LOST else (*_GUESSES, _LOST)
+    where &= attempts.c.ended_at.is_(None) if only_open else attempts.c.end_cause.in_(weaker)
     db.execute(sa.update(attempts).where(where).values(ended_at=now, end_cause=cause, exit_code=exit_code))
 
 
 def reopen(db: sa.Connection, pk: int, attempt: int) -> None:
-    """It was only believed dead: it speaks again."""
-    where = (attempts.c.run_pk == pk) & (attempts.c.attempt == attempt) & (attempts.c.end_cause == _SILENCE)
+    """It was only believed dead, or another writer of it was lost: it speaks again."""
+    where = (attempts.c.run_pk == pk) & (attempts.c.attempt == attempt) & attempts.c.end_cause.in_((_SILENCE, _LOST))
     db.execute(sa.update(attempts).where(where).values(ended_at=None, end_cause="", exit_code=None))
 
 
