@@ -69,6 +69,16 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     """Name of this machine as shown; default: what the machine calls itself."""
     program: str | None = None
     """The script as shown; default: what `__main__` was loaded from."""
+    x_label: str | None = None
+    """Name of this writer among several of one run: its system metrics carry it."""
+    x_disable_stats: bool = False
+    """No system metrics."""
+    x_stats_sampling_interval: float = 15.0
+    """Seconds between two samples of the system metrics; at least 0.1."""
+    x_stats_disk_paths: tuple[str, ...] = ("/",)
+    """Disks whose space and traffic are sampled."""
+    x_stats_gpu_device_ids: tuple[int, ...] | None = None
+    """GPUs to sample; None: all."""
     start_method: str | None = None
     """Accepted as in W&B and ignored: there is no service process to start in one way or another."""
 
@@ -83,7 +93,15 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         _check_values(
             {
                 name: getattr(self, name)
-                for name in ("mode", "reinit", "console", "finish_timeout", "init_timeout", "claim_timeout")
+                for name in (
+                    "mode",
+                    "reinit",
+                    "console",
+                    "finish_timeout",
+                    "init_timeout",
+                    "claim_timeout",
+                    "x_stats_sampling_interval",
+                )
             }
         )
 
@@ -122,6 +140,9 @@ def _check_values(values: Mapping[str, Any], source: str = "") -> None:
     for name in ("finish_timeout", "init_timeout", "claim_timeout"):
         if name in values and not (isinstance(values[name], int | float) and values[name] >= 0):
             raise UsageError(f"setting {name}={values[name]!r}{where} must be a number of seconds, 0 or more")
+    interval = values.get("x_stats_sampling_interval", 1.0)
+    if not (isinstance(interval, int | float) and interval >= 0.1):
+        raise UsageError(f"setting x_stats_sampling_interval={interval!r}{where} must be a number of seconds, at least 0.1")
 
 
 def field_names() -> tuple[str, ...]:
@@ -154,6 +175,8 @@ def from_environment(environ: Mapping[str, str]) -> dict[str, Any]:
             if not variable.startswith(prefix) or text == "":
                 continue
             short = variable[len(prefix) :].lower()
+            if short.startswith("_"):
+                short = f"x{short}"  # W&B's other form of its x_ settings: WANDB__DISABLE_STATS
             name = SPECIAL_NAMES.get(short, short)
             if name in _FIELDS and not (prefix == "WANDB_" and name in NOT_FROM_WANDB):
                 values[name] = _convert(name, text, variable)
@@ -236,6 +259,8 @@ def _convert(name: str, value: Any, source: str) -> Any:
         value = synonyms[value.lower() if isinstance(value, str) else value]
     if name == "run_tags" and isinstance(value, str):
         value = tuple(tag.strip() for tag in value.split(",") if tag.strip()) if source != "init()" else (value,)
+    if name in ("x_stats_disk_paths", "x_stats_gpu_device_ids") and isinstance(value, str):
+        value = tuple(part for part in value.replace(",", " ").split())
     if name in ("root_dir", "data_dir") and isinstance(value, os.PathLike):
         value = os.fspath(value)
     _check_values({name: value} if name in _ALLOWED else {}, source)

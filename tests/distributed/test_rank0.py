@@ -227,3 +227,35 @@ def test_per_rank_runs_share_a_group(ranks: Ranks) -> None:
         position = ranks.events("drained")[rank]["position"]
         assert position["run_id"] == f"job-r{rank}"
         assert position["watermark"]["counts"]["wandb-history.jsonl"] == {f"rank{rank}": 10}
+
+
+def test_system_metrics_of_every_rank(ranks: Ranks, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Proves that the one run has every rank's process by label and each machine once; and that a successor of a killed
+    aggregator passes on no sample again."""
+    monkeypatch.setenv("WANDB_X_STATS_SAMPLING_INTERVAL", "0.1")
+    ranks.start(2, strategy="rank0", steps=20, gate={"0": 10, "1": 10})
+    ranks.until("gate", 2)
+
+    def taken() -> list[set[str]]:
+        return [set(data) for path in ranks.journals() for data in records_of(path, Kind.STATS)]
+
+    def labels() -> set[str]:
+        return {name.partition("/l:")[2] for names in taken() for name in names if name.startswith("system.")}
+
+    wait_until(lambda: labels() == {"rank0", "rank1"}, "samples of both")
+    _running_aggregator(ranks).kill()
+    wait_until(lambda: len(ranks.journals()) == 2, "the successor's journal")
+    count = len(taken())
+    wait_until(lambda: len(taken()) > count + 4, "samples in the successor's journal")
+    ranks.open_gate()
+    assert ranks.wait() == [0, 0], ranks.errors()
+    names = set().union(*taken())
+    assert {"system.cpu/l:rank0", "system.cpu/l:rank1", "system.memory_percent/l:rank0"} <= names
+    assert "system.memory_percent/l:rank1" not in names
+    times = [
+        (record.data["_rank"], record.time)
+        for path in ranks.journals()
+        for record in JournalReader.open(path).read(1 << 24)
+        if record.kind is Kind.STATS
+    ]
+    assert len(times) == len(set(times)), "a sample stands twice"

@@ -53,7 +53,9 @@ INBOX = 64
 """Messages read ahead of the work; beyond, the sockets fill and the feeders' cursors lag."""
 
 MARKS = frozenset({Kind.ROW, Kind.COMMIT, Kind.END})
-"""What makes rows; everything else of rank 0 is passed on."""
+"""What makes rows; everything else of rank 0 is passed on, and every rank's system metrics."""
+OF_RANK = "_rank"
+"""Key of a sample of system metrics in the run's journal: the rank that took it."""
 
 
 class Plan(msgspec.Struct, frozen=True, kw_only=True):
@@ -95,6 +97,8 @@ class Rank:
         self.promise = (0, 0)
         """(offset, step): with the journal taken up to `offset`, the rank adds nothing below `step`."""
         self.ops: dict[str, str] = {}
+        self.sampled = 0.0
+        """Unix time of its last sample of system metrics that the run has."""
         self.connection: Connection | None = None
         self.disconnected = 0.0
         self.local: Path | None = None
@@ -145,6 +149,9 @@ class Aggregator:
                         if record.kind is Kind.ROW:
                             assert record.step is not None  # our rows always name it
                             self._aligner.skip_to(record.step + 1)
+                        elif record.kind is Kind.STATS:
+                            rank = self._ranks[int(record.data.get(OF_RANK, 0))]
+                            rank.sampled = max(rank.sampled, record.time)
                         elif record.kind not in MARKS and record.kind is not Kind.PREEMPTING:
                             others += 1
                 self._passed_on += max(0, others - self._own_records)
@@ -287,6 +294,10 @@ class Aggregator:
             self._tell(rank, Message.RECEIVED)
         elif record.kind is Kind.DEFINE and "reduce" in record.data:
             rank.ops = {**rank.ops, **record.data["reduce"]}  # a new dict: rows that wait keep the old one
+        elif record.kind is Kind.STATS:
+            if record.time > rank.sampled:  # else a predecessor has passed it on
+                rank.sampled = record.time
+                self._journal.append(Kind.STATS, {**record.data, OF_RANK: rank.number}, record.time)
         elif rank.number == 0:
             self._pass_on(record)
 

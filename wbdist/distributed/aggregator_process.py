@@ -84,7 +84,11 @@ class AggregatorProcess:
         self._starts += 1
         plan = Plan(
             spec=msgspec.structs.replace(
-                spec, writer=writer, capture_console=False, must_be_new=spec.must_be_new and not self._journals
+                spec,
+                writer=writer,
+                capture_console=False,
+                sample="nothing",
+                must_be_new=spec.must_be_new and not self._journals,
             ),
             world_size=self._world_size,
             parent=os.getpid(),

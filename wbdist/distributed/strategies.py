@@ -207,6 +207,7 @@ class SharedRun(RankRun):
                 project=meeting.project or spec.project,
                 name=meeting.name or spec.name,
                 capture_console=spec.capture_console and identity.rank == 0,
+                sample="all" if identity.local_rank == 0 else "process",
                 url=meeting.url,
             )
         )

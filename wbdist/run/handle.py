@@ -19,6 +19,7 @@ from wbdist.run import console, process_end
 from wbdist.run.config import Config
 from wbdist.run.journal import Kind
 from wbdist.run.summary import Summary
+from wbdist.run.system import sampler
 from wbdist.run.values import NeedsFilesError, summary_values
 
 if TYPE_CHECKING:
@@ -86,6 +87,7 @@ class Run:
         self._files: SavedFiles | None = None
         self._on_finish: list[Callable[[], None]] = []
         self._log_row: Callable[[Mapping[str, Any], int | None, bool | None], bool] = journal.log
+        self._sampling: sampler.Subscription | None = None
         self._defined: JournaledSummary | None = None
         """Where the summary comes from once there are defined metrics."""
         self._summary = Summary(self._set_summary, self._summary_values)
@@ -348,6 +350,8 @@ class Run:
         if self._state == "foreign":
             self._check_usable("finish()")
         code = process_end.code_of(sys.exc_info()[1]) if exit_code is None else int(exit_code)
+        if self._sampling is not None:
+            sampler.unsubscribe(self._sampling)  # not under the lock: a sample that is being taken wants it
         with self._lock:
             if self._state != "open":
                 return
@@ -413,6 +417,20 @@ class Run:
         """From now on, what this process prints is kept with the run."""
         console.attach(self._keep_line)
 
+    def sample_system(self) -> None:
+        """From now on, system metrics of this process, and of the machine as the spec says, are kept with the run."""
+        settings, spec = self.settings, self._spec
+        label = settings.x_label or (f"rank{spec.rank}" if spec.role == "feed" else "")
+        self._sampling = sampler.Subscription(
+            self._keep_sample,
+            settings.x_stats_sampling_interval,
+            host=spec.sample == "all",
+            label=label,
+            disk_paths=settings.x_stats_disk_paths,
+            gpus=settings.x_stats_gpu_device_ids,
+        )
+        sampler.subscribe(self._sampling)
+
     def on_finish(self, callback: Callable[[], None]) -> None:
         """`callback` is called once, when the run has ended and its journal is closed, in the thread that ends it."""
         self._on_finish.append(callback)
@@ -438,7 +456,8 @@ class Run:
             kept = summary_values(changed)
         except NeedsFilesError:
             kept = {} if self.disabled else summary_values(self._with_files(changed, "summary"))
-        self._journal.append(Kind.SUMMARY, {"set": kept, "delete": list(deleted)})
+        change = {"set": kept, "delete": list(deleted)}
+        self._journal.append(Kind.SUMMARY, {what: names for what, names in change.items() if names})
 
     def _with_files(self, data: Mapping[Any, Any], step: int | str) -> dict[Any, Any]:
         """`data` with its media written to the run's files, and records of them in their places."""
@@ -475,6 +494,12 @@ class Run:
         except (JournalError, TypeError) as error:
             console.detach(self._keep_line)
             logger.warning("run %s: console output is not kept any more: %s", self.id, error)
+
+    def _keep_sample(self, metrics: dict[str, float]) -> None:
+        try:
+            self._journal.append(Kind.STATS, metrics)
+        except JournalError as error:  # rows raise it, where somebody can act on it
+            logger.warning("run %s: a sample of the system metrics is lost: %s", self.id, error)
 
     def _refuse_row(self, *_: Any, **__: Any) -> NoReturn:
         self._check_usable("log()")

@@ -21,6 +21,7 @@ from wbdist.run import autoresume, console, machine, process_end
 from wbdist.run.disabled import NoJournal
 from wbdist.run.handle import Run
 from wbdist.run.journal import JournalHeader, JournalWriter, Kind, journal_name
+from wbdist.run.system import sampler
 from wbdist.settings import Settings
 
 if TYPE_CHECKING:
@@ -75,6 +76,8 @@ class RunSpec(msgspec.Struct, frozen=True, kw_only=True):
     force: bool = False
     """Raise instead of going on with the journal alone when the server is away."""
     capture_console: bool = True
+    sample: Literal["nothing", "process", "all"] = "all"
+    """System metrics: of this process alone, or of the machine too; where `Settings.x_disable_stats` does not forbid it."""
     url: str | None = None
     """The run's page, when somebody else has registered the run (a feed's)."""
 
@@ -171,6 +174,8 @@ def open_run(spec: RunSpec) -> Run:
         _announce(run, placed)
     if spec.capture_console:
         run.capture_console()
+    if spec.sample != "nothing" and not spec.settings.x_disable_stats:
+        run.sample_system()
     return _enlist(run)
 
 
@@ -371,6 +376,7 @@ def _after_fork() -> None:
         run._disown()  # noqa: SLF001
     _active.clear()
     console.forget_all()
+    sampler.forget_all()
 
 
 os.register_at_fork(after_in_child=_after_fork)
