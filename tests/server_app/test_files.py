@@ -3,21 +3,36 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
 import hashlib
+import importlib.util
 import socket
+import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import requests
 from starlette.applications import Starlette
 from starlette.testclient import TestClient
 
+from wbdist.core.position import FILES as STREAM
+from wbdist.core.position import Watermark
 from wbdist.protocol import operations
+from wbdist.protocol.attempts import STAMP_HEADER, BeginAttempt
 from wbdist.server import transfers
 from wbdist.server.context import AppContext
-from wbdist.server.files import FileStore, normal_name
+from wbdist.server.files import normal_name
 from wbdist.server.store.interface import RunFields
+
+_spec = importlib.util.spec_from_file_location("wbdist_files_conftest", Path(__file__).with_name("conftest.py"))
+assert _spec is not None
+assert _spec.loader is not None
+_conftest = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(_conftest)
+ServerProcess = _conftest.ServerProcess
 
 FILES = """
 query RunFiles($names: [String], $pattern: String) { project(name: "files", entityName: "local") { run(name: "r") {
@@ -56,8 +71,9 @@ def test_a_file_goes_up_and_comes_down(server: Any, slots: Any) -> None:
     assert answer.headers["content-disposition"].startswith("attachment")
     part = requests.get(node["url"], headers={"Range": "bytes=10-19"}, timeout=10)
     assert (part.status_code, part.content) == (206, content[10:20])
-    folders = list((server.data_dir / "files").iterdir())
-    assert len(list(folders[0].glob("*.blob"))) == 1, "replaced versions are removed"
+    head = requests.head(node["url"], timeout=10)
+    assert (head.status_code, head.headers["content-length"]) == (200, str(len(content)))
+    assert not list((server.data_dir / "files" / "tmp").iterdir())
 
 
 def test_addresses_are_good_for_one_thing(server: Any, slots: Any) -> None:
@@ -114,14 +130,129 @@ def test_an_address_ends(ctx: AppContext, clock: Any) -> None:
     assert client.put(url, content=b"2").status_code == 403
 
 
-def test_case_and_nesting_need_no_rule(tmp_path: Path) -> None:
-    """Proves that `a`, `A` and `a/b` live side by side, and that uncommitted writes vanish."""
-    files = FileStore(tmp_path)
-    for name in ("a", "A", "a/b"):
-        with files.writer(1, name) as writer:
-            writer.write(name.encode())
-            writer.commit(1.0)
-    with files.writer(1, "a") as writer:
-        writer.write(b"never")
-    assert {record.name: files.path(1, record).read_text() for record in files.list(1)} == {"a": "a", "A": "A", "a/b": "a/b"}
-    assert len(list((tmp_path / "1").iterdir())) == 6
+def test_case_and_nesting_need_no_rule(server: Any, slots: Any) -> None:
+    """Proves that `a`, `A` and `a/b` live side by side."""
+    for name in ("case/a", "case/A", "case/a/b"):
+        assert requests.put(slots(name)[name], data=name, timeout=10).status_code == 200
+    nodes = listed(server, pattern="case/%")
+    assert {name: requests.get(node["url"], timeout=10).text for name, node in nodes.items()} == {name: name for name in nodes}
+    assert sorted(nodes) == ["case/A", "case/a", "case/a/b"]
+
+
+def test_a_content_lies_on_disk_once(server: Any, slots: Any) -> None:
+    """Proves that the same bytes, under whatever name and however often sent, take their place once."""
+    content = b"the same" * 1000
+    place = server.data_dir / "files" / "blobs" / hashlib.sha256(content).hexdigest()[:2] / hashlib.sha256(content).hexdigest()
+    for name in ("once/1", "once/2", "once/1"):
+        assert requests.put(slots(name)[name], data=content, timeout=10).status_code == 200
+    assert place.read_bytes() == content
+    assert len([blob for blob in (server.data_dir / "files").rglob("*") if blob.is_file() and blob.samefile(place)]) == 1
+
+
+def test_deleting_and_marking(server: Any, slots: Any) -> None:
+    """Proves deleteFiles by id, that it may be repeated, and that markRunFilesUploaded says what is there."""
+    requests.put(slots("gone.txt")["gone.txt"], data=b"1", timeout=10)
+    mark = (
+        'mutation($f: [String!]!) { markRunFilesUploaded(input: {projectName: "files", runName: "r", files: $f}) { success } }'
+    )
+    assert server.graphql(mark, f=["./gone.txt"])["markRunFilesUploaded"]["success"] is True
+    query = '{ project(name: "files") { internalId run(name: "r") { files(names: ["gone.txt"]) { edges { node { id } } } } } }'
+    project = server.graphql(query)["project"]
+    node = project["run"]["files"]["edges"][0]["node"]
+    delete = "mutation($f: [ID!]!, $p: Int) { deleteFiles(input: {files: $f, projectId: $p}) { success } }"
+    for _ in range(2):
+        assert server.graphql(delete, f=[node["id"]], p=int(project["internalId"]))["deleteFiles"]["success"] is True
+    assert "gone.txt" not in listed(server)
+    assert listed(server, names=["gone.txt"])["gone.txt"]["md5"] == "0"
+    assert server.graphql(mark, f=["gone.txt"])["markRunFilesUploaded"]["success"] is False
+    refused = server.post("/graphql", json={"query": delete, "variables": {"f": ["File:x:1"]}})
+    assert refused.status_code == 404
+
+
+def test_a_stamped_upload_belongs_to_its_attempt(server: Any) -> None:
+    """Proves the stamp header over HTTP: repeats, a fenced attempt (409), an unknown one (404), nonsense (400), and that the
+    archived attempt's file is downloaded by its immutable id and cannot be written to."""
+    server.post("/graphql", data=operations.upsert_run(project="files", run_id="att").body())
+
+    def begin(attempt: int, base: Watermark | None = None) -> None:
+        begun = server.post(
+            "/graphql",
+            data=operations.begin_attempt("local", "files", "att", BeginAttempt(attempt, f"n{attempt}", "w", base)).body(),
+        )
+        assert begun.json()["data"]["beginAttempt"]["accepted"] is True
+
+    def put(content: str, stamp: str, run: str = "att") -> requests.Response:
+        address = f"{server.url}/files/local/files/{run}/content/ck"
+        return requests.put(address, data=content, headers={STAMP_HEADER: stamp}, auth=("api", server.key), timeout=10)
+
+    def read(run: str) -> str:
+        query = 'query($r: String!) { project(name: "files") { run(name: $r) { files { edges { node { url } } } } } }'
+        edges = server.graphql(query, r=run)["project"]["run"]["files"]["edges"]
+        return requests.get(edges[0]["node"]["url"], timeout=10).text
+
+    begin(1)
+    for seq, content in enumerate(["one", "two"]):
+        for _ in range(2):
+            assert put(content, f'{{"attempt":1,"nonce":"n1","writer":"w","seq":{seq}}}').status_code == 200
+    begin(2, Watermark(1, {STREAM: {"w": 1}}))
+    assert (read("att"), read("att:1"), read("att:2")) == ("one", "two", "one")
+    fenced = put("late", '{"attempt":1,"nonce":"n1","writer":"w","seq":2}')
+    assert (fenced.status_code, fenced.json()["wbdist"]) == (409, {"code": "fenced", "attempt": 2})
+    assert (read("att"), read("att:1")) == ("one", "late")
+    assert put("x", '{"attempt":9,"nonce":"n","writer":"w","seq":0}').status_code == 404
+    for nonsense in (
+        "",
+        "[]",
+        "{",
+        '{"attempt":1,"nonce":"n1","writer":"w","seq":-1}',
+        '{"attempt":1,"nonce":"","writer":"w","seq":1}',
+    ):
+        assert put("x", nonsense).status_code == 400, nonsense
+    assert put("x", '{"attempt":1,"nonce":"n1","writer":"w","seq":9}', "att:1").status_code == 403
+    assert read("att:1") == "late"
+
+
+def test_an_oversized_file_is_refused_before_it_is_sent(ctx: AppContext, clock: Any) -> None:
+    """Proves 413 by the declared length and by what really arrives, with nothing kept of it."""
+    small = msgspec.structs.replace(ctx.settings, max_file_bytes=10)
+    ctx = dataclasses.replace(ctx, settings=small)
+    run, _ = ctx.store.upsert_run("local", "p", "r", RunFields(), clock.now)
+    url = transfers.transfer_url(ctx, "", run, "x", "PUT")
+    client = TestClient(Starlette(routes=transfers.routes(ctx)))
+    assert client.put(url, content=b"x" * 11).status_code == 413
+    assert client.put(url, content=iter([b"x" * 6, b"x" * 6])).status_code == 413
+    assert client.put(url, content=b"x" * 10).status_code == 200
+    assert [version.size for version in ctx.store.files.live(run)] == [10]
+    root = ctx.files.path("ab").parents[2]
+    assert not list((root / "tmp").iterdir())
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A disk of 2 MiB; skips where it cannot be made (it takes root)."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", place], capture_output=True, check=False)
+    if done.returncode != 0:
+        pytest.skip("needs the right to mount a small tmpfs")
+    yield place
+    subprocess.run(["umount", place], check=True)
+
+
+def test_a_full_disk_is_a_507_and_the_server_lives(small_disk: Path, tmp_path: Path) -> None:
+    """Proves that a file that does not fit is refused with a message, leaves nothing behind, and the next one is stored."""
+    with ServerProcess(tmp_path / "data", "--files", str(small_disk)) as server:
+        server.post("/graphql", data=operations.upsert_run(project="files", run_id="r").body())
+        address = server.url + "/files/local/files/r/content/"
+
+        def put(name: str, size: int) -> requests.Response:
+            return requests.put(address + name, data=b"x" * size, auth=("api", server.key), timeout=20)
+
+        for _ in range(2):
+            refused = put("big", 3 * 2**20)
+            assert refused.status_code == 507
+            assert "full" in refused.json()["errors"][0]["message"]
+            assert not list((small_disk / "tmp").iterdir())
+        assert put("small", 1000).status_code == 200
+        run = server.graphql(FILES)["project"]["run"]
+        assert [edge["node"]["name"] for edge in run["files"]["edges"]] == ["small"]

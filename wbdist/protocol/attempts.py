@@ -33,6 +33,21 @@ class StreamStamp(msgspec.Struct, frozen=True, omit_defaults=True):
     ended: Ended | None = None
 
 
+STAMP_HEADER = "X-WBDIST-STAMP"
+"""Header of a PUT of a run's file: a FileStamp as JSON. Other servers ignore it."""
+
+
+class FileStamp(msgspec.Struct, frozen=True, omit_defaults=True):
+    """Names one version of a file: line `seq` of `writer` in the stream FILES. Seqs may arrive in any order, and some never."""
+
+    attempt: int
+    nonce: str
+    writer: str
+    seq: int
+    step: int | None = None
+    """The run's last step when the file was saved; None: the last one that the server has."""
+
+
 class StreamAnswer(msgspec.Struct, frozen=True, omit_defaults=True):
     """What the server says of our stamp. `code` is '' (stored), 'gap' or 'fenced' (both with HTTP 409)."""
 

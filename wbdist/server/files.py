@@ -1,18 +1,20 @@
-"""Files of runs, on this machine's disk.
+"""Bytes of files on this machine's disk, each content once, under its SHA-256.
 
-A file is a blob of its own plus a small record that names it; renaming the record into place is the commit, so a reader
-sees the old or the new file whole, and a torn upload is never visible. Blobs have random names: no file name of a client
-ever becomes a path of ours, so neither `..`, nor case, nor `a` beside `a/b` needs a rule.
+No name of a client ever becomes a path of ours, so neither `..`, nor case, nor `a` beside `a/b` needs a rule. Bytes are written
+to a file without meaning, synced, and renamed into place; only then may a row of the store name them. A content that no row
+came to name (the process was killed in between) is found there by the next upload of the same.
 """
 
 from __future__ import annotations
 
 import base64
 import contextlib
+import errno
 import hashlib
-import mimetypes
 import os
 import secrets
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -20,16 +22,21 @@ from typing import Self
 import msgspec
 
 _MAX_NAME = 1024
+_ABANDONED = 86400.0
+"""Seconds after which a file in `tmp` is nobody's: no address for an upload is good for longer."""
 
 
-class FileRecord(msgspec.Struct, frozen=True):
-    name: str
-    blob: str
-    size: int
+class FullDiskError(Exception):
+    """There is no space for a file; nothing of it was kept."""
+
+
+class Content(msgspec.Struct, frozen=True):
+    """Bytes that lie on disk, synced."""
+
+    sha256: str
     md5: str
     """Base64, as W&B gives it."""
-    mimetype: str
-    updated_at: float
+    size: int
 
 
 def normal_name(name: str) -> str:
@@ -41,95 +48,86 @@ def normal_name(name: str) -> str:
 
 
 class FileStore:
-    """Thread-safe: every write is a rename. Runs are told apart by their key in the store."""
+    """Thread-safe, also for several processes on one folder."""
 
     def __init__(self, root: Path) -> None:
         self._root = root
-        root.mkdir(parents=True, exist_ok=True)
-
-    def get(self, run: int, name: str) -> FileRecord | None:
-        """The file as it is now, None when there is none."""
-        try:
-            return msgspec.json.decode(self._record_path(run, name).read_bytes(), type=FileRecord)
-        except FileNotFoundError:
-            return None
-
-    def list(self, run: int) -> list[FileRecord]:
-        """All files of a run, by name."""
-        found = []
-        for path in self._folder(run).glob("*.json"):
+        self._temporary = root / "tmp"
+        self._temporary.mkdir(parents=True, exist_ok=True)
+        for left in self._temporary.iterdir():
             with contextlib.suppress(FileNotFoundError):
-                found.append(msgspec.json.decode(path.read_bytes(), type=FileRecord))
-        return sorted(found, key=lambda record: record.name)
+                if left.stat().st_mtime < time.time() - _ABANDONED:
+                    left.unlink()
 
-    def path(self, run: int, record: FileRecord) -> Path:
-        """Where the bytes lie; a replaced file's bytes are gone from there."""
-        return self._folder(run) / record.blob
+    def path(self, sha256: str) -> Path:
+        """Where a content lies."""
+        return self._root / "blobs" / sha256[:2] / sha256
 
-    def writer(self, run: int, name: str) -> FileWriter:
-        """Receives a new version of `name` (in its normal form)."""
-        folder = self._folder(run)
-        folder.mkdir(parents=True, exist_ok=True)
-        return FileWriter(self, run, name, folder / f"{secrets.token_hex(12)}.blob")
-
-    def commit(self, run: int, record: FileRecord) -> None:
-        """Makes `record` the current version; its blob must be on disk. The version before it is removed."""
-        old = self.get(run, record.name)
-        target = self._record_path(run, record.name)
-        temporary = target.with_suffix(f".{secrets.token_hex(6)}.tmp")
-        temporary.write_bytes(msgspec.json.encode(record))
-        temporary.replace(target)
-        if old is not None and old.blob != record.blob:
-            # A reader that has just opened it keeps reading: the open file outlives its name.
-            self.path(run, old).unlink(missing_ok=True)
-
-    def _folder(self, run: int) -> Path:
-        return self._root / str(run)
-
-    def _record_path(self, run: int, name: str) -> Path:
-        return self._folder(run) / (hashlib.sha256(name.encode()).hexdigest()[:40] + ".json")
+    def writer(self) -> ContentWriter:
+        """Receives a content. Raises FullDiskError."""
+        with _full_disk():
+            return ContentWriter(self, self._temporary / secrets.token_hex(12))
 
 
-class FileWriter:
-    """Context manager: leaving it without `commit` removes what was written."""
+class ContentWriter:
+    """Context manager: leaving it removes what was written, unless it was kept."""
 
-    def __init__(self, store: FileStore, run: int, name: str, path: Path) -> None:
+    def __init__(self, store: FileStore, path: Path) -> None:
         self._store = store
-        self._run = run
-        self._name = name
         self._path = path
         self._file = path.open("xb")
         self._md5 = hashlib.md5(usedforsecurity=False)
-        self._committed = False
+        self._sha256 = hashlib.sha256()
         self.size = 0
 
     def write(self, chunk: bytes) -> None:
-        """Appends; blocks on the disk."""
-        self._file.write(chunk)
+        """Appends; blocks on the disk. Raises FullDiskError."""
+        with _full_disk():
+            self._file.write(chunk)
         self._md5.update(chunk)
+        self._sha256.update(chunk)
         self.size += len(chunk)
 
-    def commit(self, now: float) -> FileRecord:
-        """The file is on disk and visible when this returns."""
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
-        record = FileRecord(
-            name=self._name,
-            blob=self._path.name,
-            size=self.size,
-            md5=base64.b64encode(self._md5.digest()).decode(),
-            mimetype=mimetypes.guess_type(self._name)[0] or "application/octet-stream",
-            updated_at=now,
-        )
-        self._store.commit(self._run, record)
-        self._committed = True
-        return record
+    def keep(self) -> Content:
+        """The bytes are on disk, also after a power cut, when this returns. Raises FullDiskError."""
+        content = Content(self._sha256.hexdigest(), base64.b64encode(self._md5.digest()).decode(), self.size)
+        place = self._store.path(content.sha256)
+        if place.exists():
+            return content
+        with _full_disk():
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            self._file.close()
+            place.parent.mkdir(parents=True, exist_ok=True)
+            self._path.replace(place)
+            _sync_directory(place.parent)
+        return content
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._file.close()
-        if not self._committed:
-            self._path.unlink(missing_ok=True)
+        # What a full disk keeps in the buffer is not wanted any more.
+        with contextlib.suppress(OSError):
+            self._file.close()
+        self._path.unlink(missing_ok=True)
+
+
+def _sync_directory(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+@contextlib.contextmanager
+def _full_disk() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in {errno.ENOSPC, errno.EDQUOT}:
+            raise
+        raise FullDiskError(
+            f"the server's disk for files is full ({error.strerror}), and nothing of this file was stored: free space"
+        ) from error

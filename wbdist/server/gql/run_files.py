@@ -5,9 +5,10 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from wbdist.server.files import FileRecord, normal_name
+from wbdist.server.files import normal_name
 from wbdist.server.gql.call import Call, Info, Resolver, call_of, refuse, run_or_404, storage_id
 from wbdist.server.gql.session import page, page_info
+from wbdist.server.store.files import FileVersion
 from wbdist.server.store.interface import RunRow
 from wbdist.server.transfers import transfer_url
 
@@ -45,16 +46,15 @@ def _files(
     pattern: str | None = None,
 ) -> dict[str, Any]:
     call = call_of(info)
-    nodes: list[tuple[RunRow, str, FileRecord | None]]
+    nodes: list[tuple[RunRow, str, FileVersion | None]]
     wanted = [name for name in names or () if name is not None][:_MAX_FILES]
     if wanted:
         # A name that does not exist is still one node, with md5 "0": so W&B's restore() finds out.
-        nodes = [(run, name, call.app.files.get(run.pk, _checked(name))) for name in wanted]
+        nodes = [(run, name, call.app.store.files.get(run, _checked(name))) for name in wanted]
     else:
         like = _like(pattern) if pattern else None
-        nodes = [
-            (run, record.name, record) for record in call.app.files.list(run.pk) if not like or like.fullmatch(record.name)
-        ]
+        live = call.app.store.files.live(run)
+        nodes = [(run, version.name, version) for version in live if not like or like.fullmatch(version.name)]
     start, stop = page(after, first, len(nodes), 1000)
     edges = [{"node": node, "cursor": str(start + index + 1)} for index, node in enumerate(nodes[start:stop])]
     return {"edges": edges, "pageInfo": page_info(stop, len(nodes))}
@@ -68,11 +68,43 @@ def _like(pattern: str) -> re.Pattern[str]:
     return re.compile("".join(parts.get(char) or re.escape(char) for char in re.sub("%+", "%", pattern)), re.DOTALL)
 
 
+def _mark_uploaded(_source: Any, info: Info, input: dict[str, Any]) -> dict[str, bool]:
+    """Nothing to do: a PUT that was answered is stored. Says whether all of these are there."""
+    call = call_of(info)
+    run = run_or_404(call, input.get("entityName"), input["projectName"], input["runName"])
+    names = {_checked(name) for name in input["files"][:_MAX_FILES]}
+    return {"success": names <= {version.name for version in call.app.store.files.live(run)}}
+
+
+def _delete_files(_source: Any, info: Info, input: dict[str, Any]) -> dict[str, bool]:
+    """A deletion is a version too: what an older attempt had, its incarnation still has."""
+    call = call_of(info)
+    found = [_named_by(call, given) for given in input["files"][:_MAX_FILES]]
+    for run, name in found:
+        gone = FileVersion(name=name, sha256="", md5="", size=0, mimetype="", updated_at=call.app.clock())
+        call.app.store.files.add(run.pk, gone)
+    return {"success": True}
+
+
+def _named_by(call: Call, given: str) -> tuple[RunRow, str]:
+    kind, _, rest = given.partition(":")
+    number, _, name = rest.partition(":")
+    known = kind == "File" and number.isdecimal() and len(number) < 18
+    run = call.app.store.get_run_by_pk(int(number)) if known else None
+    if run is None:
+        raise refuse(404, f"no file has the id {given[:80]!r}")
+    return run, _checked(name)
+
+
 RESOLVERS: dict[str, dict[str, Resolver]] = {
-    "Mutation": {"createRunFiles": _create_run_files},
+    "Mutation": {
+        "createRunFiles": _create_run_files,
+        "markRunFilesUploaded": _mark_uploaded,
+        "deleteFiles": _delete_files,
+    },
     "Run": {
         "files": _files,
-        "fileCount": lambda run, info: len(call_of(info).app.files.list(run.pk)),
+        "fileCount": lambda run, info: len(call_of(info).app.store.files.live(run)),
     },
     "File": {
         "id": lambda node, _info: f"File:{node[0].pk}:{node[1]}",

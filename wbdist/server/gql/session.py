@@ -15,7 +15,7 @@ from wbdist.server.auth import User
 from wbdist.server.gql.call import Call, Info, Resolver, call_of, refuse
 from wbdist.server.store.interface import RunRow
 
-FEATURES = (attempts.FEATURE, "FILESTREAM_GZIP")
+FEATURES = (attempts.FEATURE, "FILESTREAM_GZIP", "MARK_RUN_FILES_UPLOADED")
 _ALL = 2**31
 _MAX_PAGE = 1000
 
@@ -77,8 +77,8 @@ def _project(_source: Any, info: Info, name: str | None = None, entityName: str 
 
 
 def number_of(project: ProjectRef) -> str:
-    """W&B's client reads `int(projectId)`; the store knows projects by name, so the number is made of it."""
-    return str(zlib.crc32(f"{project.entity}/{project.name}".encode()))
+    """W&B's client reads `int(projectId)`; the store knows projects by name, so the number is made of it; a GraphQL Int."""
+    return str(zlib.crc32(f"{project.entity}/{project.name}".encode()) & 0x7FFFFFFF)
 
 
 def _run(project: ProjectRef, info: Info, name: str, **_options: Any) -> RunRow | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import msgspec
 
@@ -11,6 +11,9 @@ from wbdist.core.position import Counts, RunPosition
 from wbdist.core.states import RunEvent, RunState
 from wbdist.errors import UsageError
 from wbdist.protocol.attempts import BeginAttempt, BegunAttempt
+
+if TYPE_CHECKING:
+    from wbdist.server.store.files import FileTable
 
 
 class UnknownRunError(UsageError):
@@ -134,6 +137,11 @@ class Bucket(msgspec.Struct):
 
 class Store(Protocol):
     """Thread-safe, synchronous; every mutation is one transaction and idempotent."""
+
+    @property
+    def files(self) -> FileTable:
+        """Versions of the runs' files."""
+        ...
 
     def upsert_run(
         self,

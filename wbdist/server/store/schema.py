@@ -125,3 +125,23 @@ console_lines = sa.Table(
     sa.Column("seq", sa.BigInteger, primary_key=True),
     sa.Column("line", AnyText, nullable=False),
 )
+
+file_versions = sa.Table(
+    "file_versions",
+    metadata,
+    sa.Column("pk", _BIG, primary_key=True),
+    sa.Column("run_pk", sa.Integer, sa.ForeignKey("runs.pk"), nullable=False),
+    sa.Column("attempt", sa.Integer, nullable=False),
+    sa.Column("lane", AnyText, nullable=False),  # as in cursors
+    sa.Column("writer", AnyText, nullable=False),
+    sa.Column("seq", sa.BigInteger, nullable=False),  # in the stream FILES
+    sa.Column("name", AnyText, nullable=False),
+    sa.Column("sha256", sa.Text, nullable=False),  # where the bytes lie; '' says that the file was deleted
+    sa.Column("md5", sa.Text, nullable=False),
+    sa.Column("size", sa.BigInteger, nullable=False),
+    sa.Column("mimetype", AnyText, nullable=False),
+    sa.Column("step", sa.BigInteger, nullable=False),  # the run's last one when it arrived: a cut by step takes it along
+    sa.Column("updated_at", sa.Double, nullable=False),
+    sa.UniqueConstraint("run_pk", "attempt", "lane", "writer", "seq"),
+    sa.Index("file_versions_by_name", "run_pk", "name"),
+)

@@ -17,6 +17,7 @@ from wbdist.server.store import appending, attempts, branches, deleting, names, 
 from wbdist.server.store import opening as attempts_by_opening
 from wbdist.server.store.chunks import ColumnCache
 from wbdist.server.store.engine import Connections
+from wbdist.server.store.files import FileTable
 from wbdist.server.store.interface import Appended, AttemptRow, Bucket, DeletedRunError, Opening, RunFields, RunRow
 from wbdist.server.store.runrows import incarnation_row, new_run, run_row, to_columns
 from wbdist.server.store.schema import projects, runs
@@ -41,6 +42,7 @@ class SqlStore:
 
     def __init__(self, connections: Connections) -> None:
         self._db = connections
+        self.files = FileTable(connections)
         self._cache = ColumnCache()
 
     def close(self) -> None:
