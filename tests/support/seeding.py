@@ -139,7 +139,7 @@ class Seeds:
             [sys.executable, str(script)],
             cwd=folder,
             env=self.environment(folder, **environment),
-            stdin=subprocess.DEVNULL,
+            stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,

@@ -194,6 +194,11 @@ def global_run(what: str) -> Run:
     """The global run; UsageError when there is none."""
     run = lifecycle.current_run()
     if run is None:
+        if lifecycle.active_runs():
+            raise UsageError(
+                f'there is no global run for wbdist.{what}: runs are open only by reinit="create_new", which are used through '
+                "what init() returned, as in run.log(...)"
+            )
         raise UsageError(f"you must call wbdist.init() before wbdist.{what}")
     return run
 

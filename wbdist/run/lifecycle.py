@@ -243,7 +243,7 @@ def _register(spec: RunSpec, local: LocalRun | None) -> _Placed:
     server, problem = backend.try_server(spec.settings)
     if server is None:
         if spec.force:
-            raise CommError(problem)
+            raise InitStartError(problem)
         return _Placed(_alone(spec, local, problem), problem=problem)
     data_dir = spec.settings.data_dir if server.embedded else ""
     try:
