@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import requests
 from support.seeding import Seeds
 
 import wbdist
@@ -114,6 +115,36 @@ def test_changes_are_written(world: Seeds, api: wbdist.Api) -> None:
     assert run.load(force=True).name == "One"
 
 
+def test_states_and_deletion(world: Seeds, api: wbdist.Api) -> None:
+    """Proves that a run is requeued, given up and deleted as through W&B's Api, and what is refused."""
+    run = api.create_run(project="ended", run_id="one")
+    kept = api.create_run(project="ended", run_id="two", state="pending")
+    assert run.update_state("pending")
+    assert run.state == "pending"
+    assert run.update_state("failed")
+    assert world.read("wandb", "[r.state for r in api.runs('local/ended')]") == ["failed", "pending"]
+    with pytest.raises(wbdist.UsageError, match="pending, failed"):
+        run.update_state("finished")
+    with pytest.raises(wbdist.UsageError, match="delete_artifacts"):
+        run.delete(delete_artifacts=True)
+    run.delete()
+    assert [found.id for found in api.runs("ended")] == [kept.id]
+    with pytest.raises(RunNotFoundError):
+        run.load()
+    with pytest.raises(wbdist.CommError, match="deleted"):
+        api.create_run(project="ended", run_id="one")
+
+
+def test_stop_reaches_the_process(world: Seeds, api: wbdist.Api) -> None:
+    """Proves that after `stop()` the run's next beat is answered with `stopped`, which W&B's client turns into an interrupt."""
+    run = api.create_run(project="stopped", run_id="one")
+    address = f"{world.server.url}/files/local/stopped/one/file_stream"
+    for expected in (False, True):
+        answer = requests.post(address, json={"files": {}}, auth=("api", world.server.key), timeout=10)
+        assert (answer.status_code, answer.json().get("stopped", False)) == (200, expected)
+        run.stop()
+
+
 def test_waiting_for_the_end(world: Seeds, api: wbdist.Api, tmp_path: Path) -> None:
     """Proves that `wait_until_finished` returns once another process has ended the run, and gives up when told to."""
     with pytest.raises(DeadlineError, match="still running"):
@@ -133,8 +164,8 @@ def test_names_that_are_not_here_say_so(api: wbdist.Api) -> None:
         with pytest.raises(wbdist.UsageError, match=f"no `{name}`"):
             getattr(api, name)
     run = api.run("read/run0")
-    with pytest.raises(wbdist.UsageError, match=r"no `update_state`: .*stop"):
-        run.update_state("failed")
+    with pytest.raises(wbdist.UsageError, match=r"no `beta_scan_history`: .*scan_history"):
+        run.beta_scan_history()
     assert not hasattr(run, "stat")
     assert not hasattr(api, "runz")
     assert issubclass(RunNotFoundError, wbdist.CommError)

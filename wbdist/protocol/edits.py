@@ -33,6 +33,15 @@ mutation UpsertBucket($project: String, $entity: String, $name: String!, $state:
 }
 """
 
+_DELETE = "mutation DeleteRun($id: ID!) { deleteRun(input: {id: $id}) { clientMutationId } }"
+_STOP = "mutation StopRun($id: ID!) { stopRun(input: {id: $id}) { success } }"
+_STATE = "mutation UpdateRunState($input: UpdateRunStateInput!) { updateRunState(input: $input) { success } }"
+_LINEAGE = """
+query RunLineage($project: String!, $entity: String!, $name: String!) {
+  project(name: $project, entityName: $entity) { run(name: $name) { lineage } }
+}
+"""
+
 _PROJECTS = """
 query GetProjects($entity: String, $cursor: String, $perPage: Int = 50) {
   models(entityName: $entity, after: $cursor, first: $perPage) {
@@ -73,6 +82,45 @@ def update_summary(storage_id: str, summary: Mapping[str, Any]) -> Operation:
 
 def create_run(entity: str, project: str, run_id: str, state: str) -> Operation:
     return Operation("UpsertBucket", _CREATE, {"entity": entity, "project": project, "name": run_id, "state": state})
+
+
+def delete_run(storage_id: str) -> Operation:
+    return Operation("DeleteRun", _DELETE, {"id": storage_id})
+
+
+def stop_run(storage_id: str) -> Operation:
+    return Operation("StopRun", _STOP, {"id": storage_id})
+
+
+def update_state(storage_id: str, state: str) -> Operation:
+    return Operation("UpdateRunState", _STATE, {"input": {"id": storage_id, "state": state}})
+
+
+class Ancestor(msgspec.Struct, frozen=True):
+    """What a run's history was built on."""
+
+    run: str
+    attempt: int
+    step: int
+    """Rows up to this step are shown, inclusive."""
+    kind: str
+    """fork, rewind or resume."""
+
+    @property
+    def id(self) -> str:
+        """The immutable id: `Api().run` reads it, `fork_from` takes it."""
+        return f"{self.run}:{self.attempt}"
+
+
+def lineage(entity: str, project: str, run_id: str) -> Operation:
+    """Only for a server with `attempts.FEATURE`."""
+    return Operation("RunLineage", _LINEAGE, {"entity": entity, "project": project, "name": run_id})
+
+
+def read_lineage(data: Mapping[str, Any]) -> list[Ancestor]:
+    """Newest first."""
+    run = (data.get("project") or {}).get("run") or {}
+    return msgspec.convert(run.get("lineage") or [], list[Ancestor])
 
 
 class RemoteProject(msgspec.Struct, frozen=True, rename="camel"):

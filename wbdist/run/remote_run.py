@@ -25,7 +25,6 @@ PAGE_STEPS = 1000
 POLL_SECONDS = 1.0
 
 _NOT_HERE = {
-    "update_state": "a run's state follows from what its process does; to end it, `stop()` it",
     "download_history_exports": "history is not exported to parquet; read it with `scan_history()`",
     "beta_scan_history": "read it with `scan_history()`",
     "to_html": "open the page at `.url`",
@@ -167,6 +166,13 @@ class RunRecord:
         """The run's attempts, oldest first; only a wbdist server has them (CommError elsewhere)."""
         return reads.read_attempts(self._api.execute(reads.attempts(*self._address)))
 
+    def lineage(self) -> list[edits.Ancestor]:
+        """What this history was built on by resuming, forking and rewinding, newest first (W&B's page: "Forked From").
+
+        Only a wbdist server has it (CommError elsewhere).
+        """
+        return edits.read_lineage(self._api.execute(edits.lineage(*self._address)))
+
     # Changing it --------------------------------------------------------------------------------------
 
     def update(self) -> None:
@@ -187,6 +193,27 @@ class RunRecord:
             self.summary.update()
 
     save = update
+
+    def delete(self, delete_artifacts: bool = False) -> None:
+        """Deletes the run with its files; its id stays taken, and forks of it go on. Artifacts outlive their runs here.
+
+        Raises CommError.
+        """
+        if delete_artifacts:
+            raise UsageError("delete_artifacts=True: artifacts outlive their runs here; delete them one by one")
+        self.send(edits.delete_run(self.storage_id))
+
+    def stop(self) -> None:
+        """Asks the run's process to stop; returns when the server has noted it. W&B's client then interrupts its script."""
+        self.send(edits.stop_run(self.storage_id))
+
+    def update_state(self, state: str) -> bool:
+        """To `pending` (requeued) or to `failed` (given up); True when done. CommError when its state forbids it."""
+        if state not in {"pending", "failed"}:
+            raise UsageError(f"state={state!r} is not one of: pending, failed")
+        done = self._api.execute(edits.update_state(self.storage_id, state))
+        self.load()
+        return bool((done.get("updateRunState") or {}).get("success"))
 
     def send(self, change: Operation) -> None:
         """One mutation of this run; for `Summary`."""
