@@ -42,7 +42,8 @@ def content(run: wbdist.Run, record: dict[str, Any]) -> bytes:
     path = Path(run.dir) / record["path"]
     data = path.read_bytes()
     assert (record["size"], record["sha256"]) == (len(data), hashlib.sha256(data).hexdigest())
-    assert {"path": str(path), "name": record["path"], "policy": "now"} in [r.data for r in records(run, Kind.FILE)]
+    journaled = [(r.data["path"], r.data["name"], r.data["policy"]) for r in records(run, Kind.FILE)]
+    assert (str(path), record["path"], "now") in journaled
     return data
 
 

@@ -26,13 +26,15 @@ STAMP_HEADER = "X-WBDIST-STAMP"
 """Of a PUT to our server: a `FileStamp` as JSON. Without it the server takes the version for one of the current attempt."""
 
 
-class FileStamp(msgspec.Struct, frozen=True):
+class FileStamp(msgspec.Struct, frozen=True, omit_defaults=True):
     """Names one version of a file: a line of the stream `files`."""
 
     attempt: int
     nonce: str
     writer: str
     seq: int
+    step: int | None = None
+    """The run's last step when the file was saved; None: the last one that the server has."""
 
 
 _RUN_FILES = """

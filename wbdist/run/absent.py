@@ -31,7 +31,7 @@ ABSENT: dict[str, str] = {
     ),
     **dict.fromkeys(("watch", "unwatch"), "log the norms that you want to see with `run.log`"),
     **dict.fromkeys(
-        ("Artifact", "log_artifact", "use_artifact", "log_model", "use_model", "log_code", "restore"),
+        ("Artifact", "log_artifact", "use_artifact", "log_model", "use_model", "log_code"),
         "files of a run are not built yet; keep them beside its checkpoints",
     ),
     **dict.fromkeys(("plot", "plot_table", "visualize"), _CHARTS),

@@ -44,6 +44,8 @@ class FileRecord(msgspec.Struct, omit_defaults=True):
     """The file that `save` was given."""
     key: Key | None = None
     """Of the source when the contents were set aside; None: they were not, `path` is read when its time has come."""
+    step: int | None = None
+    """The row that was open then, else the last one."""
 
 
 class _Saved(msgspec.Struct):
@@ -184,6 +186,8 @@ class SavedFiles:
 
     def _put(self, record: FileRecord) -> None:
         with self._journal.lock:
+            rule = self._journal.rule
+            record.step = rule.step if rule.open else rule.last_step
             self._journal.append(Kind.FILE, msgspec.to_builtins(record))
             self.count += 1
 

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from wbdist.run.journal import JournalWriter
     from wbdist.run.lifecycle import RunSpec
     from wbdist.run.metrics import JournaledSummary, Metric
+    from wbdist.run.restoring import RestoredFile
     from wbdist.run.shipping import Shipping
     from wbdist.settings import Settings
 
@@ -311,6 +312,15 @@ class Run:
         if self.disabled:
             return False
         return self._saved_files().save(glob_str, base_path, policy, glob)
+
+    def restore(
+        self, name: str | os.PathLike[str], run_path: str | None = None, replace: bool = False, root: str | None = None
+    ) -> RestoredFile | None:
+        """The newest version of a file of this run (or of `run_path`), open for reading bytes, and usable as a path; its
+        `name` is where it lies. See `restoring.restore`."""
+        from wbdist.run.restoring import restore_for
+
+        return restore_for(self, name, run_path, replace, root)
 
     # Ending -------------------------------------------------------------------------------------------
 

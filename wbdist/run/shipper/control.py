@@ -20,6 +20,9 @@ import msgspec
 
 from wbdist.errors import InitStartError
 
+SHIPPED: Final = ".shipped"
+"""Beside a journal whose end the server has, files and all: later shippers of the root leave it alone. `wbdist sync` does not
+mind it."""
 MAX_MESSAGE: Final = 1 << 20
 _SHORT: Final = 60
 """Longest temporary directory whose sockets fit into the 108 bytes the kernel has for an address."""

@@ -20,6 +20,7 @@ from wbdist.errors import Error, JournalCorruptError, UsageError
 from wbdist.run.journal import JournalHeader, JournalReader, find_journals, writer_alive
 from wbdist.run.journal_storage import is_local
 from wbdist.run.shipper.control import (
+    SHIPPED,
     Reply,
     Request,
     call,
@@ -31,9 +32,6 @@ from wbdist.run.shipper.control import (
 )
 from wbdist.run.shipper.delivery import Delivery, Pace, State
 from wbdist.run.shipper.lane import Lane
-
-SHIPPED = ".shipped"
-"""Beside a journal whose end the server has: later shippers of the root leave it alone. `wbdist sync` does not mind it."""
 
 
 class Limits(msgspec.Struct, frozen=True):

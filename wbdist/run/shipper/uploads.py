@@ -21,8 +21,8 @@ from typing import IO, Any, TypeVar
 
 import msgspec
 
+from wbdist.protocol import file_stream, operations
 from wbdist.protocol import files as protocol
-from wbdist.protocol import operations
 from wbdist.protocol.files import FileStamp
 from wbdist.run.files import STAGED, FileRecord
 from wbdist.run.journal import JournalHeader
@@ -127,9 +127,8 @@ class Uploads:
                 self._watched[record.name] = _Watched(Path(record.source), record.key)
             else:
                 self._watched.pop(record.name, None)
-            if seq >= self._skip:
-                self._pending.append(Version(seq, self._header.writer, record))
-                self.due = 0.0
+            self._pending.append(Version(seq, self._header.writer, record))
+            self.due = 0.0
 
     def begin(self, entity: str, project: str, *, ours: bool, have: Mapping[str, int]) -> None:
         """The server knows the run. `have`: writer -> versions of this attempt that it has."""
@@ -137,16 +136,13 @@ class Uploads:
             self._entity, self._project, self._ours = entity, project, ours
             self._skip = have.get(self._header.writer, 0)
             self._live_seq = have.get(self._live_writer, 0)
-            self._pending = [version for version in self._pending if version.seq >= self._skip]
             self._begun = True
 
-    def end(self, *, lost: bool = False, abandon: bool = False) -> None:
-        """The writer has ended. `lost`: without a word. `abandon`: this journal's files are nobody's any more."""
+    def end(self, *, lost: bool = False) -> None:
+        """The writer has ended. `lost`: without a word."""
         with self._lock:
             self._ended, self._lost = True, lost
             self.due = 0.0
-            if abandon:
-                self._pending.clear()
 
     def take_uploaded(self) -> list[str]:
         """Names that arrived since the last call, for the server's `uploaded`."""
@@ -188,7 +184,14 @@ class Uploads:
         with self._lock:
             if not self._begun:
                 return []
+            self._pending = [version for version in self._pending if not self._arrived(version)]
             return [version for version in self._pending if self._ready(version)][:BATCH]
+
+    def _arrived(self, version: Version) -> bool:
+        """Whether an earlier shipper has sent it, or had given it up for a newer one. The newest version of a file is sent
+        all the same, if the server has other contents: what the server counts says nothing of those that came out of turn."""
+        ours = version.writer == self._header.writer
+        return ours and version.seq < self._skip and self._newest[version.record.name] > version.seq
 
     def _look(self, writer_alive: Callable[[], bool]) -> None:
         """Makes versions of live files that were written without `save`, and are left alone now."""
@@ -278,10 +281,10 @@ class Uploads:
         sending = _Sending(file)
         headers = dict(slots.headers)
         if self._ours:
-            stamp = FileStamp(self._header.attempt, self._header.nonce, version.writer, version.seq)
+            stamp = FileStamp(self._header.attempt, self._header.nonce, version.writer, version.seq, version.record.step)
             headers[protocol.STAMP_HEADER] = json.dumps(msgspec.to_builtins(stamp))
         answer = remote.put(url, sending, sending.size, headers)
-        if not answer.ok:
+        if not (answer.ok or _archived(answer)):
             raise _problem(f"PUT of {name}", answer)
         self._known[name] = sending.digest()
         self.progress += 1
@@ -317,6 +320,12 @@ class Uploads:
             return read(msgspec.json.decode(answer.body)["data"])
         except (ValueError, KeyError, TypeError) as error:
             raise _AgainError(f"{remote.base_url} answers {operation.name} with what is not understood: {error!r}") from error
+
+
+def _archived(answer: Answer) -> bool:
+    """Whether our server kept the file, in the archive: a newer attempt has taken over."""
+    stamped = file_stream.decode_reply(answer.body).wbdist if answer.status == 409 else None
+    return stamped is not None and stamped.code == "fenced"
 
 
 def _problem(what: str, answer: Answer, message: str = "") -> Exception:
