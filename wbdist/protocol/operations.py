@@ -235,10 +235,19 @@ def run_position(entity: str | None, project: str, run_id: str, *, step: int | N
 
 def read_position(data: Mapping[str, Any]) -> tuple[int, RunPosition] | None:
     """(the run's newest attempt, the position); None when there is no such run. The position's `run_id` is the run in which its
-    watermark counts: below the branch point of a fork that is the source. Numbers that are not finite are the strings "NaN",
-    "Infinity" and "-Infinity"."""
+    watermark counts: below the branch point of a fork that is the source."""
     run = _dig(data, "project", "run")
-    return None if not run else (run["attempt"], msgspec.convert(run["position"], RunPosition))
+    return None if not run else (run["attempt"], msgspec.convert(_with_non_finite(run["position"]), RunPosition))
+
+
+_NON_FINITE = {"NaN": float("nan"), "Infinity": float("inf"), "-Infinity": float("-inf")}
+
+
+def _with_non_finite(value: Any) -> Any:
+    """Strict JSON has no numbers that are not finite: they come as these strings."""
+    if isinstance(value, dict):
+        return {key: _with_non_finite(inner) for key, inner in value.items()}
+    return _NON_FINITE.get(value, value) if isinstance(value, str) else value
 
 
 _RESUME = """
@@ -256,6 +265,14 @@ query RunResumeStatus($project: String, $entity: String, $name: String!) {
 
 def run_resume_status(entity: str | None, project: str, run_id: str) -> Operation:
     return Operation("RunResumeStatus", _RESUME, {"project": project, "entity": entity, "name": run_id})
+
+
+def read_run_names(data: Mapping[str, Any]) -> tuple[str, str]:
+    """(entity, project) of an existing run, however it came to be; empty when there is none. Of `run_resume_status`."""
+    model = _dig(data, "model")
+    if not model or not model.get("bucket"):
+        return "", ""
+    return _dig(model, "entity", "name") or "", model.get("name") or ""
 
 
 class ResumeStatus(msgspec.Struct, frozen=True):

@@ -32,7 +32,6 @@ CLAIM_SECONDS = 60.0
 """How long opening a run waits for another process that is just opening one of the same id."""
 FRESH = (CONSOLE, EVENTS)
 """What a fork and a rewind begin anew (W&B's rule)."""
-_NON_FINITE = {"NaN": float("nan"), "Infinity": float("inf"), "-Infinity": float("-inf")}
 
 
 class ServerRun(msgspec.Struct, frozen=True):
@@ -59,7 +58,6 @@ def ask(connection: Connection, entity: str, project: str, run_id: str, step: in
     if step is not None and step < last_step:
         cut = operations.read_position(connection.execute(operations.run_position(entity or None, project, run_id, step=step)))
         position = cut[1] if cut is not None else position
-    position = msgspec.structs.replace(position, summary=_finite(position.summary))
     config: dict[str, Any] = {}
     facts: dict[str, Any] = {}
     metrics: list[dict[str, Any]] = []
@@ -71,12 +69,6 @@ def ask(connection: Connection, entity: str, project: str, run_id: str, step: in
         internal = status.config.get("_wandb", {})
         metrics = internal.get("value", {}).get("m", []) if isinstance(internal, dict) else []
     return ServerRun(attempt, last_step, Standing(position, config, facts, metrics))
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _finite(inner) for key, inner in value.items()}
-    return _NON_FINITE.get(value, value) if isinstance(value, str) else value
 
 
 @contextlib.contextmanager

@@ -163,8 +163,6 @@ def open_run(spec: RunSpec) -> Run:
             autoresume.write(root, spec.project, spec.run_id)
             run.on_finish(lambda: autoresume.forget(root) if run.exit_code == 0 else None)
         if shipping is not None:
-            for segment in local.offline() if local is not None else ():
-                _start(Shipping(root, segment, placed.base_url, placed.api_key), run, spec)
             _start(shipping, run, spec)
     except BaseException:
         run.finish(1, cause="init")

@@ -59,10 +59,6 @@ class LocalRun:
         """A journal whose writer lives, if there is one."""
         return next((journal for journal in self.journals if journal.writer_lives()), None)
 
-    def offline(self) -> list[Path]:
-        """Journals that no shipper has been told of, older attempts first."""
-        return [journal.path for journal in self.journals if not journal.header.online]
-
     def state(self, attempt: int | None = None) -> Standing:
         """After the last line of `attempt` (default: the newest). The open row of a dead writer counts: it is shipped, too."""
         number = self.attempt if attempt is None else attempt

@@ -108,6 +108,11 @@ class Delivery:
         self._ours = False
         self._base: dict[str, int] = {}
         """stream -> W&B offset of our seq 0."""
+        self._inherited: dict[str, Any] = {}
+        """Config of what this attempt branches off, in W&B's form."""
+        self._speaks = True
+        """Whether this attempt says what the run is: its facts, config and summary. An older one, of which lines are visible
+        below the newest, adds lines only; the order in which segments arrive then makes no difference."""
         self._facts_sent = 0
         self._summary_sent = 0
         self._preempting_sent = False
@@ -215,10 +220,14 @@ class Delivery:
     def _unsent(self) -> bool:
         """Whether something beside lines waits to be sent."""
         translator = self._translator
-        return not self.fenced and (
-            translator.facts_version != self._facts_sent
-            or translator.summary_version != self._summary_sent
-            or (translator.preempting and not self._preempting_sent)
+        return (
+            self._speaks
+            and not self.fenced
+            and (
+                translator.facts_version != self._facts_sent
+                or translator.summary_version != self._summary_sent
+                or (translator.preempting and not self._preempting_sent)
+            )
         )
 
     def _full(self) -> bool:
@@ -233,16 +242,16 @@ class Delivery:
             operations.server_features(), operations.read_server_features, unknown=_NO_FEATURES
         )
         if self._ours:
-            # Without config and host: if this attempt turns out to be superseded, nothing of the newer one was overwritten.
-            facts = {key: value for key, value in self._facts().items() if key in {"display_name", "group", "job_type"}}
-            upserted = self._ask_for(operations.upsert_run(**self._names(), **facts), operations.read_upserted)
-            self._entity, self._project = upserted.entity, upserted.project
+            self._make_known()
+            if header.at_step is not None:
+                self._learn_base(header.at_step)
             begin = begin_request(header)
             begun = self._ask_for(
                 operations.begin_attempt(self._entity, self._project, header.run_id, begin), operations.read_begun
             )
             self._base = dict(begun.lines)
             self.uploads.begin(self._entity, self._project, ours=True, have=begun.next.get(FILES, {}))
+            self._speaks = begun.attempt == header.attempt
             if not begun.accepted:
                 self._fence(begun.attempt)
             else:
@@ -250,6 +259,33 @@ class Delivery:
         else:
             self._open_foreign()
         self.state = State.STREAMING
+
+    def _make_known(self) -> None:
+        """Creates the run when there is none. One that exists is left as it is: a newer attempt may have said what it is."""
+        header = self.header
+        status = operations.run_resume_status(self._entity or None, self._project, header.run_id)
+        names = self._ask_for(status, operations.read_run_names, unknown=("", ""))
+        if not names[1]:
+            facts = {key: value for key, value in self._facts().items() if key in {"display_name", "group", "job_type"}}
+            upserted = self._ask_for(operations.upsert_run(**self._names(), **facts), operations.read_upserted)
+            names = upserted.entity, upserted.project
+        self._entity, self._project = names
+
+    def _learn_base(self, step: int) -> None:
+        """What a branch off a run that was only known here takes over from it: its config, and the summary at the step.
+
+        The header holds them when `init` could ask the server, and they are then the same.
+        """
+        source = self.header.base_run or self.header.run_id
+        where = (self._entity, self._project, source)
+        status = self._ask_for(operations.run_resume_status(*where), operations.read_resume_status)
+        if status is not None:
+            self._inherited = {key: value for key, value in status.config.items() if key != "_wandb"}
+        if not self.header.summary:
+            found = self._ask_for(operations.run_position(*where, step=step), operations.read_position)
+            if found is not None:
+                position = found[1]
+                self.header = msgspec.structs.replace(self.header, summary=position.summary, runtime=position.runtime)
 
     def _open_foreign(self) -> None:
         """W&B's own rule: lines are told by their offset. The first offset is kept beside the journal, so that sending
@@ -295,22 +331,23 @@ class Delivery:
     def _send(self, now: float, *, end: bool) -> None:
         """Everything that waits, in as many requests as needed; the end of the run in the last one."""
         translator = self._translator
-        if translator.facts_version != self._facts_sent:
+        if self._speaks and translator.facts_version != self._facts_sent:
             version = translator.facts_version
-            operation = operations.upsert_run(**self._names(), **self._facts(), config=translator.wandb_config())
+            config = {**self._inherited, **translator.wandb_config()}
+            operation = operations.upsert_run(**self._names(), **self._facts(), config=config)
             self._ask_for(operation, operations.read_upserted)
             self._facts_sent = version
         while True:
             chunks, counts = self._batch()
             last = all(counts.get(stream, 0) == len(lines) for stream, lines in translator.lines.items())
             version = translator.summary_version
-            if last and version != self._summary_sent:
+            if self._speaks and last and version != self._summary_sent:
                 chunks[SUMMARY] = file_stream.FileChunk([translator.summary_line()], 0)
             final = end and last
             request = file_stream.StreamRequest(
                 files=chunks,
                 uploaded=self.uploads.take_uploaded(),
-                preempting=translator.preempting and not self._preempting_sent,
+                preempting=self._speaks and translator.preempting and not self._preempting_sent,
                 complete=final and self._exit_code() is not None,
                 exitcode=self._exit_code() if final else None,
                 wbdist=self._stamp(counts, final),

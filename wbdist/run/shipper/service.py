@@ -19,6 +19,7 @@ import msgspec
 from wbdist.errors import Error, JournalCorruptError, UsageError
 from wbdist.run.journal import JournalHeader, JournalReader, find_journals, writer_alive
 from wbdist.run.journal_storage import is_local
+from wbdist.run.local_history import LocalRun
 from wbdist.run.shipper.control import (
     SHIPPED,
     Reply,
@@ -191,10 +192,26 @@ class Service:
         """Raises UsageError, JournalCorruptError or OSError."""
         with self._lock:
             lane = self._lane(base_url, data_dir, api_key)
-            lane.add(path, api_key)
-            self._lane_of[path] = lane
-            self._ignored.discard(path)
+            for each in (*self._segments_below(path), path):
+                lane.add(each, api_key)
+                self._lane_of[each] = lane
+                self._ignored.discard(each)
             return lane
+
+    def _segments_below(self, path: Path) -> list[Path]:
+        """Offline journals of earlier attempts of the same run: what an online attempt is built upon goes where it goes."""
+        header = _header(path)
+        if header.attempt == 1 or path in self._lane_of:
+            return []
+        earlier = LocalRun(self.root, header.project, header.entity, header.run_id).journals
+        return [
+            journal.path
+            for journal in earlier
+            if journal.header.attempt < header.attempt
+            and not journal.header.online
+            and journal.path not in self._lane_of
+            and not journal.path.with_name(journal.path.name + SHIPPED).exists()
+        ]
 
     def _lane(self, base_url: str, data_dir: str, api_key: str | None) -> Lane:
         """The server's lane, with the key it was given last. An embedded server is one, whatever its port was at the time."""

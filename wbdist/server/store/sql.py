@@ -175,8 +175,12 @@ class SqlStore:
             run = self._locked(db, pk)
             if attempt is not None and attempt != run["attempt"]:
                 return
+            stored = json.loads(run["summary"])
+            steps = (summary.get("_step"), stored.get("_step"))
+            if attempt is not None and all(type(step) is int for step in steps) and steps[0] < steps[1]:
+                return  # of a writer of the attempt from which another one has taken over
             if merge:
-                summary = json.loads(run["summary"]) | summary
+                summary = stored | summary
             summary = attempts.laid_over(db, run, summary, whole=attempt is not None)
             change = {**to_columns({"summary": summary}, {}), "heartbeat_at": now, "version": runs.c.version + 1}
             db.execute(sa.update(runs).where(runs.c.pk == pk).values(**change))
