@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -154,6 +155,11 @@ class Seeds:
         said, _ = process.communicate(timeout=90)
         assert (process.returncode != 0) == fails, f"exit code {process.returncode}\n{said}"
         return said
+
+    def kill(self, process: subprocess.Popen[str]) -> None:
+        """SIGKILL to the script and everything in its session: W&B's core is, our shipper is in one of its own."""
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate(timeout=30)
 
     def command(self, client: Client, *arguments: str, folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
         """The client's command line, `wandb ...` or `wbdist ...`."""
