@@ -22,6 +22,7 @@ from wbdist.settings import Settings, setup
 __version__ = "0.1.0"
 
 __all__ = [
+    "AlertLevel",
     "Api",
     "AuthenticationError",
     "CommError",
@@ -60,6 +61,7 @@ __all__ = [
 ]
 
 _LAZY = {
+    "AlertLevel": ("wbdist.run.alerts", "AlertLevel"),
     "Api": ("wbdist.run.reader", "Api"),
     "Histogram": ("wbdist.run.media.histogram", "Histogram"),
     "Html": ("wbdist.run.media.html", "Html"),

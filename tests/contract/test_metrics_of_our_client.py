@@ -63,3 +63,26 @@ def test_defined_metrics(client: Callable[[str], str], sdk: Any) -> None:
         {"1": "loss", "5": 2, "6": [1, 3], "7": [1, 3]},
         {"1": "epoch", "6": [], "7": []},
     ]
+
+
+def test_media_and_system_metrics(client: Callable[[str], str], sdk: Any) -> None:
+    """Proves that the SDK's rows have our media records, that the files they name download whole, and that it reads our system
+    metrics as its own."""
+    client("""
+        import time, numpy as np, wbdist as wandb
+        with wandb.init(settings={"x_stats_sampling_interval": 0.1}) as run:
+            run.log({"val/picture": wandb.Image(np.full((2, 3), 7)), "hist": np.arange(100.0)})
+            run.log({"table": wandb.Table(columns=["a", "b"], data=[[1, "x"], [2, "y"]])})
+            time.sleep(0.5)
+    """)
+    picture = sdk.read("next(iter(api.run('p/ours').scan_history(keys=['val/picture'])))['val/picture']")
+    assert (picture["_type"], picture["width"], picture["height"]) == ("image-file", 3, 2)
+    digest = (
+        "__import__('hashlib').sha256(open(api.run('p/ours').file(%r).download(replace=True).name, 'rb').read()).hexdigest()"
+    )
+    assert sdk.read(digest % picture["path"]) == picture["sha256"]
+    table = sdk.read("dict(api.run('p/ours').summary['table'])")
+    assert (table["_type"], table["nrows"], sdk.read(digest % table["path"])) == ("table-file", 2, table["sha256"])
+    assert sdk.read("len(next(iter(api.run('p/ours').scan_history(keys=['hist'])))['hist']['values'])") == 32
+    events = sdk.read("api.run('p/ours').history(stream='events', pandas=False)")
+    assert {"system.cpu", "system.memory_percent", "system.proc.memory.rssMB"} <= set(events[-1])

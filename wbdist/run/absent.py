@@ -24,12 +24,10 @@ ABSENT: dict[str, str] = {
     ),
     **dict.fromkeys(
         (
-            "Audio", "Video", "Html", "Object3D", "Molecule", "Plotly", "Graph", "box3d", "Classes", "JoinedTable", "EvalTable",
-            "Image", "Table", "Histogram",
+            "Audio", "Video", "Object3D", "Molecule", "Plotly", "Graph", "box3d", "Classes", "JoinedTable", "EvalTable",
         ),
         _MEDIA,
     ),
-    **dict.fromkeys(("watch", "unwatch"), "log the norms that you want to see with `run.log`"),
     **dict.fromkeys(
         ("Artifact", "log_artifact", "use_artifact", "log_model", "use_model", "log_code"),
         "files of a run are not built yet; keep them beside its checkpoints",
@@ -49,8 +47,6 @@ ABSENT: dict[str, str] = {
     "config_static": "use `run.config`",
     "finish_artifact": "an artifact is complete when it is logged; log it once",
     "upsert_artifact": "an artifact is complete when it is logged; log it once",
-    "AlertLevel": "alerts are not built; watch the run's state with `Api().run(path).state`",
-    "alert": "alerts are not built; watch the run's state with `Api().run(path).state`",
 }  # fmt: skip
 """name of W&B's that wbdist has not -> what to do instead"""
 

@@ -11,7 +11,7 @@ from time import monotonic, time
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, Self
 
-from wbdist.core.position import CONSOLE, FILES, HISTORY, RunPosition, Watermark
+from wbdist.core.position import CONSOLE, EVENTS, FILES, HISTORY, RunPosition, Watermark
 from wbdist.core.summary import INTERNAL
 from wbdist.errors import JournalError, ShutdownError, UsageError
 from wbdist.protocol import names
@@ -24,7 +24,9 @@ from wbdist.run.values import NeedsFilesError, summary_values
 
 if TYPE_CHECKING:
     import os
+    from datetime import timedelta
 
+    from wbdist.run.alerts import AlertLevel, Alerts
     from wbdist.run.disabled import NoJournal
     from wbdist.run.files import SavedFiles
     from wbdist.run.journal import JournalWriter
@@ -32,6 +34,7 @@ if TYPE_CHECKING:
     from wbdist.run.metrics import JournaledSummary, Metric
     from wbdist.run.restoring import RestoredFile
     from wbdist.run.shipping import Shipping
+    from wbdist.run.watching import Watched
     from wbdist.settings import Settings
 
 logger = logging.getLogger("wbdist.run")
@@ -89,6 +92,9 @@ class Run:
         self._on_finish: list[Callable[[], None]] = []
         self._log_row: Callable[[Mapping[str, Any], int | None, bool | None], bool] = journal.log
         self._sampling: sampler.Subscription | None = None
+        self._samples = 0
+        self._alerts: Alerts | None = None
+        self._watched: list[Watched] = []
         self._defined: JournaledSummary | None = None
         """Where the summary comes from once there are defined metrics."""
         self._summary = Summary(self._set_summary, self._summary_values)
@@ -159,6 +165,7 @@ class Run:
                     counts={
                         HISTORY: {self.writer: self._journal.rule.rows},
                         CONSOLE: {self.writer: self._lines},
+                        EVENTS: {self.writer: self._samples},
                         FILES: {self.writer: self._files.count if self._files is not None else 0},
                     },
                     step=self._journal.rule.last_step,
@@ -199,6 +206,52 @@ class Run:
 
             self._defined = JournaledSummary(self.journal_path)
             self.on_finish(self._defined.close)
+
+    def alert(
+        self,
+        title: str,
+        text: str,
+        level: str | AlertLevel | None = None,
+        wait_duration: float | timedelta | None = None,
+    ) -> None:
+        """Says what a person should see: on the terminal, and as a line of the run's output. Nobody is sent a message.
+
+        `level`: INFO, WARN or ERROR. One title is said again after `wait_duration` seconds (60) at the earliest. Raises
+        UsageError for other levels, and as `log`.
+        """
+        self._check_usable("alert()")
+        if self._alerts is None:
+            from wbdist.run.alerts import Alerts
+
+            self._alerts = Alerts(self._say_and_keep)
+        self._alerts.alert(title, text, level, wait_duration)
+
+    def watch(  # noqa: PLR0917  (W&B's order)
+        self,
+        models: Any,
+        criterion: Any = None,
+        log: Literal["gradients", "parameters", "all"] | None = "gradients",
+        log_freq: int = 1000,
+        idx: int | None = None,
+        log_graph: bool = False,
+    ) -> None:
+        """Keeps histograms of a model's gradients, parameters or both, of every `log_freq`-th training batch, in the open row.
+
+        `models`: one `torch.nn.Module` (also one in DDP) or several; on the rank that asks: gradients are this rank's own. A
+        batch in between costs one call of a hook. Ends with `unwatch` or the run. Raises UsageError for a model that is watched
+        already and for what is no model.
+        """
+        from wbdist.run.watching import watch
+
+        del criterion  # W&B draws it in its graph
+        self._check_usable("watch()")
+        watch(self._watched, models, log, log_freq, idx, log_graph, lambda row: self.log(row, commit=False))
+
+    def unwatch(self, models: Any = None) -> None:
+        """Ends `watch` for these models, or for all."""
+        from wbdist.run.watching import unwatch
+
+        unwatch(self._watched, models)
 
     # Facts --------------------------------------------------------------------------------------------
 
@@ -360,6 +413,8 @@ class Run:
         if self._state == "foreign":
             self._check_usable("finish()")
         code = process_end.code_of(sys.exc_info()[1]) if exit_code is None else int(exit_code)
+        if self._watched:
+            self.unwatch()
         if self._sampling is not None:
             sampler.unsubscribe(self._sampling)  # not under the lock: a sample that is being taken wants it
         with self._lock:
@@ -483,6 +538,11 @@ class Run:
             self._saved_files().add(name)
         return made
 
+    def _say_and_keep(self, text: str) -> None:
+        self._say(text, warning=True)
+        if self.settings.silent or not self._spec.capture_console:  # else it was kept as everything that is printed
+            self._keep_line(text, "stderr")
+
     def _summary_state(self) -> dict[str, Any]:
         """The summary, with what the next attempt needs to go on with it."""
         return self._journal.summary() if self._defined is None else self._defined.state()
@@ -507,7 +567,9 @@ class Run:
 
     def _keep_sample(self, metrics: dict[str, float]) -> None:
         try:
-            self._journal.append(Kind.STATS, metrics)
+            with self._lock:
+                self._journal.append(Kind.STATS, metrics)
+                self._samples += 1
         except JournalError as error:  # rows raise it, where somebody can act on it
             logger.warning("run %s: a sample of the system metrics is lost: %s", self.id, error)
 
