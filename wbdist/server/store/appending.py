@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import msgspec
 import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql, sqlite
 
-from wbdist.core.position import CONSOLE, HISTORY
+from wbdist.core.position import CONSOLE, HISTORY, Watermark
 from wbdist.server.store import lines as lining
 from wbdist.server.store.attempts import attempt_of
 from wbdist.server.store.chunks import LOOSE, Key, compact, store
 from wbdist.server.store.derived import in_summary, recount
+from wbdist.server.store.forks import recount_forks
 from wbdist.server.store.interface import Appended
 from wbdist.server.store.lines import Batch
 from wbdist.server.store.replays import Known
@@ -130,6 +131,8 @@ def append(
         if fresh:
             change = recount(db, view, config=None if run["summary_given"] else config_of(db, pk))
             change.pop("summary_given", None)
+    if fresh and not lane:
+        recount_forks(db, pk, lambda base: _shows(base, target, writer, position, fresh))
     if target == current and not lane:  # what a superseded attempt says is no sign of life of the run
         change["heartbeat_at"] = now
     if change or fresh:
@@ -177,6 +180,13 @@ def _unrepeated(db: sa.Connection, known: Known, stream: str, part: Lines, expec
         return part
     rest = part.parsed[skip:]
     return Lines(expected, rest, Batch.of(rest) if rest and stream != CONSOLE else None)
+
+
+def _shows(base: Watermark, attempt: int, writer: str, before: Mapping[str, int], fresh: Iterable[str]) -> bool:
+    """Whether a fork on `base` shows lines that have just come."""
+    if base.attempt != attempt:
+        return base.attempt > attempt
+    return any(base.counts.get(stream, {}).get(writer, 0) > before.get(stream, 0) for stream in fresh)
 
 
 def _reduced(old: Any, new: Any) -> bool:

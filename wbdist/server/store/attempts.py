@@ -16,6 +16,7 @@ from wbdist.protocol.attempts import BeginAttempt, BegunAttempt
 from wbdist.server.store import branches, definitions
 from wbdist.server.store.branches import Beneath, Frozen, Origin, Source
 from wbdist.server.store.derived import recount
+from wbdist.server.store.forks import recount_forks
 from wbdist.server.store.interface import AttemptRow, BranchError
 from wbdist.server.store.merging import merged_config
 from wbdist.server.store.schema import attempts, runs
@@ -72,6 +73,8 @@ def begin(
             state = next_state(RunState(run["state"]), RunEvent.START)
             change |= {"attempt": current, "state": state.value, "heartbeat_at": now, "stopping": False}
         db.execute(sa.update(runs).where(runs.c.pk == pk).values(**change, version=runs.c.version + 1))
+        if not newest:
+            recount_forks(db, pk, lambda base: base.attempt >= request.attempt)
     view = view_of(db, pk, current)
     return BegunAttempt(
         accepted=view.own(request.attempt) is not None,
