@@ -16,6 +16,8 @@ CONSOLE = "output.log"
 SUMMARY = "wandb-summary.json"
 FILES = "files"
 """Versions of files, one line each."""
+ARTIFACTS = "artifacts"
+"""What a run said of artifacts: logged, used, named."""
 STREAMS = (HISTORY, EVENTS, CONSOLE)
 
 Counts = dict[str, dict[str, int]]

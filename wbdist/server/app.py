@@ -14,7 +14,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
 
-from wbdist.server import http, sessions, silence, stream, transfers, ui_routes
+from wbdist.server import artifact_transfers, http, sessions, silence, stream, transfers, ui_routes
 from wbdist.server.context import AppContext
 from wbdist.server.gql import endpoint
 
@@ -45,6 +45,7 @@ def create_app(ctx: AppContext) -> Starlette:
         *endpoint.routes(ctx),
         *stream.routes(ctx),
         *transfers.routes(ctx),
+        *artifact_transfers.routes(ctx),
         *sessions.routes(ctx),
         *ui_routes.routes(ctx),  # last: /{entity}/{project} takes whatever is left
     ]

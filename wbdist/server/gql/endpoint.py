@@ -9,7 +9,16 @@ from typing import Any, TypeGuard
 
 import msgspec
 import orjson
-from graphql import ExecutionResult, GraphQLError, GraphQLObjectType, GraphQLSchema, build_schema, execute
+from graphql import (
+    ExecutionResult,
+    GraphQLError,
+    GraphQLInterfaceType,
+    GraphQLObjectType,
+    GraphQLSchema,
+    GraphQLUnionType,
+    build_schema,
+    execute,
+)
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
@@ -19,7 +28,18 @@ from starlette.routing import BaseRoute, Route
 from wbdist.server import http
 from wbdist.server.clients import is_shared
 from wbdist.server.context import AppContext
-from wbdist.server.gql import history, projects, run_changes, run_files, runs, scalars, session
+from wbdist.server.gql import (
+    artifact_nodes,
+    artifacts,
+    file_node,
+    history,
+    projects,
+    run_changes,
+    run_files,
+    runs,
+    scalars,
+    session,
+)
 from wbdist.server.gql.call import Call
 from wbdist.server.gql.documents import DocumentCache
 
@@ -38,12 +58,17 @@ def make_schema() -> GraphQLSchema:
     """The schema of schema.graphql with its resolvers; a resolver for a field that the SDL lacks is a KeyError here."""
     schema = build_schema(resources.files("wbdist.server.gql").joinpath("schema.graphql").read_text())
     scalars.install(schema)
-    for part in (session, projects, runs, run_changes, history, run_files):
+    for part in (session, projects, runs, run_changes, history, run_files, file_node, artifacts, artifact_nodes):
         for type_name, fields in part.RESOLVERS.items():
             kind = schema.type_map[type_name]
             assert isinstance(kind, GraphQLObjectType)
             for field_name, resolver in fields.items():
                 kind.fields[field_name].resolve = resolver
+    collection, creator = schema.type_map["ArtifactCollection"], schema.type_map["ArtifactCreator"]
+    assert isinstance(collection, GraphQLInterfaceType)
+    assert isinstance(creator, GraphQLUnionType)
+    collection.resolve_type = artifact_nodes.type_of_collection
+    creator.resolve_type = artifact_nodes.type_of_creator
     return schema
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from wbdist.server.files import normal_name
 from wbdist.server.gql.call import Call, Info, Resolver, call_of, refuse, run_or_404, storage_id
+from wbdist.server.gql.file_node import FileNode
 from wbdist.server.gql.session import page, page_info
 from wbdist.server.store.files import FileVersion
 from wbdist.server.store.interface import RunRow
@@ -46,18 +47,29 @@ def _files(
     pattern: str | None = None,
 ) -> dict[str, Any]:
     call = call_of(info)
-    nodes: list[tuple[RunRow, str, FileVersion | None]]
     wanted = [name for name in names or () if name is not None][:_MAX_FILES]
     if wanted:
         # A name that does not exist is still one node, with md5 "0": so W&B's restore() finds out.
-        nodes = [(run, name, call.app.store.files.get(run, _checked(name))) for name in wanted]
+        nodes = [_node(call, run, name, call.app.store.files.get(run, _checked(name))) for name in wanted]
     else:
         like = _like(pattern) if pattern else None
         live = call.app.store.files.live(run)
-        nodes = [(run, version.name, version) for version in live if not like or like.fullmatch(version.name)]
+        nodes = [_node(call, run, version.name, version) for version in live if not like or like.fullmatch(version.name)]
     start, stop = page(after, first, len(nodes), 1000)
     edges = [{"node": node, "cursor": str(start + index + 1)} for index, node in enumerate(nodes[start:stop])]
-    return {"edges": edges, "pageInfo": page_info(stop, len(nodes))}
+    return {"edges": edges, "pageInfo": page_info(stop, len(nodes)), "totalCount": len(nodes)}
+
+
+def _node(call: Call, run: RunRow, name: str, version: FileVersion | None) -> FileNode:
+    return FileNode(
+        id=f"File:{run.pk}:{name}",
+        name=name,
+        size=version.size if version else 0,
+        md5=version.md5 if version else "0",
+        url=lambda method: _url(call, run, _checked(name), method),
+        mimetype=version.mimetype if version else None,
+        updated_at=version.updated_at if version else None,
+    )
 
 
 def _like(pattern: str) -> re.Pattern[str]:
@@ -105,15 +117,5 @@ RESOLVERS: dict[str, dict[str, Resolver]] = {
     "Run": {
         "files": _files,
         "fileCount": lambda run, info: len(call_of(info).app.store.files.live(run)),
-    },
-    "File": {
-        "id": lambda node, _info: f"File:{node[0].pk}:{node[1]}",
-        "name": lambda node, _info: node[1],
-        "url": lambda node, info, upload=None: _url(call_of(info), node[0], _checked(node[1]), "PUT" if upload else "GET"),
-        "directUrl": lambda node, info: _url(call_of(info), node[0], _checked(node[1]), "GET"),
-        "sizeBytes": lambda node, _info: node[2].size if node[2] else 0,
-        "mimetype": lambda node, _info: node[2].mimetype if node[2] else None,
-        "updatedAt": lambda node, _info: node[2].updated_at if node[2] else None,
-        "md5": lambda node, _info: node[2].md5 if node[2] else "0",
     },
 }

@@ -65,7 +65,7 @@ def _entity(_source: Any, info: Info, name: str | None = None) -> dict[str, Any]
 
 
 def _project(_source: Any, info: Info, name: str | None = None, entityName: str | None = None) -> ProjectRef | None:  # noqa: N803
-    """Null when no run is in it: W&B's client then says "could not find"."""
+    """Null when neither a run nor an artifact is in it: W&B's client then says "could not find"."""
     call = call_of(info)
     project, entity = name or "uncategorized", entityName or call.user.entity
     try:
@@ -73,7 +73,9 @@ def _project(_source: Any, info: Info, name: str | None = None, entityName: str 
         naming.entity(entity)
     except UsageError as error:
         raise refuse(400, str(error)) from None
-    return ProjectRef(entity, project) if call.app.store.list_runs(entity, project, limit=1) else None
+    store = call.app.store
+    exists = store.list_runs(entity, project, limit=1) or store.artifacts.collections(entity, project)
+    return ProjectRef(entity, project) if exists else None
 
 
 def number_of(project: ProjectRef) -> str:

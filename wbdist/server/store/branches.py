@@ -10,7 +10,7 @@ import numpy as np
 import sqlalchemy as sa
 
 from wbdist.core.attempts import Base, Segment
-from wbdist.core.position import FILES, HISTORY, RunPosition, Watermark
+from wbdist.core.position import HISTORY, RunPosition, Watermark
 from wbdist.protocol.attempts import BeginAttempt
 from wbdist.server.store import filecuts, names
 from wbdist.server.store.chunks import load_many
@@ -115,18 +115,17 @@ def whole(view: View, attempt: int, step: int) -> Watermark:
 
 def cut(db: sa.Connection, view: View, step: int) -> Base:
     """The view up to `step`, inclusive: in the newest attempt that has such a row, of each writer what lies before its first
-    row beyond, and the files that had arrived by then. Its other streams have no steps: they come along where no row of that
-    attempt is cut away."""
+    row beyond, and the files and artifacts that had arrived by then. Its other streams have no steps: they come along where
+    no row of that attempt is cut away."""
     for segment in reversed(view.segments):
         have = view.visible(segment, HISTORY)
         counts = {writer: _until(db, view, segment, writer, step) for writer in have}
         if not any(counts.values()):
             continue
-        others = [stream for stream in view.streams() if stream not in {HISTORY, FILES}] if counts == have else []
+        others = [stream for stream in view.streams() if stream not in {HISTORY, *filecuts.TABLES}] if counts == have else []
         everything = {stream: view.visible(segment, stream) for stream in others}
         kept = {stream: by for stream, by in everything.items() if by} | {HISTORY: {w: n for w, n in counts.items() if n}}
-        if filed := filecuts.cut(db, view, segment.run, segment.attempt, step):
-            kept[FILES] = filed
+        kept |= filecuts.cut(db, view, segment.run, segment.attempt, step)
         watermark = Watermark(segment.attempt, kept)
         reached = last_step(db, cut_of(db, Base(segment.run, watermark)))
         return Base(segment.run, msgspec.structs.replace(watermark, step=reached))

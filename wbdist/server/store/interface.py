@@ -13,6 +13,7 @@ from wbdist.errors import UsageError
 from wbdist.protocol.attempts import BeginAttempt, BegunAttempt
 
 if TYPE_CHECKING:
+    from wbdist.server.store.artifacts import ArtifactTable
     from wbdist.server.store.files import FileTable
 
 
@@ -142,6 +143,9 @@ class Store(Protocol):
     def files(self) -> FileTable:
         """Versions of the runs' files."""
         ...
+
+    @property
+    def artifacts(self) -> ArtifactTable: ...
 
     def upsert_run(
         self,

@@ -15,6 +15,7 @@ from wbdist.errors import UsageError
 from wbdist.protocol.attempts import BeginAttempt, BegunAttempt
 from wbdist.server.store import appending, attempts, branches, deleting, names, reading
 from wbdist.server.store import opening as attempts_by_opening
+from wbdist.server.store.artifacts import ArtifactTable
 from wbdist.server.store.chunks import ColumnCache
 from wbdist.server.store.engine import Connections
 from wbdist.server.store.files import FileTable
@@ -43,6 +44,7 @@ class SqlStore:
     def __init__(self, connections: Connections) -> None:
         self._db = connections
         self.files = FileTable(connections)
+        self.artifacts = ArtifactTable(connections)
         self._cache = ColumnCache()
 
     def close(self) -> None:
