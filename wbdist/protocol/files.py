@@ -1,4 +1,4 @@
-"""Files of runs on the wire: what a run has, where to PUT and GET contents, and who wrote a version."""
+"""Files of runs on the wire: what a run has, and where to PUT and GET contents. `attempts.FileStamp` names a version."""
 
 from __future__ import annotations
 
@@ -10,8 +10,6 @@ import msgspec
 from wbdist.protocol.operations import Operation, UploadSlots, create_run_files, read_upload_slots
 
 __all__ = [
-    "STAMP_HEADER",
-    "FileStamp",
     "FilesPage",
     "RemoteFile",
     "UploadSlots",
@@ -21,21 +19,6 @@ __all__ = [
     "read_upload_slots",
     "run_files",
 ]
-
-STAMP_HEADER = "X-WBDIST-STAMP"
-"""Of a PUT to our server: a `FileStamp` as JSON. Without it the server takes the version for one of the current attempt."""
-
-
-class FileStamp(msgspec.Struct, frozen=True, omit_defaults=True):
-    """Names one version of a file: a line of the stream `files`."""
-
-    attempt: int
-    nonce: str
-    writer: str
-    seq: int
-    step: int | None = None
-    """The run's last step when the file was saved; None: the last one that the server has."""
-
 
 _RUN_FILES = """
 query RunFiles($project: String!, $entity: String!, $name: String!, $fileCursor: String, $fileLimit: Int = 50,

@@ -18,6 +18,7 @@ from wbdist.protocol.reads import RemoteAttempt, RemoteRun
 from wbdist.run.absent import MissingNameError
 
 if TYPE_CHECKING:
+    from wbdist.run.files_api import File, Files
     from wbdist.run.reader import Api
 
 PAGE_STEPS = 1000
@@ -309,6 +310,25 @@ class RunRecord:
             yield from lines
             if cursor is None or last is not None:
                 return
+
+    # Files --------------------------------------------------------------------------------------------
+
+    def files(self, names: list[str] | None = None, pattern: str | None = None, per_page: int = 50) -> Files:
+        """The run's files by name, fetched a page at a time. `names`: these alone, also those that it has not (`md5` "0").
+        `pattern`: SQL's LIKE, `%` for any text."""
+        from wbdist.run.files_api import Files
+
+        return Files(self._api, self._address, names, pattern, per_page)
+
+    def file(self, name: str) -> File:
+        """One file; its `md5` is "0" when the run has none of that name."""
+        return self.files([name])[0]
+
+    def upload_file(self, path: str, root: str = ".") -> File:
+        """Adds a local file to the run, named by its path below `root`. Blocks for the upload. Raises ValueError, CommError."""
+        from wbdist.run import files_api
+
+        return files_api.upload_file(self._api, self._address, path, root)
 
     @property
     def _address(self) -> tuple[str, str, str]:

@@ -9,7 +9,6 @@ while. After the writer's death no such change is believed: it may be half a fil
 from __future__ import annotations
 
 import base64
-import json
 import logging
 import os
 import random
@@ -23,7 +22,7 @@ import msgspec
 
 from wbdist.protocol import file_stream, operations
 from wbdist.protocol import files as protocol
-from wbdist.protocol.files import FileStamp
+from wbdist.protocol.attempts import STAMP_HEADER, FileStamp
 from wbdist.run.files import STAGED, FileRecord
 from wbdist.run.journal import JournalHeader
 from wbdist.run.shipper.remote import Answer, Remote, UnreachableError
@@ -282,7 +281,7 @@ class Uploads:
         headers = dict(slots.headers)
         if self._ours:
             stamp = FileStamp(self._header.attempt, self._header.nonce, version.writer, version.seq, version.record.step)
-            headers[protocol.STAMP_HEADER] = json.dumps(msgspec.to_builtins(stamp))
+            headers[STAMP_HEADER] = msgspec.json.encode(stamp).decode()
         answer = remote.put(url, sending, sending.size, headers)
         if not (answer.ok or _archived(answer)):
             raise _problem(f"PUT of {name}", answer)
