@@ -5,9 +5,8 @@ from __future__ import annotations
 import pytest
 from support.seeding import CLIENTS, Client, Seeds, other, snippet
 
-pytestmark = pytest.mark.parametrize("client", CLIENTS)
 
-
+@pytest.mark.parametrize("client", CLIENTS)
 def test_ids_that_resume(seeds: Seeds, client: Client) -> None:
     """Proves the snippet of controlled resuming: an id kept for later by argument, and another by the environment.
 
@@ -34,3 +33,70 @@ def test_ids_that_resume(seeds: Seeds, client: Client) -> None:
     assert [run["id"] for run in runs] == [run_id, by_environment]
     for run in runs:
         assert [row["_step"] for row in run["rows"]] == [0, 1]
+
+
+LIVES = """
+import os, signal, sys
+import torch
+torch.manual_seed(0)  # the documents' data and weights are random: equal ones make the lives comparable
+for life in sys.argv[1:]:  # a process each, forked behind the import of torch, which takes longer than the script
+    pid = os.fork()
+    if pid == 0:
+        break
+    print("ENDED", os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
+else:
+    sys.exit()
+how, _, call = life.partition(":")
+_save, _calls = torch.save, 0
+def save(*arguments):
+    global _calls
+    _calls += 1
+    if _calls == int(call) and how == "before":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if _calls == int(call) and how == "exception":
+        raise RuntimeError("the script ends unsuccessfully")
+    _save(*arguments)
+    if _calls == int(call) and how == "after":
+        os.kill(os.getpid(), signal.SIGKILL)
+torch.save = save
+"""
+TOLD = '\nprint("WEIGHTS", [p.flatten().tolist() for p in model.parameters()], flush=True)\n'
+
+
+def test_pytorch_script(seeds: Seeds) -> None:
+    """Proves S2's PyTorch script, killed before, after and between its checkpoints and once ended by an exception: each of its
+    100 epochs is one row, `torch.load(wandb.restore(...))` works, and the weights are those of an uninterrupted run.
+
+    The script stores `epoch` before it counts on, so each restart repeats the epoch that its checkpoint holds: the comparison
+    is with an uninterrupted script of that many epochs more.
+    """
+    project = "s2-pytorch"
+    text = LIVES + snippet("s2_pytorch", **{"pytorch-resume-run": project}) + TOLD
+    lives = ["before:13", "after:28", "exception:7", "before:2", "none:0"]
+    said = seeds.run("wbdist", text, seeds.place(project), *lives)
+    assert [line for line in said.splitlines() if line.startswith("ENDED")] == [f"ENDED {code}" for code in (-9, -9, 1, -9, 0)]
+    weights = said.split("WEIGHTS ")[1].splitlines()[0]
+    (run,) = seeds.runs("wandb", project)
+    assert [row["_step"] for row in run["rows"]] == list(range(100))
+    assert all("loss" in row for row in run["rows"])
+    assert (run["state"], run["summary"]["loss"]) == ("finished", run["rows"][-1]["loss"])
+    longer = text.replace("N_EPOCHS = 100", "N_EPOCHS = 104")
+    said = seeds.run("wbdist", longer, seeds.place("s2-uninterrupted"), "none:0", WANDB_MODE="disabled")
+    assert said.split("WEIGHTS ")[1].splitlines()[0] == weights
+
+
+def test_pytorch_script_by_wandbs_client(seeds: Seeds) -> None:
+    """Proves that W&B's client runs the script to its end against our server, and that our `restore` finds its last checkpoint.
+
+    Its own `restore` gives a file opened as text, which `torch.load` refuses, so it cannot be resumed as the documents say.
+    """
+    project = "s2-pytorch-sdk"
+    seeds.run("wandb", snippet("s2_pytorch", **{"pytorch-resume-run": project}), seeds.place(project))
+    (run,) = seeds.runs("wbdist", project)
+    assert [row["_step"] for row in run["rows"]] == list(range(100))
+    restore = f"""
+import torch
+import wandb
+print("EPOCH", torch.load(wandb.restore("./checkpoint.tar", run_path="local/{project}/{run["id"]}"))["epoch"])
+"""
+    assert "EPOCH 99" in seeds.run("wbdist", restore, seeds.place("s2-restored"))
