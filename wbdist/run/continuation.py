@@ -18,9 +18,12 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from wbdist.core.branch import BranchPoint, split_immutable
-from wbdist.core.position import CONSOLE, EVENTS, Counts, RunPosition, Watermark
+from wbdist.core.position import Counts, RunPosition, Watermark
 from wbdist.errors import CommError, DeadlineError, JobAlreadyRunningError, UsageError
 from wbdist.protocol import operations
+from wbdist.protocol.attempts import FEATURE
+from wbdist.protocol.operations import FRESH
+from wbdist.run.connection import RefusedError
 from wbdist.run.journal_format import begin_request
 from wbdist.run.local_history import LocalRun, Standing
 
@@ -30,8 +33,6 @@ if TYPE_CHECKING:
 
 CLAIM_SECONDS = 60.0
 """How long opening a run waits for another process that is just opening one of the same id."""
-FRESH = (CONSOLE, EVENTS)
-"""What a fork and a rewind begin anew (W&B's rule)."""
 
 
 class ServerRun(msgspec.Struct, frozen=True):
@@ -114,6 +115,10 @@ def _lock(path: Path, spec: RunSpec) -> int:
 
 def with_server(connection: Connection, spec: RunSpec, local: LocalRun | None) -> RunSpec:
     """The spec of the next attempt, as server and local journals together know the run. Raises UsageError, CommError."""
+    if not _knows_attempts(connection):
+        from wbdist.run import foreign
+
+        return foreign.with_server(connection, spec, local)
     if spec.branch is not None:
         return _branched(connection, spec, local)
     if not spec.resume:
@@ -127,6 +132,13 @@ def with_server(connection: Connection, spec: RunSpec, local: LocalRun | None) -
     if spec.resume == "never":
         raise _exists(spec, f"project {spec.project!r} of {connection.base_url}")
     return _continued(spec, known.attempt + 1, known.standing, cause="resume")
+
+
+def _knows_attempts(connection: Connection) -> bool:
+    try:
+        return FEATURE in operations.read_server_features(connection.execute(operations.server_features()))
+    except RefusedError:
+        return False
 
 
 def without_server(spec: RunSpec, local: LocalRun | None, problem: str = "") -> RunSpec:

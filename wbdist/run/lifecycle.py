@@ -59,6 +59,8 @@ class RunSpec(msgspec.Struct, frozen=True, kw_only=True):
     """The id is kept in the root's file, for `resume=True` to find it, until the run has finished well."""
     branch: BranchPoint | None = None
     """The point to go on from: of another run (a fork), or of this one (a rewind)."""
+    branch_point: dict[str, Any] | None = None
+    """W&B's form of a fork, for a server that knows no attempts: it must be in the first word of the run."""
     id_is_given: bool = False
     cause: str = "start"
     rank: int = 0

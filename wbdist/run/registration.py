@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 import msgspec
@@ -10,7 +10,7 @@ import msgspec
 from wbdist.errors import AuthenticationError, CommError, UsageError
 from wbdist.protocol import operations
 from wbdist.protocol.operations import UpsertedRun
-from wbdist.run import continuation
+from wbdist.run import continuation, machine
 from wbdist.run.connection import Connection, RefusedError
 
 if TYPE_CHECKING:
@@ -47,6 +47,7 @@ def register(server: Server, spec: RunSpec, local: LocalRun | None, timeout: flo
                     job_type=spec.job_type,
                     notes=spec.notes,
                     tags=spec.tags,
+                    **_first_word(spec),
                 )
             )
         )
@@ -59,6 +60,17 @@ def register(server: Server, spec: RunSpec, local: LocalRun | None, timeout: flo
     finally:
         connection.close()
     return known, msgspec.structs.replace(spec, entity=known.entity, project=known.project, name=known.display_name)
+
+
+def _first_word(spec: RunSpec) -> dict[str, Any]:
+    """W&B's fork lies in the config of the upsert that says where the new run's process is."""
+    if spec.branch_point is None:
+        return {}
+    return {
+        "config": {"_wandb": {"value": {"branch_point": spec.branch_point}}},
+        "host": spec.settings.host or machine.host(),
+        "program": spec.settings.program or machine.program(),
+    }
 
 
 def _exists(connection: Connection, spec: RunSpec) -> bool:

@@ -290,9 +290,9 @@ class Delivery:
     def _open_foreign(self) -> None:
         """W&B's own rule: lines are told by their offset. The first offset is kept beside the journal, so that sending
         everything again after a restart overwrites instead of appending."""
+        config = self._wandb_config()
         upserted = self._ask_for(
-            operations.upsert_run(**self._names(), **self._facts(), config=self._translator.wandb_config()),
-            operations.read_upserted,
+            operations.upsert_run(**self._names(), **self._facts(), config=config), operations.read_upserted
         )
         self._facts_sent = self._translator.facts_version
         self._entity, self._project = upserted.entity, upserted.project
@@ -301,7 +301,7 @@ class Delivery:
         if memory.exists():
             known = msgspec.json.decode(memory.read_bytes(), type=dict[str, dict[str, int]])
         if self.remote.base_url not in known:
-            known[self.remote.base_url] = {HISTORY: upserted.history_line_count}
+            known[self.remote.base_url] = {**self._foreign_lines(), HISTORY: upserted.history_line_count}
             fresh = memory.with_name(memory.name + ".new")
             fresh.write_bytes(msgspec.json.encode(known))
             fresh.replace(memory)
@@ -314,6 +314,21 @@ class Delivery:
     def _facts(self) -> dict[str, Any]:
         known = {"display_name", "group", "job_type", "notes", "tags", "host", "program", "commit", "repo"}
         return {key: value for key, value in self._translator.facts.items() if key in known}
+
+    def _foreign_lines(self) -> dict[str, int]:
+        """stream -> lines there are; what a fork or rewind begins anew begins at 0."""
+        if self.header.base is None or self.header.fresh:
+            return {}
+        status = operations.run_resume_status(self._entity or None, self._project, self.header.run_id)
+        known = self._ask_for(status, operations.read_resume_status)
+        return {} if known is None else dict(known.lines)
+
+    def _wandb_config(self) -> dict[str, Any]:
+        header = self.header
+        config = {**self._inherited, **self._translator.wandb_config()}
+        if not self._ours and header.at_step is not None and header.base_run:
+            config["_wandb"]["value"]["branch_point"] = {"run_id": header.base_run, "step": header.at_step}
+        return config
 
     def _go_on_from(self, expected: dict[str, int]) -> None:
         """Reads the journal again from its start, making lines from `expected` on."""
@@ -333,7 +348,7 @@ class Delivery:
         translator = self._translator
         if self._speaks and translator.facts_version != self._facts_sent:
             version = translator.facts_version
-            config = {**self._inherited, **translator.wandb_config()}
+            config = self._wandb_config()
             operation = operations.upsert_run(**self._names(), **self._facts(), config=config)
             self._ask_for(operation, operations.read_upserted)
             self._facts_sent = version
