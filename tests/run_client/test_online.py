@@ -222,7 +222,7 @@ def test_wbdist_runs_lists_and_shows(script: Callable[..., Any]) -> None:
         run.log({"loss": 0.25})
 
     def runs(*arguments: str) -> subprocess.CompletedProcess[str]:
-        env = {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "200"}
+        env = {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "40"}
         return subprocess.run(
             [sys.executable, "-m", "wbdist", "runs", *arguments],
             env=env,
@@ -234,11 +234,16 @@ def test_wbdist_runs_lists_and_shows(script: Callable[..., Any]) -> None:
 
     table = runs("p", "--group", "g").stdout
     assert "shown" in table
-    assert "loss 0.25" in table
+    assert run.id in table, "names and ids are whole in a narrow terminal"
+    assert "job type" not in table
     (facts,) = json.loads(runs("p", "--json").stdout)
     assert (facts["name"], facts["steps"], facts["summary"]["loss"]) == ("shown", 1, 0.25)
     one = json.loads(runs(facts["path"], "--json").stdout)
     assert [attempt["attempt"] for attempt in one["attempts"]] == [1]
+    (project,) = json.loads(runs("--json").stdout)
+    assert project["path"] == "local/p"
+    assert runs().stdout.split()[0] == "local/p"
+    assert "no runs in project typo" in runs("typo").stdout
     missing = runs("local/p/nothing")
     assert missing.returncode != 0
     assert "could not find run" in missing.stderr

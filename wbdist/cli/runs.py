@@ -24,10 +24,13 @@ SHOWN_METRICS = 4
 def command(path: str | None, group: str | None, state: str | None, limit: int, as_json: bool) -> None:
     """List the runs of a project (PATH: `project` or `entity/project`), or show one run and its attempts (`entity/project/id`).
 
-    Without PATH: the project of WANDB_PROJECT.
+    Without PATH: the project of WANDB_PROJECT; when that is not set, the projects there are.
     """
     try:
         api = Api()
+        if not path and not api.settings.project:
+            _projects(api, as_json)
+            return
         if path and path.strip("/").count("/") == 2:
             _show(api.run(path), as_json)
             return
@@ -43,9 +46,19 @@ def command(path: str | None, group: str | None, state: str | None, limit: int, 
     if as_json:
         click.echo(json.dumps([_facts(run) for run in found], default=str))
     elif not found:
-        click.echo("no runs")
+        click.echo(f"no runs in project {path or api.settings.project} that match")
     else:
         _table(found)
+
+
+def _projects(api: Api, as_json: bool) -> None:
+    found = list(api.projects())
+    if as_json:
+        click.echo(json.dumps([{"path": "/".join(p.path), "created_at": p.created_at, "url": p.url} for p in found]))
+    elif not found:
+        click.echo(f"no projects yet on {api.base_url}")
+    for project in found if not as_json else ():
+        click.echo(f"{'/'.join(project.path):<30} {project.url}")
 
 
 def _facts(run: RunRecord) -> dict[str, Any]:
@@ -67,20 +80,24 @@ def _table(found: list[RunRecord]) -> None:
     from rich.console import Console
     from rich.table import Table
 
+    columns = {
+        "name": [run.name for run in found],
+        "id": [run.id for run in found],
+        "state": [run.state for run in found],
+        "group": [run.group for run in found],
+        "job type": [run.job_type for run in found],
+        "steps": [str(run.lastHistoryStep + 1) for run in found],
+        "created": [run.created_at[:19] for run in found],
+        "summary": [_summary(run) for run in found],
+    }
+    shown = {title: cells for title, cells in columns.items() if any(cells)}
     table = Table(show_edge=False, pad_edge=False)
-    for column in ("name", "id", "state", "group", "job type", "steps", "created", "summary"):
-        table.add_column(column, justify="right" if column == "steps" else "left")
-    for run in found:
-        table.add_row(
-            run.name,
-            run.id,
-            run.state,
-            run.group,
-            run.job_type,
-            str(run.lastHistoryStep + 1),
-            run.created_at[:19],
-            _summary(run),
-        )
+    for title, cells in shown.items():
+        # What is copied from here to another command is never cut, however narrow the terminal.
+        least = max(map(len, cells)) if title in {"name", "id"} else None
+        table.add_column(title, justify="right" if title == "steps" else "left", min_width=least)
+    for row in zip(*shown.values(), strict=True):
+        table.add_row(*row)
     Console(soft_wrap=True).print(table)
 
 
