@@ -86,3 +86,29 @@ def test_media_and_system_metrics(client: Callable[[str], str], sdk: Any) -> Non
     assert sdk.read("len(next(iter(api.run('p/ours').scan_history(keys=['hist'])))['hist']['values'])") == 32
     events = sdk.read("api.run('p/ours').history(stream='events', pandas=False)")
     assert {"system.cpu", "system.memory_percent", "system.proc.memory.rssMB"} <= set(events[-1])
+
+
+@pytest.mark.parametrize(
+    ("again", "first_rows"), [('resume="must"', range(10)), ('resume_from="ours?_step=4"', range(5))], ids=["resume", "rewind"]
+)
+def test_aggregates_go_on(client: Callable[[str], str], sdk: Any, again: str, first_rows: range) -> None:
+    """Proves that a run which is resumed or rewound, by a script that defines nothing again, continues min, mean, best and the
+    step metric exactly where its history is cut."""
+    client("""
+        import wbdist as wandb
+        with wandb.init() as run:
+            run.define_metric("m/*", step_metric="epoch", summary="min,mean,best,last", goal="maximize")
+            for i in range(10):
+                run.log({"m/loss": 5 - i, "epoch": i // 2})
+    """)
+    client(f"""
+        import wbdist as wandb
+        with wandb.init({again}) as run:
+            run.log({{"m/loss": 100}})
+    """)
+    values = [*(5 - i for i in first_rows), 100]
+    assert sdk.read("dict(api.run('p/ours').summary['m/loss'])") == pytest.approx(
+        {"min": min(values), "mean": sum(values) / len(values), "best": 100, "last": 100}
+    )
+    last = sdk.read("list(api.run('p/ours').scan_history(keys=['m/loss', 'epoch', '_step']))[-1]")
+    assert last == {"m/loss": 100, "epoch": first_rows[-1] // 2, "_step": first_rows[-1] + 1}

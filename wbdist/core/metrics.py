@@ -7,6 +7,7 @@ prefixes the longest wins. Keys that begin with `_` are W&B's own: no prefix mea
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cached_property
 from typing import Any, Final
 
 import msgspec
@@ -18,7 +19,7 @@ _STEP_SYNC, _HIDDEN, _DECLARED = 1, 2, 3
 _MISSING: Final = object()
 
 
-class Definition(msgspec.Struct, frozen=True):
+class Definition(msgspec.Struct, frozen=True, dict=True):
     """What is known of a metric, or of all metrics whose keys begin like `name` (which then ends in `*`)."""
 
     name: str
@@ -33,7 +34,7 @@ class Definition(msgspec.Struct, frozen=True):
     goal: str = ""
     """"min" or "max": what "best" is; empty: the smallest."""
 
-    @property
+    @cached_property
     def plain(self) -> bool:
         """The summary keeps the last value as it is."""
         return not self.summary or set(self.summary) == {"copy"}

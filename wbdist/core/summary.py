@@ -14,7 +14,7 @@ INTERNAL = "_wandb"
 
 
 class SummaryTracker:
-    """Follows rows, definitions and manual changes; `values` is the summary so far, with `_step`, `_timestamp` and `_runtime`.
+    """Follows rows, definitions and manual changes; `values` is the summary so far, with `_step`, `_timestamp`, `_runtime`.
 
     A value set by hand replaces what rows said before; a later row of that key replaces it in turn (as in W&B), and what is
     asked of its values (`min`, ...) is then of those since.
@@ -23,24 +23,34 @@ class SummaryTracker:
     def __init__(self, base: Mapping[str, Any] | None = None) -> None:
         """`base`: the summary this attempt builds upon, best as `state` gave it."""
         self._base = base or {}
-        self.values: dict[str, Any] = {key: value for key, value in self._base.items() if key != INTERNAL}
+        self._values: dict[str, Any] = {key: value for key, value in self._base.items() if key != INTERNAL}
         self.version = 0
         """Grows with every change."""
         self.definitions = Definitions()
         self._aggregates: dict[str, Aggregate] = {}
+        self._unreported: set[str] = set()
+        """Keys whose aggregates have values that `_values` does not tell yet: telling costs more than counting."""
         self._anew: set[str] = set()
         """Keys that were set by hand: what the base said of them is over."""
         self._steps: dict[str, Any] = dict(state_of(self._base, "steps"))
         """Last values of step metrics."""
 
+    @property
+    def values(self) -> dict[str, Any]:
+        if self._unreported:
+            for key in sorted(self._unreported):
+                self._report(key, self._aggregates[key])
+            self._unreported.clear()
+        return self._values
+
     def define(self, given: Mapping[str, Any]) -> None:
         """A `define_metric` call (`Definitions.define`); holds for what comes after it."""
+        values = self.values
         self.definitions.define(given)
-        for key in list(self.values):
+        for key in list(values):
             if self._is_hidden(key):
-                del self.values[key]
-        for key, aggregate in self._aggregates.items():
-            self._report(key, aggregate)
+                del values[key]
+        self._unreported.update(self._aggregates)
         self.version += 1
 
     def add_row(self, row: Mapping[str, Any]) -> None:
@@ -48,19 +58,20 @@ class SummaryTracker:
         if self.definitions:
             row = self._aggregated(row)
         if _SPECIAL.isdisjoint(map(type, row.values())):
-            self.values.update(row)
+            self._values.update(row)
         else:
-            merge(self.values, without_none(row))
+            merge(self._values, without_none(row))
         self.version += 1
 
     def change(self, values: Mapping[str, Any], deleted: Iterable[str] = ()) -> None:
         """A change made by hand: replaces whole values, and removes keys."""
         deleted = tuple(deleted)
-        self.values.update(values)
+        self._values.update(values)
         for key in deleted:
-            self.values.pop(key, None)
+            self._values.pop(key, None)
         for key in (*values, *deleted):
             self._aggregates.pop(key, None)
+            self._unreported.discard(key)
             self._anew.add(key)
         self.version += 1
 
@@ -78,12 +89,12 @@ class SummaryTracker:
         return {**self.values, INTERNAL: internal} if internal else dict(self.values)
 
     def _aggregated(self, row: Mapping[str, Any]) -> dict[str, Any]:
-        """The row without the keys that have more than a last value; these are reported into `values`."""
+        """The row without the keys that have more than a last value."""
         rest: dict[str, Any] = {}
-        definitions = self.definitions
+        of, steps = self.definitions.of, self.definitions.step_metrics
         for key, value in row.items():
-            found = definitions.of(key)
-            if key in definitions.step_metrics and value is not None:
+            found = of(key)
+            if key in steps and value is not None:
                 self._steps[key] = value
             if found is None or found.plain:
                 rest[key] = value
@@ -94,13 +105,13 @@ class SummaryTracker:
                     aggregate = Aggregate.continued(base.get(key), found, state_of(base, "sums").get(key))
                     self._aggregates[key] = aggregate
                 aggregate.add(value)
-                self._report(key, aggregate)
+                self._unreported.add(key)
         return rest
 
     def _report(self, key: str, aggregate: Aggregate) -> None:
         found = self.definitions.of(key)
         if found is not None and not found.plain and "none" not in found.summary and (report := aggregate.report(found)):
-            self.values[key] = report
+            self._values[key] = report
 
     def _is_hidden(self, key: str) -> bool:
         found = self.definitions.of(key)
