@@ -265,3 +265,22 @@ def test_an_aborted_begin_leaves_the_old_state(store: SqlStore, monkeypatch: pyt
     assert run.row == before
     begin(run, 2, at_step=2)
     assert run.steps() == [0, 1, 2]
+
+
+def test_a_fork_follows_what_its_source_still_receives(store: SqlStore) -> None:
+    """Begun before its source was: its counts, last step, metrics and summary are brought up to date as that comes."""
+    source, fork, second = StoredRun(store, "source"), StoredRun(store, "fork"), StoredRun(store, "second")
+    begin(fork, 1, base_run="source", base=Watermark(2, {HISTORY: {"w": 2}}, 4))
+    begin(second, 1, base_run="fork", base=Watermark(1, {HISTORY: {"w": 9}}, 9))
+    source.begin(1)
+    source.append(1, 0, rows(range(3), x=1))
+    source.begin(2, cut(1, 3))
+    for run in (fork, second):
+        assert (run.steps(), run.row.line_counts, run.row.metrics) == ([0, 1, 2], {HISTORY: 3}, ["x"])
+    source.append(2, 0, rows(range(3, 9), y=2))
+    for run in (fork, second):
+        assert (run.steps(), run.row.line_counts, run.row.last_step) == (list(range(5)), {HISTORY: 5}, 4)
+        assert (run.row.metrics, run.row.summary) == (["x", "y"], {"_step": 4, "x": 1, "y": 2})
+    version = fork.row.version
+    source.append(2, 6, rows(range(9, 12)))
+    assert fork.row.version == version

@@ -16,6 +16,7 @@ from support.storing import NOW, StoredRun
 from wbdist.core.position import CONSOLE, EVENTS, HISTORY, STREAMS, Watermark
 from wbdist.protocol.attempts import BeginAttempt, BegunAttempt
 from wbdist.server.store import open_store
+from wbdist.server.store.interface import BranchError
 
 RUNS = ("r", "s")
 WRITERS = ("a", "b")
@@ -136,6 +137,8 @@ class StoreMachine(RuleBasedStateMachine):
         older = data.draw(st.integers(0, attempt - 1))
         watermark = Watermark(older, self.counts(data), 0) if older else None
         request = BeginAttempt(attempt, f"n{attempt}", "w", watermark, fresh=fresh)
+        if self.model.reaches((run, older), (run, attempt)):
+            return
         assert self.begin_with(run, request).accepted
         self.note(run, request, None if watermark is None else Base(run, watermark, fresh))
 
@@ -164,6 +167,10 @@ class StoreMachine(RuleBasedStateMachine):
             assert found.run_id == base.run
             here = "" if found.run_id == run else found.run_id
             request = BeginAttempt(attempt, f"n{attempt}", "w", found.watermark, base_run=here, fresh=fresh)
+        if self.model.reaches((base.run, base.watermark.attempt), (run, attempt)):
+            with pytest.raises(BranchError, match="based on itself"):  # the other run was built on this attempt beforehand
+                self.begin_with(run, request)
+            return
         assert self.begin_with(run, request).accepted
         self.note(run, request, base._replace(fresh=fresh))
 

@@ -73,7 +73,7 @@ def begin(
             state = next_state(RunState(run["state"]), RunEvent.START)
             change |= {"attempt": current, "state": state.value, "heartbeat_at": now, "stopping": False}
         db.execute(sa.update(runs).where(runs.c.pk == pk).values(**change, version=runs.c.version + 1))
-        if not newest:
+        if known is not None or not newest:
             recount_forks(db, pk, lambda base: base.attempt >= request.attempt)
     view = view_of(db, pk, current)
     return BegunAttempt(
