@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 import msgspec
 
+from wbdist.core.wandb_settings import WithoutEffect
 from wbdist.errors import UsageError
 
 Mode = Literal["online", "offline", "disabled"]
@@ -22,7 +23,7 @@ Reinit = Literal["default", "create_new", "finish_previous", "return_previous"]
 Console = Literal["auto", "wrap", "off"]
 
 
-class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class Settings(WithoutEffect, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """All settings of a run. Fields left out of a `Settings(...)` given to `init` keep what the lower sources say."""
 
     project: str | None = None
@@ -51,6 +52,12 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     """`allow`, `must`, `never`, `auto` (of the file of `root_dir`), or the id of a run that must exist; '' is none."""
     fork_from: str | None = None
     resume_from: str | None = None
+    allow_val_change: bool = False
+    """Config keys may be set to other values later. Notebooks always may."""
+    force: bool = False
+    """Raise instead of going on with the journal alone when the server is away."""
+    config_paths: tuple[str, ...] = ()
+    """YAML files with defaults of the config, after `config-defaults.yaml` of the working directory."""
     console: Console = "auto"
     """Whether what the process prints is kept with the run: `auto` and `wrap` do, `off` does not."""
     silent: bool = False
@@ -160,9 +167,12 @@ def default_data_dir(environ: Mapping[str, str] | None = None) -> Path:
 def from_arguments(given: Mapping[str, Any], source: str = "settings") -> dict[str, Any]:
     """Checked and converted values. Raises UsageError naming the setting and what is allowed."""
     values: dict[str, Any] = {}
-    for name, value in given.items():
+    for said, value in given.items():
+        # W&B's older form of its x_ settings begins with the underscore.
+        name = f"x{said}" if said.startswith("_") and f"x{said}" in _FIELDS else said
         if name not in _FIELDS:
-            raise UsageError(f"unknown setting {name!r} (from {source}); known are: {', '.join(sorted(_FIELDS))}")
+            known = sorted(set(_FIELDS) - set(WithoutEffect.__struct_fields__))
+            raise UsageError(f"unknown setting {name!r} (from {source}); known are: {', '.join(known)}")
         values[name] = _convert(name, value, source)
     return values
 
@@ -257,6 +267,8 @@ def _convert(name: str, value: Any, source: str) -> Any:
     synonyms = _SYNONYMS.get(name, {})
     if isinstance(value, str | bool) and (value.lower() if isinstance(value, str) else value) in synonyms:
         value = synonyms[value.lower() if isinstance(value, str) else value]
+    if name == "config_paths" and isinstance(value, str):
+        value = tuple(path.strip() for path in value.split(",") if path.strip())
     if name == "run_tags" and isinstance(value, str):
         value = tuple(tag.strip() for tag in value.split(",") if tag.strip()) if source != "init()" else (value,)
     if name in ("x_stats_disk_paths", "x_stats_gpu_device_ids") and isinstance(value, str):

@@ -8,9 +8,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from wbdist.core.wandb_settings import WithoutEffect
 from wbdist.errors import UsageError
 from wbdist.protocol import names
-from wbdist.run import lifecycle, machine
+from wbdist.run import config_files, lifecycle, machine
 from wbdist.run.choosing import choose
 from wbdist.run.config import checked
 from wbdist.run.handle import Run
@@ -85,6 +86,8 @@ def init(  # noqa: PLR0917  (W&B's order, but for `project` first, as its docume
         "resume": resume,
         "resume_from": resume_from,
         "fork_from": fork_from,
+        "allow_val_change": allow_val_change,
+        "force": force,
     }
     given = {name: value for name, value in arguments.items() if value is not None}
     resolved = resolve(settings, given)
@@ -99,6 +102,10 @@ def init(  # noqa: PLR0917  (W&B's order, but for `project` first, as its docume
         resolved.say(
             "setting start_method is accepted as in W&B and has no effect: there is no service process to start", warning=True
         )
+    ignored = {name for name in WithoutEffect.__struct_fields__ if getattr(resolved, name) is not None} - _warned
+    if ignored:
+        _warned.update(ignored)
+        resolved.say(f"accepted as in W&B, without effect here: {', '.join(sorted(ignored))}", warning=True)
 
     policy = resolved.reinit
     if policy == "default":
@@ -120,8 +127,6 @@ def init(  # noqa: PLR0917  (W&B's order, but for `project` first, as its docume
         config=config,
         config_exclude_keys=config_exclude_keys,
         config_include_keys=config_include_keys,
-        allow_val_change=bool(allow_val_change),
-        force=bool(force),
     )
     if policy == "finish_previous":
         for run in reversed(lifecycle.active_runs()):
@@ -138,14 +143,13 @@ def make_spec(
     config: Mapping[str, Any] | Any | None = None,
     config_exclude_keys: Iterable[str] | None = None,
     config_include_keys: Iterable[str] | None = None,
-    allow_val_change: bool = False,
-    force: bool = False,
 ) -> RunSpec:
     """The spec of attempt 1 of a run, from resolved settings; for others to vary with `msgspec.structs.replace`.
 
     Raises UsageError for ids, names, tags and config that cannot be used. Reads the git checkout's name when no project is set.
     """
-    values = checked(config) if config is not None else {}
+    given = config_files.load(config) if isinstance(config, str | os.PathLike) else config
+    values = {**checked(config_files.defaults(settings.config_paths)), **(checked(given) if given is not None else {})}
     if config_exclude_keys is not None and config_include_keys is not None:
         raise UsageError("give config_exclude_keys or config_include_keys, not both")
     if config_include_keys is not None:
@@ -174,9 +178,9 @@ def make_spec(
         group=settings.run_group,
         job_type=settings.run_job_type,
         config=values,
-        allow_val_change=allow_val_change or machine.in_notebook(),
+        allow_val_change=settings.allow_val_change or machine.in_notebook(),
         must_be_new=goes_on.id_is_given and not goes_on.resume and (goes_on.branch is None or goes_on.is_fork),
-        force=force,
+        force=settings.force,
         capture_console=settings.console != "off",
     )
 
