@@ -300,3 +300,17 @@ def test_without_a_clients_summary_the_last_values_are_it(store: SqlStore) -> No
     assert run.row.summary == {"mine": 1}
     run.begin(2, Watermark(1, {HISTORY: {"b": 2}}, 1))
     assert run.row.summary == {"_step": 1, "v": -1, "b": 2}
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0), (0, 1, 0)])
+def test_the_summary_of_several_writers_is_that_of_all(store: SqlStore, order: tuple[int, ...]) -> None:
+    """Proves that of a writer and the one that took over from it both summaries count, the later one's values first, in
+    whatever order and however often they come."""
+    run = StoredRun(store)
+    run.begin(1)
+    run.append(1, 0, rows(range(3), v=1), writer="a")
+    run.append(1, 0, rows(range(3, 5), v=2), writer="b")
+    said: list[dict[str, object]] = [{"_step": 2, "v": 1, "only_a": 1}, {"_step": 4, "v": 2, "only_b": 2}]
+    for writer in order:
+        store.set_summary(run.pk, said[writer], NOW, attempt=1)
+    assert run.row.summary == {"_step": 4, "v": 2, "only_a": 1, "only_b": 2}

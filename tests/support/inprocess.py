@@ -21,7 +21,7 @@ from typing import Any, Literal
 import msgspec
 
 from wbdist.core.position import CONSOLE, HISTORY, Watermark
-from wbdist.run.journal import JournalHeader, JournalReader, JournalWriter, Kind, journal_name
+from wbdist.run.journal import JournalHeader, JournalReader, JournalWriter, journal_name
 from wbdist.run.shipper.delivery import Delivery, Pace
 from wbdist.run.shipper.lines import Translator
 from wbdist.run.shipper.oneshot import Synced, ship
@@ -49,8 +49,8 @@ class World:
         self.now = 1_800_000_000.0
         self.fault: Callable[[], Fault] = lambda: ""
         """Asked before each request."""
-        self.sent: list[tuple[str, bytes]] = []
-        """Every request that was made, lost or not."""
+        self.arrived: list[tuple[str, bytes]] = []
+        """Every request that the server got."""
         self.writers: list[JournalWriter] = []
         self._runner = asyncio.Runner()
         self._places = itertools.count()
@@ -112,12 +112,16 @@ class World:
 
     # Clients --------------------------------------------------------------------------------------------
 
-    def journal(self, attempt: int, *, writer: str = "rank0", nonce: str = "", **facts: Any) -> JournalWriter:
+    def journal(
+        self, attempt: int, *, run_id: str = "r", writer: str = "rank0", nonce: str = "", **facts: Any
+    ) -> JournalWriter:
         """A fresh one in a directory of its own."""
         directory = self.directory / "wandb" / f"run-{next(self._places)}"
         directory.mkdir(parents=True)
         facts = {"created": self.now, "online": True, "base_url": URL, "entity": "", **facts}
-        header = JournalHeader(run_id="r", project="p", attempt=attempt, nonce=nonce or f"n{attempt}", writer=writer, **facts)
+        header = JournalHeader(
+            run_id=run_id, project="p", attempt=attempt, nonce=nonce or f"n{attempt}", writer=writer, **facts
+        )
         made = JournalWriter.create(directory / journal_name(writer, attempt), header)
         self.writers.append(made)
         return made
@@ -138,17 +142,21 @@ class World:
 
     @property
     def run(self) -> RunRow | None:
-        return self.ctx.store.get_run("local", "p", "r")
+        return self.run_called("r")
 
-    def rows(self, attempt: int | None = None, nonce: str | None = None) -> list[dict[str, Any]]:
+    def run_called(self, run_id: str) -> RunRow | None:
+        return self.ctx.store.get_run("local", "p", run_id)
+
+    def rows(self, attempt: int | None = None, nonce: str | None = None, run_id: str = "r") -> list[dict[str, Any]]:
         """Of the live view; of one attempt's; or what a rival of that attempt sent."""
-        run = self.run
+        run = self.run_called(run_id)
         return [] if run is None else self.ctx.store.history(run.pk, attempt=attempt, nonce=nonce)
 
-    def console(self, attempt: int | None = None) -> list[str]:
-        run = self.run
-        lines = [] if run is None else self.ctx.store.console(run.pk, attempt=attempt, limit=10_000)
-        return [str(msgspec.json.decode(line)) if line.startswith('"') else line for line in lines]
+    def console(self, run_id: str = "r") -> list[str]:
+        """Of the live view, without times."""
+        run = self.run_called(run_id)
+        lines = [] if run is None else self.ctx.store.console(run.pk, limit=10_000)
+        return [line.partition(" ")[2] for line in lines]
 
     def attempts(self) -> dict[int, AttemptRow]:
         run = self.run
@@ -165,9 +173,9 @@ class _AppRemote(Remote):
     def post(self, path: str, body: bytes) -> Answer:
         world = self._world
         fault = world.fault()
-        world.sent.append((path, body))
         if fault == "drop":
             raise UnreachableError("lost on the way there")
+        world.arrived.append((path, body))
         answer = world.post(path, body)
         if fault == "twice":
             answer = world.post(path, body)
@@ -194,7 +202,3 @@ def cut(journals: list[JournalWriter], step: int) -> Watermark:
         rows[journal.header.writer] = sum(msgspec.json.decode(line)["_step"] <= step for line in lines[HISTORY])
         printed[journal.header.writer] = len(lines[CONSOLE])
     return Watermark(journals[0].header.attempt, {HISTORY: rows, CONSOLE: printed}, step)
-
-
-def printed(journal: JournalWriter, text: str) -> None:
-    journal.append(Kind.CONSOLE, {"text": text, "stream": "stdout"})

@@ -19,7 +19,7 @@ from wbdist.server.store.derived import recount
 from wbdist.server.store.forks import recount_forks
 from wbdist.server.store.interface import AttemptRow, BranchError
 from wbdist.server.store.merging import merged_config
-from wbdist.server.store.schema import attempts, runs
+from wbdist.server.store.schema import attempts, cursors, runs
 from wbdist.server.store.views import view_of
 
 _SUPERSEDED = "superseded"
@@ -173,6 +173,12 @@ def laid_over(db: sa.Connection, run: sa.RowMapping, summary: dict[str, Any], *,
     if whole:
         return merged
     return definitions.apply(db, view_of(db, run["pk"], run["attempt"]), json.loads(run["config"]), merged)
+
+
+def has_several_writers(db: sa.Connection, pk: int, attempt: int) -> bool:
+    """Whether more than one writer of the attempt has sent rows: what each says of the summary is a part of it then."""
+    where = (cursors.c.run_pk == pk) & (cursors.c.attempt == attempt) & (cursors.c.lane == "") & (cursors.c.stream == HISTORY)
+    return len(db.execute(sa.select(cursors.c.writer).where(where).limit(2)).all()) > 1
 
 
 def end(

@@ -179,10 +179,13 @@ class SqlStore:
                 return
             stored = json.loads(run["summary"])
             steps = (summary.get("_step"), stored.get("_step"))
-            if attempt is not None and all(type(step) is int for step in steps) and steps[0] < steps[1]:
-                return  # of a writer of the attempt from which another one has taken over
-            if merge:
-                summary = stored | summary
+            behind = attempt is not None and all(type(step) is int for step in steps) and steps[0] < steps[1]
+            if attempt is not None and (behind or run["summary_given"]):
+                merge = attempts.has_several_writers(db, pk, attempt)
+            if behind and not merge:
+                return  # said before, and repeated
+            if merge:  # of a writer from which another one has taken over, what that did not say itself counts
+                summary = summary | stored if behind else stored | summary
             summary = attempts.laid_over(db, run, summary, whole=attempt is not None)
             change = {**to_columns({"summary": summary}, {}), "heartbeat_at": now, "version": runs.c.version + 1}
             db.execute(sa.update(runs).where(runs.c.pk == pk).values(**change))
