@@ -37,6 +37,32 @@ def test_a_new_attempt_starts_at_its_base(store: SqlStore) -> None:
     ]
 
 
+def test_time_lost_is_what_was_trained_in_vain(store: SqlStore) -> None:
+    """Proves that lost time counts from the last row that stayed to the last that was logged, by the rows' own clock, also
+    for an attempt of which nothing stayed, for several writers, and over bases of bases."""
+    run = StoredRun(store)
+
+    def timed(attempt: int, seq: int, steps: range, at: float, writer: str = "rank0") -> None:
+        run.append(attempt, seq, [{"_step": s, "_runtime": at + 10.0 * (s - steps.start)} for s in steps], writer=writer)
+
+    def lost() -> list[float]:
+        return [a.lost_seconds for a in store.attempts(run.pk)]
+
+    run.begin(1)
+    assert lost() == [0.0]
+    timed(1, 0, range(10), 100.0)  # rows at 100, 110, ... 190
+    assert lost() == [0.0]
+    run.begin(2, cut(1, 5, writer="rank0"))
+    assert lost() == [50.0, 0.0]
+    timed(2, 0, range(5, 8), 145.0)  # 145, 155, 165: its base stood at 140
+    run.begin(3, cut(1, 5, writer="rank0"))
+    assert lost() == [50.0, 25.0, 0.0]
+    timed(3, 0, range(5, 7), 141.0, "rank0")
+    timed(3, 0, range(7, 9), 161.0, "rank0.1")
+    run.begin(4)
+    assert lost() == [90.0 + 100.0, 25.0, 31.0, 0.0]
+
+
 def test_a_repeated_begin_changes_nothing(store: SqlStore) -> None:
     """The answer to a begin may be lost; asking again gives the same answer with the position reached meanwhile."""
     run = StoredRun(store)

@@ -75,3 +75,25 @@ def describe_end(end_cause: str, exit_code: int | None) -> str:
     if exit_code == _PREEMPTED:
         return "preempted"
     return "failed" if exit_code is None else f"failed ({exit_code})"
+
+
+ENDS = {
+    "lost": "killed without a word",
+    "silence": "fell silent",
+    "superseded": "replaced by the next one",
+    "": "ended",
+}
+"""How an attempt ended, in a few words, where `describe_end` has a term."""
+_BEGINNINGS = {
+    "": "unknown",
+    "start": "first start",
+    "restart": "started again",
+    "preempted": "after a preemption",
+    "lost": "after a lost process",
+    "resume": "resumed",
+}
+
+
+def describe_begin(cause: str) -> str:
+    """Why an attempt began, for people: a launcher's own words are taken as they are."""
+    return _BEGINNINGS.get(cause, cause)

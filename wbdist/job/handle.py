@@ -22,6 +22,7 @@ from wbdist.errors import EXIT_PREEMPTED, FencedError, PeerLostError, UsageError
 from wbdist.job.ending import Fenced, Preempted, exit_code_of, leave_verdict
 from wbdist.job.fence import FenceWatch
 from wbdist.job.plan import Plan, agree_on_plan, decide, position_of, seed_everything
+from wbdist.job.telling import PREEMPTION, going_on, in_total
 from wbdist.launch import intent
 from wbdist.preemption.agreement import StopAgreement
 from wbdist.preemption.hub import NoticeHub
@@ -162,6 +163,8 @@ class Job:
         self._agreement = StopAgreement(self._peers, self._hub, timeout=STOP_TIMEOUT)
         self._stack.callback(self._agreement.close)
         self._runs = strategies.open_runs(self._strategy, self._identity, self._peers, self._run_spec(position))
+        if self.rank == 0 and self.attempt > 1:
+            self._runs.run.settings.say(going_on(self.attempt, self._plan.cause, self._chosen))
         if self._runs.run.settings.mode == "online":
             self._stack.callback(FenceWatch(self._runs.fenced, self._hub.tell).close)
 
@@ -286,7 +289,7 @@ class Job:
                 f"{self._agreement.missing}. Nothing was saved now; the last committed checkpoint stands."
             )
         self._runs.run.mark_preempting()
-        self._save("preemption", block=True)
+        self._save(PREEMPTION, block=True)
         raise Preempted(reason)
 
     def _close_step(self) -> None:
@@ -364,6 +367,8 @@ class Job:
         if self._checkpoints is not None:
             self._checkpoints.close(PEER_TIMEOUT)
         self._runs.finish(0)
+        if self.rank == 0 and self.attempt > 1:
+            self._runs.run.settings.say(in_total(self._runs.run, self.attempt))
         self._leave_group()
 
     def _leave_preempted(self) -> None:

@@ -20,6 +20,7 @@ from wbdist.core.coordination import Coordinator
 from wbdist.core.mixing import mix64
 from wbdist.core.position import RunPosition
 from wbdist.errors import Error
+from wbdist.job.telling import cause_of_restart
 from wbdist.run.lifecycle import RunSpec
 
 log = logging.getLogger("wbdist.job")
@@ -43,6 +44,7 @@ def decide(spec: RunSpec, run_id: str | None, directory: Path | None, stack: Exi
     cause = os.environ.get("WBDIST_CAUSE", "")
     if directory is None:
         return Plan(spec.run_id, 1, secrets.token_hex(8), cause or "start")
+    cause = cause or cause_of_restart(directory)
     claim = Claim.take(
         directory,
         run_id=run_id,

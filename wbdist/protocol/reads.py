@@ -7,7 +7,7 @@ from typing import Any
 
 import msgspec
 
-from wbdist.core.attempts import describe_end
+from wbdist.core.attempts import ENDS, describe_begin, describe_end
 from wbdist.protocol import jsonvalues
 from wbdist.protocol.operations import Operation
 
@@ -83,7 +83,7 @@ _ATTEMPTS = """
 query RunAttempts($project: String!, $entity: String!, $name: String!) {
   project(name: $project, entityName: $entity) {
     run(name: $name) {
-      attempts { attempt nonce baseAttempt baseStep startedAt endedAt cause endCause exitCode rows rowsLive }
+      attempts { attempt nonce baseAttempt baseStep startedAt endedAt cause endCause exitCode rows rowsLive lostSeconds }
     }
   }
 }
@@ -137,6 +137,23 @@ class RemoteAttempt(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
     exit_code: int | None
     rows: int
     rows_live: int
+    lost_seconds: float = 0.0
+    """Training in vain: run time between its last visible row, or its base, and its last row."""
+
+    @property
+    def rows_archived(self) -> int:
+        """Rows of it that are kept, and no part of the run's history."""
+        return self.rows - self.rows_live
+
+    @property
+    def began(self) -> str:
+        """Why it began, for people: 'first start', 'rank 1 was killed by SIGKILL', ..."""
+        return describe_begin(self.cause)
+
+    @property
+    def ended(self) -> str:
+        """How it ended, for people: 'preempted', 'killed without a word', ...; 'running'."""
+        return ENDS.get(self.end, self.end) if self.ended_at is not None else "running"
 
     @property
     def end(self) -> str:

@@ -246,5 +246,6 @@ RESOLVERS: dict[str, dict[str, Resolver]] = {
         "endCause": lambda attempt, _info: attempt.end_cause,
         "exitCode": lambda attempt, _info: attempt.exit_code,
         "rowsLive": lambda attempt, _info: attempt.rows_live,
+        "lostSeconds": lambda attempt, _info: attempt.lost_seconds,
     },
 }

@@ -18,6 +18,7 @@ from wbdist.server.store.branches import Beneath, Frozen, Origin, Source
 from wbdist.server.store.derived import recount
 from wbdist.server.store.forks import recount_forks
 from wbdist.server.store.interface import AttemptRow, BranchError
+from wbdist.server.store.lost import lost_seconds
 from wbdist.server.store.merging import merged_config
 from wbdist.server.store.schema import attempts, cursors, runs
 from wbdist.server.store.views import view_of
@@ -220,6 +221,7 @@ def describe(db: sa.Connection, pk: int, current: int) -> list[AttemptRow]:
                 exit_code=row["exit_code"],
                 rows=view.written(HISTORY, row["attempt"]),
                 rows_live=view.live(HISTORY, row["attempt"]),
+                lost_seconds=lost_seconds(db, view, row["attempt"]),
             )
         )
     return out

@@ -112,6 +112,8 @@ class AttemptRow(msgspec.Struct, kw_only=True):
     """History lines ever written in it."""
     rows_live: int
     """History lines of it that are visible now."""
+    lost_seconds: float
+    """Training in vain: run time between its last visible row, or its base, and its last row; 0 when all are visible."""
 
 
 class Appended(msgspec.Struct, kw_only=True):
