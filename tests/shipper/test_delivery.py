@@ -6,6 +6,7 @@ import json
 import logging
 import random
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -235,6 +236,27 @@ def test_a_rival_incarnation_of_the_same_attempt_goes_to_the_archive(
     assert run(deliver(writer), wandb).state is State.FENCED
     assert loopback.lines == {}
     assert [len(lines) for lines in loopback.rivals[writer.header.nonce].values()] == [10]
+
+
+def test_a_shorter_copy_says_nothing_that_is_out_of_date(
+    loopback: Any, wandb: Any, deliver: Callable[..., Delivery], tmp_path: Path
+) -> None:
+    """Proves that a journal which was copied before it was complete, and arrives after it, neither sets summary and config
+    back nor says how the writer ended."""
+    writer = wandb.journal(loopback.url)
+    writer.append(Kind.CONFIG, {"set": {"lr": 1}})
+    wandb.rows(writer, 0, 10)
+    copy = tmp_path / "copy.wbdj"
+    copy.write_bytes(writer.path.read_bytes())
+    writer.append(Kind.CONFIG, {"set": {"lr": 2}})
+    wandb.rows(writer, 10, 20)
+    writer.close(0)
+    assert run(deliver(writer), wandb).state is State.DONE
+    summary, config, marks = dict(loopback.summary), dict(loopback.config), list(loopback.marks)
+    late = Delivery(copy, deliver(writer).remote, logging.getLogger("test"), FAST)
+    assert run(late, wandb).state is State.DONE
+    assert (loopback.summary, loopback.config, loopback.marks) == (summary, config, marks)
+    assert steps(loopback) == list(range(20))
 
 
 def test_a_new_attempt_names_its_base(loopback: Any, wandb: Any, deliver: Callable[..., Delivery]) -> None:

@@ -220,14 +220,12 @@ class Delivery:
     def _unsent(self) -> bool:
         """Whether something beside lines waits to be sent."""
         translator = self._translator
+        if self.fenced or not self._speaks or translator.behind():  # what is known so far was said before, or later things
+            return False
         return (
-            self._speaks
-            and not self.fenced
-            and (
-                translator.facts_version != self._facts_sent
-                or translator.summary_version != self._summary_sent
-                or (translator.preempting and not self._preempting_sent)
-            )
+            translator.facts_version != self._facts_sent
+            or translator.summary_version != self._summary_sent
+            or (translator.preempting and not self._preempting_sent)
         )
 
     def _full(self) -> bool:
@@ -346,7 +344,7 @@ class Delivery:
     def _send(self, now: float, *, end: bool) -> None:
         """Everything that waits, in as many requests as needed; the end of the run in the last one."""
         translator = self._translator
-        if self._speaks and translator.facts_version != self._facts_sent:
+        if self._speaks and translator.facts_version != self._facts_sent and not translator.behind():
             version = translator.facts_version
             config = self._wandb_config()
             operation = operations.upsert_run(**self._names(), **self._facts(), config=config)
@@ -356,9 +354,9 @@ class Delivery:
             chunks, counts = self._batch()
             last = all(counts.get(stream, 0) == len(lines) for stream, lines in translator.lines.items())
             version = translator.summary_version
-            if self._speaks and last and version != self._summary_sent:
+            if self._speaks and last and version != self._summary_sent and not translator.behind():
                 chunks[SUMMARY] = file_stream.FileChunk([translator.summary_line()], 0)
-            final = end and last
+            final = end and last and not translator.behind()
             request = file_stream.StreamRequest(
                 files=chunks,
                 uploaded=self.uploads.take_uploaded(),

@@ -51,6 +51,11 @@ class Translator:
         """Seq of the first line in `lines[stream]`."""
         return self.produced[stream] - len(self.lines[stream])
 
+    def behind(self) -> bool:
+        """Whether lines of this journal are on the server that have not been read: it is read anew, or it is a shorter copy, of
+        which the summary and the end are not the last ones."""
+        return any(self.produced[stream] < seq for stream, seq in self.skip.items() if stream in self.produced)
+
     def pending(self) -> bool:
         return any(self.lines.values())
 
