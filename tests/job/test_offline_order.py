@@ -15,13 +15,13 @@ from wbdist.run.journal import JournalReader, find_journals
 from wbdist.run.shipper.oneshot import ship
 from wbdist.run.shipper.remote import Remote
 
-KILLS = (7, 16, 28)
+KILLS = (5, 10)
 
 
 def job_with_kills(machine: Machine, name: str, directory: Path, kills: tuple[int, ...], strategy: str) -> None:
-    args = ("--name", name, "--checkpoint-dir", str(directory), "--strategy", strategy)
+    args = ("--name", name, "--checkpoint-dir", str(directory), "--strategy", strategy, "--samples", "40")
     for step in kills:
-        machine.jobs.start(*args, "--step-seconds", "0.03")
+        machine.jobs.start(*args, "--step-seconds", "0.1")
         poll(lambda step=step: any(m.step >= step for m in committed(directory)), f"a checkpoint at or after step {step}")
         machine.end()
     job = machine.jobs.start(*args)
@@ -73,11 +73,12 @@ def state(run: Any) -> dict[str, Any]:
     }
 
 
+@pytest.mark.timeout(300)
 @pytest.mark.parametrize("strategy", ["rank0", "per_rank"])
 def test_order_and_repetition_do_not_matter(
     tmp_path: Path, machines: Any, monkeypatch: pytest.MonkeyPatch, strategy: str
 ) -> None:
-    """Proves it with real jobs of two ranks, killed three times: journals arrive in random order, some first in part, some
+    """Proves it with real jobs of two ranks, killed twice: journals arrive in random order, some first in part, some
     again, and one only after all others; every server ends in the same state, that of a job never interrupted."""
     with monkeypatch.context() as offline:
         offline.setenv("WANDB_MODE", "offline")
@@ -85,11 +86,11 @@ def test_order_and_repetition_do_not_matter(
         job_with_kills(killed, "tested", tmp_path / "ckpt", KILLS, strategy)
         job_with_kills(whole, "reference", tmp_path / "reference-ckpt", (), strategy)
     journals = journals_of(killed)
-    assert len(journals) == 4 * (2 if strategy == "per_rank" else 1)
+    assert len(journals) == (len(KILLS) + 1) * (2 if strategy == "per_rank" else 1)
     names = ["tested-rank0", "tested-rank1"] if strategy == "per_rank" else ["tested"]
 
     states = []
-    for seed in range(4):
+    for seed in range(3):
         server = Server(tmp_path / f"server-{seed}")
         server.start()
         try:
