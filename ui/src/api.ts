@@ -35,6 +35,8 @@ export interface Attempt {
   end: string;
   rows: number;
   rows_live: number;
+  /** Training done in vain. */
+  lost_seconds: number;
   live: boolean;
 }
 

@@ -28,6 +28,11 @@ export function parse(path: string): Route {
 const enc = encodeURIComponent;
 export const projectPath = ({ entity, project }: Place): string => `/${enc(entity)}/${enc(project)}`;
 export const runPath = (place: Place, run: string): string => `${projectPath(place)}/runs/${enc(run)}`;
+/** `id:2` is the run `id` as its attempt 2 saw it. */
+export function incarnation(id: string): { run: string; attempt: number | null } {
+  const found = /^(.+):(\d+)$/.exec(id);
+  return found ? { run: found[1]!, attempt: Number(found[2]) } : { run: id, attempt: null };
+}
 export const groupPath = (place: Place, group: string): string => `${projectPath(place)}/groups/${enc(group)}`;
 
 export function usePath(): string {

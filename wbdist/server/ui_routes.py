@@ -84,7 +84,7 @@ def routes(ctx: AppContext) -> list[BaseRoute]:
 
         def read() -> dict[str, Any]:
             if wanted:
-                found = [run for run_id in wanted if (run := store.get_run(entity, project, run_id)) is not None]
+                found = [run for run_id in wanted if (run := store.find_run(entity, project, run_id)) is not None]
             else:
                 found = store.list_runs(entity, project, group=group, limit=MAX_RUNS)
             return {"runs": [views.table_row(run) for run in found], "limit": MAX_RUNS, "now": ctx.clock()}
@@ -93,7 +93,7 @@ def routes(ctx: AppContext) -> list[BaseRoute]:
 
     def get_run(request: Request) -> RunRow:
         entity, project = _place(request)
-        run = store.get_run(entity, project, request.path_params["run"])
+        run = store.find_run(entity, project, request.path_params["run"])
         if run is None:
             raise HTTPException(404, f"there is no run {request.path_params['run']} in {entity}/{project}")
         return run
@@ -114,7 +114,7 @@ def routes(ctx: AppContext) -> list[BaseRoute]:
             found = get_run(request)
             total = found.line_counts.get(CONSOLE, 0)
             first = max(0, total - last) if asked < 0 else asked
-            lines = store.console(found.pk, first=first, limit=MAX_CONSOLE_LINES) if first < total else []
+            lines = store.console(found.pk, first=first, limit=MAX_CONSOLE_LINES, attempt=found.view) if first < total else []
             return {"first": first, "total": total, "lines": lines}
 
         return http.answer(await run_in_threadpool(read))
@@ -131,10 +131,13 @@ def routes(ctx: AppContext) -> list[BaseRoute]:
         def read() -> dict[str, Any]:
             out: list[dict[str, Any]] = []
             for run_id in dict.fromkeys(asked.runs):
-                found = store.get_run(entity, project, run_id)
+                found = store.find_run(entity, project, run_id)
                 if found is not None:
                     known = set(asked.keys).intersection(found.metrics)
-                    out += [views.series(run_id, k, store.series(found.pk, k, buckets=asked.buckets)) for k in sorted(known)]
+                    out += [
+                        views.series(run_id, k, store.series(found.pk, k, buckets=asked.buckets, attempt=found.view))
+                        for k in sorted(known)
+                    ]
             return {"series": out}
 
         return http.answer(await run_in_threadpool(read))

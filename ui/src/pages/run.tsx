@@ -9,10 +9,11 @@ import { Charts } from "../parts/charts";
 import { Console } from "../parts/console";
 import { Banner, Crumbs, Failure, Loading, Moment, StateBadge, useNow, useTitle } from "../parts/frame";
 import { Values } from "../parts/values";
-import { groupPath, Link, projectPath } from "../router";
+import { groupPath, incarnation, Link, projectPath, runPath } from "../router";
 
 export function RunPage({ place, id }: { place: Place; id: string }): JSX.Element {
   const { data: run, error, connection } = useRun(place, id);
+  const seen = incarnation(id);
   useTitle(run?.name || id, place.project);
   const charted = useMemo(() => (run ? [{ run, label: run.name || run.id, look: look(0) }] : []), [run]);
   if (error?.status === 404)
@@ -47,9 +48,14 @@ export function RunPage({ place, id }: { place: Place; id: string }): JSX.Elemen
           </span>
         ))}
       </div>
+      {seen.attempt !== null && (
+        <p class="notice" role="note">
+          This is the run as attempt {seen.attempt} saw it, with what is archived since. <Link to={runPath(place, seen.run)}>The run as it is now</Link>
+        </p>
+      )}
       <Facts run={run} />
       {run.notes && <p class="notes">{run.notes}</p>}
-      {run.attempts.length > 0 && <Attempts attempts={run.attempts} />}
+      {run.attempts.length > 0 && <Attempts place={place} id={id} attempts={run.attempts} />}
       <Charts
         place={place}
         runs={charted}

@@ -1,7 +1,8 @@
 import type { JSX } from "preact";
 import { useState } from "preact/hooks";
-import type { Attempt } from "../api";
+import type { Attempt, Place } from "../api";
 import { duration, number, plural } from "../format";
+import { incarnation, Link, runPath } from "../router";
 import { Moment, useNow } from "./frame";
 import type { Marker } from "./plot";
 
@@ -9,6 +10,7 @@ const FEW = 8;
 
 const BEGAN: Record<string, string> = {
   start: "first start",
+  restart: "started again",
   preempted: "after a preemption",
   lost: "after a lost process",
   crashed: "after a crash",
@@ -29,7 +31,7 @@ function ending({ end, ended_at }: Attempt): { word: string; kind: string } {
 }
 
 /** The lives of the job: when, why, from where, and what of each is in the line that is shown. */
-export function Attempts({ attempts }: { attempts: Attempt[] }): JSX.Element {
+export function Attempts({ place, id, attempts }: { place: Place; id: string; attempts: Attempt[] }): JSX.Element {
   const running = attempts.some((a) => a.ended_at === null);
   const now = useNow(1, running);
   const [all, setAll] = useState(false);
@@ -57,6 +59,7 @@ export function Attempts({ attempts }: { attempts: Attempt[] }): JSX.Element {
               <th scope="col" class="num">From step</th>
               <th scope="col" class="num">Rows live</th>
               <th scope="col" class="num">Archived</th>
+              <th scope="col" class="num">Lost</th>
             </tr>
           </thead>
           <tbody role="rowgroup">
@@ -83,7 +86,16 @@ export function Attempts({ attempts }: { attempts: Attempt[] }): JSX.Element {
                   <td role="cell" class="num" data-label="From step">{attempt.base_step < 0 ? "start" : number(attempt.base_step + 1)}</td>
                   <td role="cell" class="num" data-label="Rows live">{number(attempt.rows_live)}</td>
                   <td role="cell" class={archived ? "num" : "num none"} data-label="Archived" title={archived ? "Logged after the checkpoint that the next attempt went on from: kept, not shown" : ""}>
-                    {archived ? number(archived) : "–"}
+                    {archived ? (
+                      <Link to={runPath(place, `${incarnation(id).run}:${attempt.attempt}`)} title={`The run as attempt ${attempt.attempt} saw it`}>
+                        {number(archived)}
+                      </Link>
+                    ) : (
+                      "–"
+                    )}
+                  </td>
+                  <td role="cell" class={attempt.lost_seconds ? "num" : "num none"} data-label="Lost" title={attempt.lost_seconds ? "Training done in vain: from the last row that stayed to the last that was logged" : ""}>
+                    {attempt.lost_seconds ? duration(attempt.lost_seconds) : "–"}
                   </td>
                 </tr>
               );

@@ -46,7 +46,7 @@ class Watched(msgspec.Struct, frozen=True):
     def versions(self, store: Store) -> dict[str, int]:
         """run id -> version, now. Blocks on the database."""
         if self.run is not None:
-            found = store.get_run(self.entity, self.project, self.run)
+            found = store.find_run(self.entity, self.project, self.run)
             return {found.run_id: found.version} if found else {}
         return {row.run_id: row.version for row in store.list_runs(self.entity, self.project, group=self.group)}
 
