@@ -49,10 +49,10 @@ def test_run_page_shows_what_the_store_holds(served: Any, tab: Any) -> None:
     rows = page.locator(".attempts tbody tr")
     expect(rows).to_have_count(3)
     cells = [[cell.strip() for cell in row.locator("th, td").all_inner_texts()] for row in rows.all()]
-    assert [cell[-5:] for cell in cells] == [
-        ["first start", "preempted", "start", "150", "30"],
-        ["after a preemption", "process lost", "150", "150", "30"],
-        ["after a lost process", "finished", "300", "140", "–"],
+    assert [cell[-6:] for cell in cells] == [
+        ["first start", "preempted", "start", "150", "30", "3.0s"],
+        ["after a preemption", "process lost", "150", "150", "30", "3.0s"],
+        ["after a lost process", "finished", "300", "140", "–", "–"],
     ]
     config = page.get_by_role("region", name="Config")
     expect(config.locator("dl > div").filter(has_text="model.layers")).to_contain_text("[16,32]")
@@ -66,6 +66,21 @@ def test_run_page_shows_what_the_store_holds(served: Any, tab: Any) -> None:
         label = chart(page, metric).get_by_role("img").get_attribute("aria-label") or ""
         assert label.endswith("attempt 2 from step 150; attempt 3 from step 300")
     assert has_colour(page, "loss", BLUE)
+
+
+def test_an_archived_attempt_can_be_looked_at(served: Any, tab: Any) -> None:
+    """Proves that the number of archived rows leads to the run as that attempt saw it, charts and console, and back."""
+    ui_seed.preempted_then_killed(served.store, time.time() - 100, "archived")
+    page = tab.page
+    page.goto("/local/archived/runs/digits-main")
+    page.locator(".attempts tbody tr").nth(1).get_by_role("link", name="30").click()
+    expect(page.get_by_role("note")).to_contain_text("as attempt 2 saw it")
+    expect(chart(page, "loss")).to_have_attribute("data-points", "330")
+    expect(page.get_by_role("log")).not_to_contain_text("attempt 3 continues")
+    expect(page.get_by_role("log")).to_contain_text("attempt 2 continues at step 150")
+    page.get_by_role("link", name="The run as it is now").click()
+    expect(chart(page, "loss")).to_have_attribute("data-points", "440")
+    expect(page.get_by_role("note")).to_have_count(0)
 
 
 def test_new_rows_appear_within_three_seconds(served: Any, tab: Any) -> None:

@@ -11,7 +11,9 @@ import pytest
 from support.jobs import Machine, Server, comparable, poll, the_run
 
 from wbdist.checkpoint.manifest import committed
-from wbdist.run.journal import JournalReader, find_journals
+from wbdist.distributed.cut import PositionCursor
+from wbdist.run.journal import JournalReader, Kind, find_journals
+from wbdist.run.journal_copy import journal_prefix
 from wbdist.run.shipper.oneshot import ship
 from wbdist.run.shipper.remote import Remote
 
@@ -37,6 +39,25 @@ def journals_of(machine: Machine) -> list[Path]:
     return found
 
 
+def up_to_some_row(journal: Path, chance: random.Random) -> bytes:
+    """The journal as it was when one of its rows had just been closed. (Cut within a row it would be that of a writer which
+    died there, and the rest of the row would come too late.)"""
+    steps = [row.step for row in rows_of(journal)]
+    cursor = PositionCursor([journal])
+    cursor.position(chance.choice(steps))
+    [(path, frame)] = cursor.cut()
+    cursor.close()
+    return path.read_bytes()[: journal_prefix(path, frame).size]
+
+
+def rows_of(journal: Path) -> list[Any]:
+    with JournalReader.open(journal) as reader:
+        records = []
+        while found := reader.read():
+            records += found
+    return [record for record in records if record.kind is Kind.ROW and record.step is not None]
+
+
 def arrivals(journals: list[Path], chance: random.Random, scratch: Path) -> list[Path]:
     """Every journal at least once, some cut short before, some again; one of them only at the very end."""
     late = chance.choice(journals)
@@ -46,10 +67,9 @@ def arrivals(journals: list[Path], chance: random.Random, scratch: Path) -> list
             continue
         for _ in range(chance.randint(1, 3)):
             out.append(journal)
-        data = journal.read_bytes()
         part = scratch / f"{chance.getrandbits(40):x}" / journal.name
         part.parent.mkdir(parents=True)
-        part.write_bytes(data[: chance.randint(len(data) // 3, len(data))])
+        part.write_bytes(up_to_some_row(journal, chance))
         out.append(part)
     chance.shuffle(out)
     return [*out, late, chance.choice(out)]
