@@ -63,6 +63,25 @@ def test_time_lost_is_what_was_trained_in_vain(store: SqlStore) -> None:
     assert lost() == [90.0 + 100.0, 25.0, 31.0, 0.0]
 
 
+def test_attempts_that_arrive_late_are_told_as_of_their_own_time(store: SqlStore) -> None:
+    """Proves that begin and end of an offline attempt are when they were, not when they arrived; clocks ahead of ours are not
+    believed, and a client that says nothing gets the time of arrival."""
+    run = StoredRun(store)
+
+    def times() -> list[tuple[float, float | None]]:
+        return [(a.started_at - NOW, None if a.ended_at is None else a.ended_at - NOW) for a in store.attempts(run.pk)]
+
+    store.begin_attempt(run.pk, BeginAttempt(1, "n1", "w", started=NOW - 500), NOW)
+    store.begin_attempt(run.pk, BeginAttempt(2, "n2", "w", started=NOW - 400), NOW)
+    assert times() == [(-500, -400), (-400, None)]
+    store.record_event(run.pk, RunEvent.LOST, NOW + 1, attempt=1, cause="lost", ended=NOW - 450)
+    store.record_event(run.pk, RunEvent.EXIT_ZERO, NOW + 1, attempt=2, exit_code=0, cause="exit", ended=NOW - 300)
+    assert times() == [(-500, -450), (-400, -300)]
+    store.begin_attempt(run.pk, BeginAttempt(3, "n3", "w", started=NOW + 900), NOW + 2)
+    store.record_event(run.pk, RunEvent.EXIT_ZERO, NOW + 3, attempt=3, exit_code=0, cause="exit")
+    assert times()[2] == (2, 3)
+
+
 def test_a_repeated_begin_changes_nothing(store: SqlStore) -> None:
     """The answer to a begin may be lost; asking again gives the same answer with the position reached meanwhile."""
     run = StoredRun(store)

@@ -20,6 +20,8 @@ class Ended(msgspec.Struct, frozen=True, omit_defaults=True):
     cause: str
     """`exit` (the writer's own word; `exitcode` is in the W&B field), `lost` (died without a word), `preempted`."""
     detail: str = ""
+    at: float = 0.0
+    """When, on the writer's clock; of a lost writer its last record. 0: now."""
 
 
 class StreamStamp(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -75,6 +77,8 @@ class BeginAttempt(msgspec.Struct, frozen=True, omit_defaults=True):
     """Instead of `base`: keep the rows up to this step, inclusive. The server works it out once, when the attempt is begun."""
     fresh: tuple[str, ...] = ()
     """Streams that start empty although history continues."""
+    started: float = 0.0
+    """When it really began, on its own machine's clock: its journal may arrive much later. 0: now."""
 
 
 class BegunAttempt(msgspec.Struct, frozen=True, omit_defaults=True):

@@ -202,6 +202,7 @@ def begin_attempt(entity: str | None, project: str, run_id: str, request: BeginA
                 "baseRun": request.base_run,
                 "atStep": request.at_step,
                 "fresh": list(request.fresh),
+                "started": request.started,
             }
         },
     )

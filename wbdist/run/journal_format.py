@@ -135,6 +135,7 @@ def begin_request(header: JournalHeader) -> BeginAttempt:
         header.base_run,
         header.at_step,
         header.fresh,
+        started=header.created,
     )
 
 

@@ -268,6 +268,8 @@ def _start(shipping: Any, run: Run, spec: RunSpec) -> None:
 
 def _announce(run: Run, placed: _Placed) -> None:
     settings = run.settings
+    # Of a run that goes on, earlier attempts lie in directories of their own.
+    journals = Path(run.dir).parent.parent if run.attempt > 1 else Path(run.dir).parent
     if placed.url:
         settings.say(f"run {run.name} at {placed.url}")
     elif placed.base_url:
@@ -276,11 +278,11 @@ def _announce(run: Run, placed: _Placed) -> None:
         )
     elif placed.problem:
         settings.say(
-            f"run {run.id}: {placed.problem}; training goes on, send the rows later with: wbdist sync {Path(run.dir).parent}",
+            f"run {run.id}: {placed.problem}; training goes on, send the rows later with: wbdist sync {journals}",
             warning=True,
         )
     else:
-        settings.say(f"run {run.id} is offline; send it later with: wbdist sync {Path(run.dir).parent}")
+        settings.say(f"run {run.id} is offline; send it later with: wbdist sync {journals}")
 
 
 def _facts(spec: RunSpec) -> dict[str, Any]:

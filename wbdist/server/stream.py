@@ -55,10 +55,10 @@ def _take_stamped(ctx: AppContext, run: RunRow, request: StreamRequest, stamp: S
         raise ValueError("wbdist.seq must not be negative")
     done = ctx.store.append(run.pk, lines, now, attempt=stamp.attempt, nonce=stamp.nonce, writer=stamp.writer)
     answer = StreamAnswer(next=done.next, code=done.code, attempt=done.attempt if done.code == "fenced" else 0)
-    cause = stamp.ended.cause if stamp.ended else ""
+    cause, at = (stamp.ended.cause, stamp.ended.at) if stamp.ended else ("", 0.0)
     if done.code == "fenced":
         if cause and not done.rival:
-            _mark(ctx, run, request, now, attempt=stamp.attempt, cause=cause)
+            _mark(ctx, run, request, now, attempt=stamp.attempt, cause=cause, at=at)
         message = f"attempt {stamp.attempt} of this run is superseded by attempt {done.attempt}; its lines are in the archive"
         return 409, StreamReply(error=message, wbdist=answer)
     if done.code == "gap" and not done.next:
@@ -68,7 +68,7 @@ def _take_stamped(ctx: AppContext, run: RunRow, request: StreamRequest, stamp: S
         return 409, StreamReply(error="lines are missing before these; send from `wbdist.next` on", wbdist=answer)
     if summary is not None:
         ctx.store.set_summary(run.pk, summary, now, attempt=stamp.attempt)
-    _mark(ctx, run, request, now, attempt=stamp.attempt, cause=cause)
+    _mark(ctx, run, request, now, attempt=stamp.attempt, cause=cause, at=at)
     return 200, StreamReply(stopped=run.stopping, wbdist=answer)
 
 
@@ -127,11 +127,18 @@ def _summary(request: StreamRequest) -> dict[str, object] | None:
 
 
 def _mark(
-    ctx: AppContext, run: RunRow, request: StreamRequest, now: float, *, attempt: int | None = None, cause: str = ""
+    ctx: AppContext,
+    run: RunRow,
+    request: StreamRequest,
+    now: float,
+    *,
+    attempt: int | None = None,
+    cause: str = "",
+    at: float = 0.0,
 ) -> None:
     """The events of a request, in the order in which they can have happened: alive, preempting, ended.
 
-    `cause` is `lost` (a witness speaks), `preempted`, or any other word of the writer's own about its end.
+    `cause` is `lost` (a witness speaks), `preempted`, or any other word of the writer's own about its end; `at` when that was.
     """
     events: list[tuple[RunEvent, int | None]] = []
     ends = request.complete or bool(cause)
@@ -150,7 +157,7 @@ def _mark(
         events.append((RunEvent.EXIT_ZERO if code == 0 else unhappy, code))
     for event, exit_code in events:
         ctx.store.record_event(
-            run.pk, event, now, attempt=attempt, exit_code=exit_code, cause=cause or ("exit" if ends else "")
+            run.pk, event, now, attempt=attempt, exit_code=exit_code, cause=cause or ("exit" if ends else ""), ended=at
         )
 
 

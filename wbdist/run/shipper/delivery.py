@@ -414,9 +414,9 @@ class Delivery:
         if final and not header.copied:  # a copy does not know how its writer ended
             end = self._translator.end
             ended = (
-                Ended("lost", "the writer's process died without a word")
+                Ended("lost", "the writer's process died without a word", at=self._translator.last_time)
                 if end is None
-                else Ended(str(end.get("cause") or "exit"))
+                else Ended(str(end.get("cause") or "exit"), at=self._translator.last_time)
             )
         seq = {stream: self._translator.first(stream) for stream in counts}
         return StreamStamp(header.attempt, header.nonce, header.writer, seq, ended)

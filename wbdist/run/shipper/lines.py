@@ -42,6 +42,8 @@ class Translator:
         self.facts_version = 0
         self.preempting = False
         self.end: dict[str, Any] | None = None
+        self.last_time = 0.0
+        """Of the last record: when the writer was last seen at work."""
 
     @property
     def summary_version(self) -> int:
@@ -66,6 +68,7 @@ class Translator:
     def feed(self, records: Iterable[Record]) -> None:
         for record in records:
             kind = record.kind
+            self.last_time = record.time
             if kind is Kind.ROW:
                 for row in self._assembler.add(record.data, record.step, record.commit, record.time):
                     self._row(row)

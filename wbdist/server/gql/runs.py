@@ -148,6 +148,7 @@ def _begin_attempt(_source: Any, info: Info, input: dict[str, Any]) -> dict[str,
         base_run=input.get("baseRun") or "",
         at_step=input.get("atStep"),
         fresh=tuple(input.get("fresh") or ()),
+        started=input.get("started") or 0.0,
     )
     with refusals():
         begun = call.app.store.begin_attempt(run.pk, request, call.app.clock())

@@ -60,7 +60,8 @@ def begin(
             _freeze(db, before or run)
             current = request.attempt
             open_ones = (attempts.c.run_pk == pk) & (attempts.c.attempt < current) & attempts.c.ended_at.is_(None)
-            db.execute(sa.update(attempts).where(open_ones).values(ended_at=now, end_cause=_SUPERSEDED))
+            began = when(request.started, now)
+            db.execute(sa.update(attempts).where(open_ones).values(ended_at=began, end_cause=_SUPERSEDED))
         # A late word of an older attempt may put more below the base of the newer one, but not undo what that said itself.
         if newest and origin is not None and origin.kind == "fork":
             config = merged_config(_config_of(db, origin), config)
@@ -143,8 +144,8 @@ def _open(
         "base": None if base is None else msgspec.json.encode(base.watermark).decode(),
         "fresh": json.dumps(sorted(request.fresh)),
         "origin": None if origin is None else msgspec.json.encode(origin).decode(),
-        "started_at": now,
-        "ended_at": now if superseded else None,
+        "started_at": (started := when(request.started, now)),
+        "ended_at": started if superseded else None,
         "cause": request.cause,
         "end_cause": _SUPERSEDED if superseded else "",
     }
@@ -162,6 +163,11 @@ def _open(
     except ValueError as error:
         raise BranchError(str(error)) from None
     return origin
+
+
+def when(told: float, now: float) -> float:
+    """A client's word for when something was; clocks that go ahead, and clients that say nothing, get our time."""
+    return told if 0.0 < told < now else now
 
 
 def laid_over(db: sa.Connection, run: sa.RowMapping, summary: dict[str, Any], *, whole: bool) -> dict[str, Any]:

@@ -194,9 +194,18 @@ class Store(Protocol):
         ...
 
     def record_event(
-        self, pk: int, event: RunEvent, now: float, *, attempt: int | None = None, exit_code: int | None = None, cause: str = ""
+        self,
+        pk: int,
+        event: RunEvent,
+        now: float,
+        *,
+        attempt: int | None = None,
+        exit_code: int | None = None,
+        cause: str = "",
+        ended: float = 0.0,
     ) -> RunRow:
-        """Runs the state table; also closes the attempt on an ending event. Ignored when `attempt` is superseded."""
+        """Runs the state table; also closes the attempt on an ending event, as of `ended` when the client says when that was.
+        Ignored when `attempt` is superseded."""
         ...
 
     def set_summary(

@@ -191,14 +191,22 @@ class SqlStore:
             db.execute(sa.update(runs).where(runs.c.pk == pk).values(**change))
 
     def record_event(
-        self, pk: int, event: RunEvent, now: float, *, attempt: int | None = None, exit_code: int | None = None, cause: str = ""
+        self,
+        pk: int,
+        event: RunEvent,
+        now: float,
+        *,
+        attempt: int | None = None,
+        exit_code: int | None = None,
+        cause: str = "",
+        ended: float = 0.0,
     ) -> RunRow:
         with self._db.write() as db:
             run = self._locked(db, pk)
             cause = cause or event.value
             if attempt is not None and attempt < run["attempt"]:
                 if event in _ENDINGS:
-                    attempts.end(db, pk, attempt, now, cause=cause, exit_code=exit_code)
+                    attempts.end(db, pk, attempt, attempts.when(ended, now), cause=cause, exit_code=exit_code)
                 return run_row(run)
             state = next_state(RunState(run["state"]), event)
             change: dict[str, Any] = {"stopping": False} if run["stopping"] and event in {RunEvent.START, *_ENDINGS} else {}
@@ -212,7 +220,9 @@ class SqlStore:
                 attempts.reopen(db, pk, run["attempt"])
             if event in _ENDINGS and run["attempt"] > 0:
                 guess = event is RunEvent.SILENCE
-                attempts.end(db, pk, run["attempt"], now, cause=cause, exit_code=exit_code, only_open=guess)
+                attempts.end(
+                    db, pk, run["attempt"], attempts.when(ended, now), cause=cause, exit_code=exit_code, only_open=guess
+                )
             return run_row(self._locked(db, pk))
 
     def delete_run(self, pk: int, now: float) -> None:
