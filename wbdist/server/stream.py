@@ -25,6 +25,7 @@ from wbdist.server import http
 from wbdist.server.clients import shared_writer
 from wbdist.server.context import AppContext
 from wbdist.server.gql.call import check_names
+from wbdist.server.store import appending
 from wbdist.server.store.interface import RunFields, RunRow
 
 _log = logging.getLogger(__name__)
@@ -194,4 +195,9 @@ def _missing_run(ctx: AppContext, names: tuple[str, str, str], request: StreamRe
     if request.wbdist is not None:
         raise HTTPException(404, f"run {'/'.join(names)} does not exist; send UpsertBucket and BeginAttempt first")
     check_names(*names)
+    # What is refused must not leave a run behind, so the request is looked through before there is one.
+    _summary(request)
+    for stream in STREAMS:
+        if (chunk := request.files.get(stream)) is not None:
+            appending.Lines.of(stream, chunk.offset, chunk.content)
     return ctx.store.upsert_run(*names, RunFields(display_name=names[2]), ctx.clock())[0]
