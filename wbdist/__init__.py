@@ -24,6 +24,7 @@ __version__ = "0.1.0"
 __all__ = [
     "AlertLevel",
     "Api",
+    "Artifact",
     "AuthenticationError",
     "CommError",
     "ConfigError",
@@ -63,6 +64,7 @@ __all__ = [
 _LAZY = {
     "AlertLevel": ("wbdist.run.alerts", "AlertLevel"),
     "Api": ("wbdist.run.reader", "Api"),
+    "Artifact": ("wbdist.run.artifacts", "Artifact"),
     "Histogram": ("wbdist.run.media.histogram", "Histogram"),
     "Html": ("wbdist.run.media.html", "Html"),
     "Image": ("wbdist.run.media.image", "Image"),

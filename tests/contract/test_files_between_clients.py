@@ -64,3 +64,25 @@ run.finish()
     (ours / "added.txt").write_text("by us")
     found.upload_file("added.txt")
     assert sdk.read("api.run('local/p/theirs').file('added.txt').download(replace=True).read()") == "by us"
+
+
+def test_artifacts_both_ways(sdk: Any, ours: Path) -> None:
+    """Proves that each client uses what the other has logged, byte by byte, with versions and aliases."""
+    (ours / "net.bin").write_bytes(bytes(range(256)))
+    with wbdist.init(project="p", id="ours") as run:
+        run.log_model("net.bin", name="net", aliases=["best"]).wait(60)
+    script = """
+import wandb
+run = wandb.init(project="p", id="theirs")
+art = run.use_artifact("net:best")
+print("READ", open(art.file(), "rb").read() == bytes(range(256)), art.version, art.type, sorted(art.aliases))
+made = wandb.Artifact("data", "dataset", metadata={"k": 1})
+with made.new_file("sub/x.txt") as f:
+    f.write("theirs")
+run.log_artifact(made, aliases=["new"]).wait()
+run.finish()
+"""
+    assert "READ True v0 model ['best', 'latest']" in sdk.run(script)
+    found = wbdist.Api().artifact("local/p/data:new")
+    assert (found.version, found.metadata) == ("v0", {"k": 1})
+    assert (Path(found.download()) / "sub/x.txt").read_text() == "theirs"

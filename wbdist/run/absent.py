@@ -13,7 +13,6 @@ _SWEEPS = "sweeps are not built; start the trials as runs of one `group` and rea
 _INTEGRATION = "integrations with it are out of scope of this toolkit for PyTorch; call `run.log` from a callback"
 _MEDIA = "this kind of media is not built; keep it as a file, and its numbers as metrics"
 _CHARTS = "charts are made on the run's page from what is logged; log the numbers themselves"
-_REGISTRY = "there is no registry to link to; give the artifact an alias"
 _OLD = "W&B itself has deprecated it; use `wbdist.Api()`"
 
 ABSENT: dict[str, str] = {
@@ -28,12 +27,7 @@ ABSENT: dict[str, str] = {
         ),
         _MEDIA,
     ),
-    **dict.fromkeys(
-        ("Artifact", "log_artifact", "use_artifact", "log_model", "use_model", "log_code"),
-        "files of a run are not built yet; keep them beside its checkpoints",
-    ),
     **dict.fromkeys(("plot", "plot_table", "visualize"), _CHARTS),
-    **dict.fromkeys(("link_artifact", "link_model"), _REGISTRY),
     **dict.fromkeys(("api", "ensure_configured", "apis"), _OLD),
     "attach": "a run belongs to the process that opened it; let every process `init` with one `group`, or use `wbdist.job`",
     "pin_config_keys": "nothing is pinned on the run's page; all of the config is shown there",

@@ -11,11 +11,12 @@ from time import monotonic, time
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, Self
 
-from wbdist.core.position import CONSOLE, EVENTS, FILES, HISTORY, RunPosition, Watermark
+from wbdist.core.position import ARTIFACTS, CONSOLE, EVENTS, FILES, HISTORY, RunPosition, Watermark
 from wbdist.core.summary import INTERNAL
 from wbdist.errors import JournalError, ShutdownError, UsageError
 from wbdist.protocol import names
 from wbdist.run import console, process_end
+from wbdist.run.artifact_methods import ArtifactMethods
 from wbdist.run.config import Config
 from wbdist.run.journal import Kind
 from wbdist.run.summary import Summary
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from datetime import timedelta
 
     from wbdist.run.alerts import AlertLevel, Alerts
+    from wbdist.run.artifacts import Artifact
     from wbdist.run.disabled import NoJournal
     from wbdist.run.files import SavedFiles
     from wbdist.run.journal import JournalWriter
@@ -43,7 +45,7 @@ WARN_SECONDS = 10.0
 """Dropped rows are warned of at once, then at most this often, with a count."""
 
 
-class Run:
+class Run(ArtifactMethods):
     """One run as this process writes it. Thread-safe; belongs to the process that opened it. Make it with `init` or `open_run`.
 
     Every row is in the journal, durable against SIGKILL, when `log` returns. Nothing here waits for the network but
@@ -89,6 +91,7 @@ class Run:
         """Known when the run has finished."""
         self._lines = 0
         self._files: SavedFiles | None = None
+        self._artifacts = 0
         self._on_finish: list[Callable[[], None]] = []
         self._log_row: Callable[[Mapping[str, Any], int | None, bool | None], bool] = journal.log
         self._sampling: sampler.Subscription | None = None
@@ -167,6 +170,7 @@ class Run:
                         CONSOLE: {self.writer: self._lines},
                         EVENTS: {self.writer: self._samples},
                         FILES: {self.writer: self._files.count if self._files is not None else 0},
+                        ARTIFACTS: {self.writer: self._artifacts},
                     },
                     step=self._journal.rule.last_step,
                 ),
@@ -443,7 +447,7 @@ class Run:
 
     def _wait_for_server(self, shipping: Shipping) -> None:
         timeout = self.settings.finish_timeout
-        outcome = shipping.flush(timeout, files=self._files is not None)
+        outcome = shipping.flush(timeout, files=self._files is not None or self._artifacts > 0)
         if outcome.error.startswith("fenced"):
             self._say(
                 f"run {self.id}: {outcome.error.removeprefix('fenced: ')}; what this one logged is kept in the archive",
@@ -501,6 +505,27 @@ class Run:
         self._on_finish.append(callback)
 
     # Inner --------------------------------------------------------------------------------------------
+
+    def ship_files(self, timeout: float) -> str:
+        """Waits until the server has every file and artifact so far, at most `timeout` seconds; what is wrong, or ''."""
+        if self._shipping is None:
+            return "this run has no server"
+        return self._shipping.flush(timeout, files=True).error
+
+    def keep_artifact(self, artifact: Artifact, aliases: list[str]) -> None:
+        """For `log_artifact`: sets the contents aside and journals it."""
+        self._check_usable("log_artifact()")
+        if self.disabled:
+            return
+        from wbdist.run import artifact_logging
+        from wbdist.run.journal import JournalWriter
+
+        assert isinstance(self._journal, JournalWriter)
+        assert self._run_directory is not None
+        staged = artifact_logging.stage(artifact, self._run_directory.absolute())
+        with self._lock:
+            artifact_logging.record(self, self._journal, artifact, staged, aliases)
+            self._artifacts += 1
 
     def _saved_files(self) -> SavedFiles:
         if self._files is None:

@@ -69,6 +69,8 @@ class Kind(IntEnum):
     """{}: closes the pending row, if there is one."""
     END = 11
     """{"exit_code": int | None, "cause": str}: the writer's last word. exit_code None: this writer ends, the run does not."""
+    ARTIFACT = 12
+    """One artifact to log: `run.artifact_logging.ArtifactRecord`."""
     SCHEMA = 32
     """Internal: keys and types of packed rows."""
     ROW_PACKED = 33

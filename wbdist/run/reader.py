@@ -18,6 +18,9 @@ from wbdist.run.remote_lists import Project, Projects, Runs
 from wbdist.run.remote_run import RunRecord
 from wbdist.settings import Settings, resolve
 
+if TYPE_CHECKING:
+    from wbdist.run.artifacts_api import UsedArtifact
+
 _IMMUTABLE = re.compile(r"[^:]+:[0-9]+")
 _NOT_HERE = {
     **dict.fromkeys(("sweep", "agent"), "sweeps are not built"),
@@ -124,6 +127,22 @@ class Api:
             order=order,
             per_page=per_page,
         )
+
+    def artifact(self, name: str, type: str | None = None) -> UsedArtifact:
+        """The artifact `[[entity/]project/]name[:alias]`. Raises ArtifactNotFoundError; ValueError for another type."""
+        from wbdist.run import artifacts_api
+
+        return artifacts_api.find(self, name, type)
+
+    def artifact_exists(self, name: str, type: str | None = None) -> bool:
+        """Whether `artifact` finds one."""
+        from wbdist.run.artifacts_api import ArtifactNotFoundError
+
+        try:
+            self.artifact(name, type)
+        except ArtifactNotFoundError:
+            return False
+        return True
 
     def project(self, name: str, entity: str | None = None) -> Project:
         """Raises ProjectNotFoundError."""

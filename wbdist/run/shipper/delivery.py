@@ -192,6 +192,9 @@ class Delivery:
         for seq, payload in self._translator.files:
             self.uploads.offer(seq, payload)
         self._translator.files.clear()
+        for seq, payload in self._translator.artifacts:
+            self.uploads.artifacts.offer(seq, payload)
+        self._translator.artifacts.clear()
 
     def _settle(self, now: float, ticket: int, at_end: bool) -> None:
         """What is reached, and when to come back. `at_end`: this step looked into the journal and found nothing more."""

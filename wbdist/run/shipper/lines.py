@@ -8,7 +8,7 @@ from typing import Any
 
 import msgspec
 
-from wbdist.core.position import CONSOLE, EVENTS, FILES, HISTORY
+from wbdist.core.position import ARTIFACTS, CONSOLE, EVENTS, FILES, HISTORY
 from wbdist.core.rows import RowAssembler
 from wbdist.core.summary import INTERNAL, SummaryTracker
 from wbdist.protocol import jsonvalues
@@ -30,12 +30,14 @@ class Translator:
         self._summary = SummaryTracker(header.summary)
         self.skip: dict[str, int] = {}
         """stream -> lines below this seq are on the server: they are counted, not made."""
-        self.produced = {HISTORY: 0, EVENTS: 0, CONSOLE: 0, FILES: 0}
+        self.produced = {HISTORY: 0, EVENTS: 0, CONSOLE: 0, FILES: 0, ARTIFACTS: 0}
         """stream -> seq of the next line."""
         self.lines: dict[str, list[str]] = {HISTORY: [], EVENTS: [], CONSOLE: []}
         """stream -> lines made and not yet taken; the last has seq `produced - 1`."""
         self.files: list[tuple[int, dict[str, Any]]] = []
         """Versions of files not yet taken, with their seqs: their contents go another way than lines."""
+        self.artifacts: list[tuple[int, dict[str, Any]]] = []
+        """As `files`."""
         self.facts: dict[str, Any] = {}
         """What RUN records said."""
         self.config: dict[str, Any] = {}
@@ -81,6 +83,9 @@ class Translator:
             elif kind is Kind.FILE:
                 self.files.append((self.produced[FILES], record.data))
                 self.produced[FILES] += 1
+            elif kind is Kind.ARTIFACT:
+                self.artifacts.append((self.produced[ARTIFACTS], record.data))
+                self.produced[ARTIFACTS] += 1
             elif kind is Kind.RUN:
                 self.facts.update(record.data)
                 self.facts_version += 1

@@ -8,27 +8,27 @@ while. After the writer's death no such change is believed: it may be half a fil
 
 from __future__ import annotations
 
-import base64
 import logging
 import os
 import random
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import IO, Any, TypeVar
+from typing import IO, Any
 
 import msgspec
 
-from wbdist.protocol import file_stream, operations
 from wbdist.protocol import files as protocol
+from wbdist.protocol import operations
 from wbdist.protocol.attempts import STAMP_HEADER, FileStamp
+from wbdist.run.artifact_record import ArtifactRecord
 from wbdist.run.files import STAGED, FileRecord
 from wbdist.run.journal import JournalHeader
-from wbdist.run.shipper.remote import Answer, Remote, UnreachableError
+from wbdist.run.shipper.artifact_uploads import ArtifactUploads
+from wbdist.run.shipper.remote import Remote, UnreachableError
+from wbdist.run.shipper.sending import AgainError, ChangedError, FailedError, Wire, digest_of
 from wbdist.run.snapshots import Key, key_of
-
-T = TypeVar("T")
 
 BATCH = 100
 """Versions for which addresses are asked at a time."""
@@ -37,19 +37,6 @@ WATCH_SECONDS = 0.5
 QUIET_LOOKS = 2
 """A live file that looks the same so many times on end is taken for written."""
 RETRY_MIN, RETRY_MAX = 0.25, 5.0
-_BLOCK = 1 << 20
-
-
-class ChangedError(Exception):
-    """The file was written while it was sent; the server has stored nothing."""
-
-
-class _FailedError(Exception):
-    """This file cannot be had or is refused, for good."""
-
-
-class _AgainError(Exception):
-    """The server cannot take it now."""
 
 
 class Version(msgspec.Struct):
@@ -75,6 +62,7 @@ class Uploads:
         self._header = header
         self._directory = directory
         self._log = log
+        self.artifacts = ArtifactUploads(header, directory, log)
         self._lock = threading.Lock()
         self._pending: list[Version] = []
         self._offered = 0
@@ -104,7 +92,7 @@ class Uploads:
     def busy(self) -> bool:
         """Whether a version is still to come. Those with policy `end` wait for the journal's end."""
         with self._lock:
-            return self._begun and any(self._ready(version) for version in self._pending)
+            return self._begun and (self.artifacts.pending or any(self._ready(version) for version in self._pending))
 
     @property
     def watching(self) -> bool:
@@ -154,23 +142,39 @@ class Uploads:
         if self.watching:
             self._look(writer_alive)
         batch = self._batch()
+        wire = Wire(remote)
         try:
             if batch:
-                self._send(remote, batch)
+                self._send(wire, batch)
+            elif self._begun and (artifact := self.artifacts.next()) is not None:
+                self._send_artifact(wire, *artifact)
             if self._tries:
                 self._log.info("files of run %s: the server is back after %d failed tries", self._header.run_id, self._tries)
             self._tries, self.trouble = 0, ""
             self.due = 0.0 if self.busy else now + WATCH_SECONDS
-        except (UnreachableError, _AgainError, ChangedError) as error:
+        except (UnreachableError, AgainError, ChangedError) as error:
             self._tries += 1
             self.trouble = str(error)
             wait = min(RETRY_MAX, RETRY_MIN * 2 ** min(self._tries - 1, 10)) * random.uniform(1.0, 1.25)
             self.due = now + wait
             if self._tries in {1, 10, 100} or self._tries % 1000 == 0:
                 self._log.warning("files of run %s: %s (try %d)", self._header.run_id, error, self._tries)
-        except _FailedError as error:
+        except FailedError as error:
             for version in batch:
                 self._fail(version, str(error))
+
+    def _send_artifact(self, wire: Wire, seq: int, record: ArtifactRecord) -> None:
+        try:
+            self.artifacts.send(wire, self._run, ours=self._ours, seq=seq, record=record)
+        except (FailedError, OSError) as error:
+            self._log.error("artifact %s of run %s is not uploaded: %s", record.name, self._header.run_id, error)
+            self.failed[f"artifact {record.name}"] = str(error)
+        self.artifacts.drop()
+        self.progress += 1
+
+    @property
+    def _run(self) -> tuple[str, str, str]:
+        return self._entity, self._project, self._header.run_id
 
     @property
     def _live_writer(self) -> str:
@@ -216,37 +220,37 @@ class Uploads:
 
     # The wire -----------------------------------------------------------------------------------------
 
-    def _send(self, remote: Remote, batch: list[Version]) -> None:
+    def _send(self, wire: Wire, batch: list[Version]) -> None:
         names = list(dict.fromkeys(version.record.name for version in batch))
-        run = (self._entity, self._project, self._header.run_id)
         if unknown := [name for name in names if name not in self._known]:
-            page = self._ask(remote, protocol.run_files(*run, names=unknown, limit=len(unknown)), protocol.read_run_files)
+            asked = protocol.run_files(*self._run, names=unknown, limit=len(unknown))
+            page = wire.ask(asked, protocol.read_run_files)
             self._known.update(dict.fromkeys(unknown, ""))
             self._known.update({file.name: file.md5 for file in (page.files if page else ())})
-        slots = self._ask(remote, protocol.create_run_files(*run, names), protocol.read_upload_slots)
+        slots = wire.ask(protocol.create_run_files(*self._run, names), protocol.read_upload_slots)
         changed: ChangedError | None = None
         for version in batch:
             try:
-                self._send_one(remote, version, slots)
-            except _FailedError as error:
+                self._send_one(wire, version, slots)
+            except FailedError as error:
                 self._fail(version, str(error))
             except ChangedError as error:
                 changed = error
         if changed is not None:
             raise changed
 
-    def _send_one(self, remote: Remote, version: Version, slots: operations.UploadSlots) -> None:
+    def _send_one(self, wire: Wire, version: Version, slots: operations.UploadSlots) -> None:
         record = version.record
         try:
             with self._place(record).open("rb") as file:
                 if self._believable(version, file):
-                    self._put(remote, version, file, slots)
+                    self._put(wire, version, file, slots)
         except FileNotFoundError:
             # An older version gave way to a newer one, or a live file is being replaced.
             if version.writer == self._header.writer and self._newest[record.name] == version.seq:
-                raise _FailedError(f"{record.path} is gone") from None
+                raise FailedError(f"{record.path} is gone") from None
         except OSError as error:
-            raise _FailedError(str(error)) from error
+            raise FailedError(str(error)) from error
         self._done(version)
 
     def _place(self, record: FileRecord) -> Path:
@@ -264,28 +268,25 @@ class Uploads:
             return True
         if version.writer == self._header.writer:
             if self._lost:
-                raise _FailedError(f"{record.path} was changed after it was saved, and the writer died: it may be half a file")
+                raise FailedError(f"{record.path} was changed after it was saved, and the writer died: it may be half a file")
             return True
         if (watched := self._watched.get(record.name)) is not None:
             watched.sent = None  # look again
         return False
 
-    def _put(self, remote: Remote, version: Version, file: IO[bytes], slots: operations.UploadSlots) -> None:
+    def _put(self, wire: Wire, version: Version, file: IO[bytes], slots: operations.UploadSlots) -> None:
         name = version.record.name
-        if self._known.get(name, "0") not in {"", "0"} and _digest(file) == self._known[name]:
+        if self._known.get(name, "0") not in {"", "0"} and digest_of(file) == self._known[name]:
             return
         url = slots.urls.get(name)
         if url is None:
             return  # the server needs no contents
-        sending = _Sending(file)
         headers = dict(slots.headers)
         if self._ours:
-            stamp = FileStamp(self._header.attempt, self._header.nonce, version.writer, version.seq, version.record.step)
+            header = self._header
+            stamp = FileStamp(header.attempt, header.nonce, version.writer, version.seq, version.record.step)
             headers[STAMP_HEADER] = msgspec.json.encode(stamp).decode()
-        answer = remote.put(url, sending, sending.size, headers)
-        if not (answer.ok or _archived(answer)):
-            raise _problem(f"PUT of {name}", answer)
-        self._known[name] = sending.digest()
+        self._known[name] = wire.put(name, url, file, headers)
         self.progress += 1
         with self._lock:
             self._uploaded.append(name)
@@ -309,65 +310,3 @@ class Uploads:
             self.failed[version.record.name] = reason
             with suppress(ValueError):
                 self._pending.remove(version)
-
-    def _ask(self, remote: Remote, operation: operations.Operation, read: Callable[[Mapping[str, Any]], T]) -> T:
-        answer = remote.post("/graphql", operation.body())
-        message = operations.error_message(answer.body)
-        if not answer.ok or message:
-            raise _problem(operation.name, answer, message)
-        try:
-            return read(msgspec.json.decode(answer.body)["data"])
-        except (ValueError, KeyError, TypeError) as error:
-            raise _AgainError(f"{remote.base_url} answers {operation.name} with what is not understood: {error!r}") from error
-
-
-def _archived(answer: Answer) -> bool:
-    """Whether our server kept the file, in the archive: a newer attempt has taken over."""
-    stamped = file_stream.decode_reply(answer.body).wbdist if answer.status == 409 else None
-    return stamped is not None and stamped.code == "fenced"
-
-
-def _problem(what: str, answer: Answer, message: str = "") -> Exception:
-    message = message or operations.error_message(answer.body) or answer.body[:200].decode("utf-8", "replace")
-    text = f"the server answers {what} with HTTP {answer.status}: {message}"
-    # A key may still come, and an address that is too old is asked for anew.
-    final = (answer.ok or not answer.retryable) and answer.status not in {401, 403}
-    return _FailedError(text) if final else _AgainError(text)
-
-
-class _Sending:
-    """A file's bytes, as often as they are iterated. The last block is held back until the file is known to be the same."""
-
-    def __init__(self, file: IO[bytes]) -> None:
-        self._file = file
-        self._sum = _md5()
-        self._before = key_of(os.fstat(file.fileno()))
-        self.size = self._before[2]
-
-    def __iter__(self) -> Iterator[bytes]:
-        self._file.seek(0)
-        self._sum = _md5()
-        left = self.size
-        while left > 0:
-            block = self._file.read(min(_BLOCK, left))
-            left -= len(block)
-            if not block or (left == 0 and key_of(os.fstat(self._file.fileno())) != self._before):
-                raise ChangedError
-            self._sum.update(block)
-            yield block
-
-    def digest(self) -> str:
-        return base64.b64encode(self._sum.digest()).decode()
-
-
-def _digest(file: IO[bytes]) -> str:
-    found = _md5()
-    while block := file.read(_BLOCK):
-        found.update(block)
-    return base64.b64encode(found.digest()).decode()
-
-
-def _md5() -> Any:
-    import hashlib  # with OpenSSL: 3 MiB that a shipper without files does not need
-
-    return hashlib.md5(usedforsecurity=False)
