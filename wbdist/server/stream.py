@@ -79,12 +79,6 @@ def _take_plain(ctx: AppContext, run: RunRow, request: StreamRequest, writer: st
     lines: Lines = {stream: (chunk.offset, chunk.content) for stream in STREAMS if (chunk := request.files.get(stream))}
     if lines:
         done = ctx.store.append(run.pk, lines, now, writer=writer or "sdk")
-        if done.code == "fenced":
-            _log.warning(
-                "run %s/%s/%s: a process that attempt %d took the run over from goes on; its lines are in the archive",
-                *(run.entity, run.project, run.run_id, done.attempt),
-            )
-            return 200, StreamReply()
         if done.code == "gap":
             _append_behind(ctx, run, lines, done.next, writer)
     if summary is not None:

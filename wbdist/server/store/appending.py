@@ -14,11 +14,10 @@ from wbdist.core.position import CONSOLE, HISTORY, Watermark
 from wbdist.server.store import lines as lining
 from wbdist.server.store.attempts import attempt_of
 from wbdist.server.store.chunks import LOOSE, Key, compact, store
-from wbdist.server.store.derived import in_summary, last_step, recount
+from wbdist.server.store.derived import in_summary, recount
 from wbdist.server.store.forks import recount_forks
 from wbdist.server.store.interface import Appended
 from wbdist.server.store.lines import Batch
-from wbdist.server.store.processes import sender
 from wbdist.server.store.replays import Known
 from wbdist.server.store.schema import console_lines, cursors, runs
 from wbdist.server.store.views import view_of
@@ -84,8 +83,6 @@ def append(
     pk, current = int(run["pk"]), int(run["attempt"])
     plain = attempt is None and writer == SDK
     target = current if attempt is None else attempt
-    if plain and current > 0:
-        target = sender(db, pk, current, {stream: part.parsed for stream, part in lines.items()})
     lane = ""
     if attempt is not None:
         known = attempt_of(db, pk, target)
@@ -98,11 +95,9 @@ def append(
     view = view_of(db, pk, target) if plain else None
     below = {stream: 0 if view is None else view.below(stream, target) for stream in lines}
     if view is not None:
-        known_lines = Known(view, run["last_step"] if target == current else last_step(db, view))
+        known_lines = Known(view, run["last_step"])
         ends = {stream: below[stream] + next_seq[stream] for stream in lines}
         lines = {stream: _unrepeated(db, known_lines, stream, part, ends[stream]) for stream, part in lines.items()}
-        if target != current:  # nobody waits for what is missing before them
-            lines = {stream: _moved(part, min(part.seq, ends[stream])) for stream, part in lines.items()}
     if any(part.seq - below[stream] > next_seq[stream] for stream, part in lines.items()):
         return Appended(code="gap", next=next_seq, attempt=current)
     fresh: dict[str, Batch | None] = {}
@@ -186,10 +181,6 @@ def _unrepeated(db: sa.Connection, known: Known, stream: str, part: Lines, expec
         return part
     rest = part.parsed[skip:]
     return Lines(expected, rest, Batch.of(rest) if rest and stream != CONSOLE else None)
-
-
-def _moved(part: Lines, seq: int) -> Lines:
-    return Lines(seq, part.parsed, part.batch)
 
 
 def _shows(base: Watermark, attempt: int, writer: str, before: Mapping[str, int], fresh: Iterable[str]) -> bool:

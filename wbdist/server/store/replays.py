@@ -31,14 +31,14 @@ class Known(msgspec.Struct, frozen=True):
             return _count([_number(row.get("_step")) for row in lines], self.last_step)
         first = _time(stream, lines[0]) if lines and len(self.view.segments) > 1 else None
         own = self.view.segments[-1]
-        begun_at = None if first is None else db.execute(STARTED, {"key": own.run, "number": own.attempt}).scalar()
+        begun_at = None if first is None else db.execute(_STARTED, {"key": own.run, "number": own.attempt}).scalar()
         if first is None or begun_at is None or first >= begun_at:
             return 0
         last = _last_time(db, msgspec.structs.replace(self.view, segments=self.view.segments[:-1]), stream)
         return 0 if last is None else _count([_time(stream, line) for line in lines], last)
 
 
-STARTED = sa.select(attempts.c.started_at).where(
+_STARTED = sa.select(attempts.c.started_at).where(
     (attempts.c.run_pk == sa.bindparam("key")) & (attempts.c.attempt == sa.bindparam("number"))
 )
 
