@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import copy
+import json
+import pickle
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -71,3 +76,36 @@ def test_a_returned_dict_is_a_copy_and_changes_are_journaled(journals: Callable[
     (records,) = journals()
     changes = [record.data["set"] for record in records if record.kind is Kind.CONFIG]
     assert changes[1:] == [{"net": {"width": 3}}, {"seed": 1}]
+
+
+def test_a_change_inside_a_nested_value_is_told() -> None:
+    """Proves that assigning into a nested dict changes nothing in the config and warns, while reading, copying and taking a
+    copy apart are silent."""
+    run = wbdist.init(project="p", config={"opt": {"name": "adam", "betas": {"one": 0.9}}}, settings={"quiet": True})
+    with pytest.warns(UserWarning, match=r'config "opt.betas" was read as a copy: setting .one. in it'):
+        run.config["opt"]["betas"]["one"] = 0.5
+    assert run.config.opt == {"name": "adam", "betas": {"one": 0.9}}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        taken = run.config["opt"]
+        assert taken.pop("name") == "adam"
+        again = copy.deepcopy(run.config["opt"])
+        again["name"] = "sgd"
+        assert json.loads(json.dumps(pickle.loads(pickle.dumps(taken)))) == {"betas": {"one": 0.9}}
+    assert run.config["opt"]["name"] == "adam"
+
+
+def test_forms_of_a_config(tmp_path: Path) -> None:
+    """Proves W&B's YAML form and a plain one, and objects like absl's FLAGS; and what is said of a file that is none."""
+    given = tmp_path / "c.yaml"
+    given.write_text("wandb_version: 1\nlr:\n  desc: rate\n  value: 0.1\nnet: {width: 3}\n")
+    run = wbdist.init(project="p", mode="offline", config=str(given), settings={"quiet": True})
+    assert run.config.as_dict() == {"lr": 0.1, "net": {"width": 3}}
+    run.config.update(SimpleNamespace(flag_values_dict=lambda: {"seed": 3}))
+    assert run.config.seed == 3
+    for text, words in (("- 1\n", "mapping with names"), ("a: [", "cannot be read")):
+        given.write_text(text)
+        with pytest.raises(wbdist.UsageError, match=words):
+            run.config.update(given)
+    with pytest.raises(wbdist.UsageError, match="cannot be read"):
+        run.config.update("missing.yaml")

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 import wbdist
-from wbdist.run import machine
-from wbdist.run.journal import Kind, Record
+from wbdist.run import console, machine
+from wbdist.run.journal import JournalReader, Kind, Record
 
 pytestmark = pytest.mark.usefixtures("offline")
 
@@ -192,3 +192,36 @@ def test_a_directory_that_cannot_be_written_is_replaced(
         run.log({"a": 1})
     assert "cannot be used" in capsys.readouterr().err
     assert run.dir.startswith(str(tmp_path / "elsewhere"))
+
+
+@pytest.mark.parametrize(
+    ("printed", "kept"),
+    [
+        ("plain", "plain"),
+        ("10%\r20%\r100%", "100%"),
+        ("long text\rshort", "shorttext"),
+        ("abcdef\r\x1b[Kxy", "xy"),
+        ("abc\b\bX", "aXc"),
+        ("\x1b[31mred\x1b[0m ok", "\x1b[31mred\x1b[0m ok"),
+        ("\x1b[A\x1b[2K50%|###|\x1b[1B", "50%|###|"),
+        ("\x1b]0;title\x07text", "text"),
+        ("ab\x1b[5Gx\x1b[1Gy", "yb  x"),
+        ("bar   \r", "bar"),
+    ],
+)
+def test_what_a_terminal_shows(printed: str, kept: str) -> None:
+    """Proves that progress bars, erasing and cursor moves leave in a line what they leave on a screen, and colours stay."""
+    assert console.shown(printed) == kept
+
+
+def test_a_bar_of_many_updates_is_one_line() -> None:
+    """Proves that a bar redrawn thousands of times is one line: its last state, with the writer's label."""
+    run = wbdist.init(project="p", settings={"quiet": True, "x_label": "rank3"})
+    for done in range(5000):
+        print(f"\r{done:5}|{'#' * 20}", end="")
+    print("\rdone", end="\n")
+    run.finish()
+    assert run.journal_path is not None
+    with JournalReader.open(run.journal_path) as reader:
+        texts = [record.data["text"] for record in reader.read() if record.kind is Kind.CONSOLE]
+    assert texts == ["[rank3] done9|" + "#" * 20]

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import types
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from copy import deepcopy
 from typing import Any
 
 from wbdist.errors import ConfigError, UsageError
+from wbdist.run import config_files
 from wbdist.run.values import config_value
 
 
@@ -15,7 +18,7 @@ class Config:
     """Attribute and item access to config values; thread-safe as far as a dict is.
 
     Changing a key to another value raises ConfigError unless allowed; setting it to the same value again changes
-    nothing. Nested dicts come back as copies, so that no change goes unseen: assign the whole value instead.
+    nothing. Nested dicts come back as copies: assigning to a key of one changes nothing here and warns; assign the whole.
     Each accepted change is journaled before the call returns.
     """
 
@@ -54,7 +57,7 @@ class Config:
         return deepcopy(self._values)
 
     def get(self, key: str, default: Any = None) -> Any:
-        return deepcopy(self._values.get(key, default))
+        return _copy(key, self._values[key]) if key in self._values else default
 
     def keys(self) -> list[str]:
         return list(self._values)
@@ -63,7 +66,7 @@ class Config:
         return list(self.as_dict().items())
 
     def __getitem__(self, key: str) -> Any:
-        return deepcopy(self._values[key])
+        return _copy(key, self._values[key])
 
     def __setitem__(self, key: str, value: Any) -> None:
         self.update({key: value})
@@ -90,13 +93,42 @@ class Config:
         return f"Config({self._values!r})"
 
 
+class NestedCopy(dict[str, Any]):
+    """A dict inside the config, as it is now. Changing it changes nothing in the config; who assigns to it is told so."""
+
+    def __init__(self, where: str, items: dict[str, Any]) -> None:
+        super().__init__({key: _copy(f"{where}.{key}", value) for key, value in items.items()})
+        self._where = where
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        warnings.warn(
+            f'config "{self._where}" was read as a copy: setting {key!r} in it does not change the config; assign the whole '
+            f"value, as in run.config.update({{...}}, allow_val_change=True)",
+            stacklevel=2,
+        )
+        super().__setitem__(key, value)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return dict, (dict(self),)  # what is copied or pickled from it is a plain dict
+
+
+def _copy(where: str, value: Any) -> Any:
+    return NestedCopy(where, value) if isinstance(value, dict) else deepcopy(value)
+
+
 def checked(values: Any) -> dict[str, Any]:
     """`values` as a plain dict with string keys, leading and trailing `-` removed as W&B does (`--lr` -> `lr`)."""
     if isinstance(values, Config):
         values = values.as_dict()
+    elif isinstance(values, str | os.PathLike):
+        values = config_files.load(values)
+    elif callable(flags := getattr(values, "flag_values_dict", None)):  # absl's FLAGS
+        values = flags()
     elif not isinstance(values, Mapping):
-        if isinstance(values, str | bytes | int | float | list | tuple | types.ModuleType) or not hasattr(values, "__dict__"):
-            raise UsageError(f"config must be a dict or an argparse.Namespace, not {type(values).__name__}")
+        if isinstance(values, bytes | int | float | list | tuple | types.ModuleType) or not hasattr(values, "__dict__"):
+            raise UsageError(
+                f"config must be a dict, an argparse.Namespace or the path of a YAML file, not {type(values).__name__}"
+            )
         values = vars(values)
     found: dict[str, Any] = {}
     for raw, value in values.items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import threading
 from collections.abc import Callable
@@ -13,6 +14,11 @@ Sink = Callable[[str, str], None]
 MAX_LINE = 64 * 1024
 """Characters of one line that are kept; a program that prints without line ends must not fill the memory."""
 
+_COLLAPSE = 1024
+"""Characters of an unfinished line from which on what a carriage return has overwritten is forgotten."""
+
+_TOKEN = re.compile(r"\x1b\[([0-9;?]*)([@-~])|\x1b\][^\x07\x1b]*(?:\x07|\x1b\\)|\x1b.|[\r\b]|[^\x1b\r\b]+", re.DOTALL)
+
 _lock = threading.RLock()
 _sinks: list[Sink] = []
 _tees: dict[str, _Tee] = {}
@@ -21,7 +27,7 @@ _tees: dict[str, _Tee] = {}
 class _Tee:
     """Stands in for `sys.stdout` or `sys.stderr`: passes everything on, and gives finished lines to the sinks.
 
-    A carriage return starts the line over, as on a terminal, so that a progress bar is one line: its last state.
+    A progress bar is one line: its last state (`shown`).
     """
 
     def __init__(self, name: str, original: TextIO) -> None:
@@ -45,12 +51,15 @@ class _Tee:
         *finished, rest = (self._line + text).split("\n")
         for line in finished:
             self._give(line)
-        self._line = rest[-MAX_LINE:] if "\r" not in rest else rest[rest.rstrip("\r").rfind("\r") + 1 :][-MAX_LINE:]
+        if len(rest) > _COLLAPSE and "\r" in rest:  # a bar that was drawn a thousand times is its last state
+            before, _, after = rest.rpartition("\r")
+            rest = f"{shown(before)}\r{after}"
+        self._line = rest[-MAX_LINE:]
 
     def _give(self, line: str) -> None:
-        shown = line.rstrip("\r").rpartition("\r")[2][:MAX_LINE]
+        text = shown(line)[:MAX_LINE]
         for sink in tuple(_sinks):
-            sink(shown, self._name)
+            sink(text, self._name)
 
     def finish_line(self) -> None:
         if self._line:
@@ -67,6 +76,36 @@ class _Tee:
     @property
     def original(self) -> TextIO:
         return self._original
+
+
+def shown(line: str) -> str:
+    """What a terminal shows of a line when everything in it has been printed: carriage returns and backspaces overwrite,
+    erasing erases, colours stay, cursor moves to other lines and window titles go."""
+    if "\r" not in line and "\x1b" not in line and "\b" not in line:
+        return line
+    cells: list[str] = []
+    at, colour = 0, ""
+    for token in _TOKEN.finditer(line):
+        text = token[0]
+        if text == "\r":
+            at = 0
+        elif text == "\b":
+            at = max(0, at - 1)
+        elif token[2] == "m":
+            colour += text
+        elif token[2] in {"C", "D", "G"}:
+            count = int(token[1]) if token[1].isdigit() else 1
+            at = {"C": at + count, "D": max(0, at - count), "G": max(0, count - 1)}[token[2]]
+            cells += [" "] * (min(at, MAX_LINE) - len(cells))
+        elif token[2] == "K":
+            if token[1] in {"", "0"}:
+                del cells[at:]
+            else:
+                cells[:] = [" "] * at if token[1] == "2" else [" "] * at + cells[at:]
+        elif not text.startswith("\x1b"):
+            cells[at : at + len(text)] = [colour + text[0], *text[1:]]
+            at, colour = at + len(text), ""
+    return "".join(cells).rstrip(" ") + colour
 
 
 def attach(sink: Sink) -> None:

@@ -583,8 +583,9 @@ class Run(ArtifactMethods):
 
     def _keep_line(self, text: str, stream: str) -> None:
         """One printed line -> the journal. A failing journal must not break `print`: it is said once, and rows raise it."""
+        label = self.settings.x_label
         try:
-            self._journal.append(Kind.CONSOLE, {"text": text, "stream": stream})
+            self._journal.append(Kind.CONSOLE, {"text": f"[{label}] {text}" if label else text, "stream": stream})
             self._lines += 1
         except (JournalError, TypeError) as error:
             console.detach(self._keep_line)

@@ -148,8 +148,7 @@ def make_spec(
 
     Raises UsageError for ids, names, tags and config that cannot be used. Reads the git checkout's name when no project is set.
     """
-    given = config_files.load(config) if isinstance(config, str | os.PathLike) else config
-    values = {**checked(config_files.defaults(settings.config_paths)), **(checked(given) if given is not None else {})}
+    values = {**checked(config_files.defaults(settings.config_paths)), **(checked(config) if config is not None else {})}
     if config_exclude_keys is not None and config_include_keys is not None:
         raise UsageError("give config_exclude_keys or config_include_keys, not both")
     if config_include_keys is not None:
