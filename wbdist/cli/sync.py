@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -11,10 +12,12 @@ from pathlib import Path
 import click
 import msgspec
 
-from wbdist.errors import EXIT_FAILED_FOR_GOOD, EXIT_RETRYABLE, Error
+from wbdist.errors import EXIT_FAILED_FOR_GOOD, EXIT_RETRYABLE, Error, UsageError
+from wbdist.protocol import names
 from wbdist.run import backend, credentials
 from wbdist.run.journal import JournalHeader, find_journals
-from wbdist.run.shipper.oneshot import Synced, ship
+from wbdist.run.shipper.marks import mark, marked
+from wbdist.run.shipper.oneshot import Synced, Wanted, header_of, ship
 from wbdist.run.shipper.remote import Remote
 from wbdist.settings import resolve
 
@@ -22,33 +25,79 @@ from wbdist.settings import resolve
 @click.command("sync", epilog="Example: wbdist sync wandb/offline-run-20260102_030405-abc123")
 @click.argument("paths", nargs=-1, type=click.Path(path_type=Path))
 @click.option("--base-url", metavar="URL", help="The server. Default: the one each run was made for, else the configured one.")
+@click.option("--id", "run_id", metavar="ID", help="Send it as the run of this id. Only for the journals of one run.")
+@click.option("--project", "-p", metavar="NAME", help="Send into this project instead of the run's own.")
+@click.option("--entity", "-e", metavar="NAME", help="Send to this user or team instead of the run's own.")
+@click.option("--include-online/--skip-online", default=True, show_default=True, help="Runs that were online, too.")
+@click.option("--include-offline/--skip-offline", default=True, show_default=True, help="Runs that were offline, too.")
+@click.option("--include-synced/--skip-synced", default=True, show_default=True, help="Runs that are marked as sent, too.")
+@click.option("--mark-synced/--no-mark-synced", default=True, show_default=True, help="Mark what is complete on the server.")
+@click.option("--sync-all", is_flag=True, help="W&B's word for giving no PATH.")
+@click.option("--skip-console", is_flag=True, help="Leave printed lines out.")
+@click.option("--clean", is_flag=True, help="Remove the directories of runs that are then complete on the server.")
 @click.option("--timeout", default=60.0, show_default=True, help="Seconds without progress after which a journal is left.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object a journal.")
-def command(paths: tuple[Path, ...], base_url: str | None, timeout: float, as_json: bool) -> None:
+def command(
+    *,
+    paths: tuple[Path, ...],
+    base_url: str | None,
+    run_id: str | None,
+    project: str | None,
+    entity: str | None,
+    include_online: bool,
+    include_offline: bool,
+    include_synced: bool,
+    mark_synced: bool,
+    sync_all: bool,
+    skip_console: bool,
+    clean: bool,
+    timeout: float,
+    as_json: bool,
+) -> None:
     """Send runs to their server: offline ones, and what a shipper could not deliver.
 
     PATH is a journal, a run directory, or a directory of runs; without one, ./wandb. Repeating it changes nothing: what
     the server has is not sent again. Exit code 0: all is there; 70: something is not; 65: nothing to send at a PATH.
     """
     journals: list[Path] = []
-    for path in paths or (Path("wandb"),):
+    for path in (Path("wandb"),) if sync_all or not paths else paths:
         found = find_journals(path)
         if not found:
             click.echo(f"wbdist sync: no journal at {path}; give a run directory (wandb/run-...), or a .wbdj file", err=True)
             sys.exit(EXIT_FAILED_FOR_GOOD)
         journals += found
+    chosen = [path.resolve() for path in journals if include_synced or not marked(path)]
     worst = 0
     try:
-        for result in ship(
-            [path.resolve() for path in journals], _remotes(base_url), timeout, logging.getLogger("wbdist.sync")
-        ):
+        names = _names(chosen, run_id, project, entity)
+        wanted = Wanted(online=include_online, offline=include_offline, console=not skip_console, names=names)
+        for result in ship(chosen, _remotes(base_url), timeout, logging.getLogger("wbdist.sync"), wanted):
             worst = max(worst, {"failed": 2, "fenced": 1}.get(result.outcome, 0))
             click.echo(_as_json(result) if as_json else _as_text(result))
+            if result.outcome in {"complete", "fenced"} and mark_synced and not (names or skip_console):
+                mark(result.journal, result.outcome, result.sent_to)
+                if clean and all(marked(path) for path in find_journals(result.journal.parent)):
+                    shutil.rmtree(result.journal.parent)
     except Error as error:
         click.echo(f"wbdist sync: {error}", err=True)
         sys.exit(error.exit_code)
     if worst == 2:
         sys.exit(EXIT_RETRYABLE)
+
+
+def _names(journals: list[Path], run_id: str | None, project: str | None, entity: str | None) -> dict[str, str]:
+    """Names to send under instead of the journals' own. Raises UsageError."""
+    found = {}
+    if project is not None:
+        found["project"] = names.project(project)
+    if entity is not None:
+        found["entity"] = names.entity(entity)
+    if run_id is not None:
+        found["run_id"] = names.run_id(run_id)
+        of = {header.run_id for path in journals if (header := header_of(path)) is not None}
+        if len(of) > 1:
+            raise UsageError(f"--id {run_id} is for the journals of one run; these are of {len(of)}: {', '.join(sorted(of))}")
+    return found
 
 
 def _remotes(base_url: str | None) -> Callable[[JournalHeader], Remote]:

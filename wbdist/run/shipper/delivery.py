@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from wbdist.core.position import FILES, HISTORY, SUMMARY
+from wbdist.core.position import CONSOLE, FILES, HISTORY, SUMMARY
 from wbdist.errors import JournalCorruptError
 from wbdist.protocol import file_stream, operations
 from wbdist.protocol.attempts import FEATURE, Ended, StreamAnswer, StreamStamp
@@ -31,6 +31,8 @@ from wbdist.run.shipper.uploads import Uploads
 T = TypeVar("T")
 _NO_FEATURES: frozenset[str] = frozenset()
 
+_NEVER = 1 << 62
+"""A seq that no line reaches."""
 MAX_LINES = 1000
 MAX_BYTES = 1 << 20
 """Of one request's lines; a single longer line goes alone."""
@@ -77,8 +79,20 @@ class RetryLaterError(Exception):
 class Delivery:
     """One journal on its way. Not thread-safe but for `ask` (any thread) and reading the attributes."""
 
-    def __init__(self, path: Path, remote: Remote, log: logging.Logger, pace: Pace | None = None) -> None:
-        """Raises JournalCorruptError or OSError when the journal cannot be opened."""
+    def __init__(
+        self,
+        path: Path,
+        remote: Remote,
+        log: logging.Logger,
+        pace: Pace | None = None,
+        *,
+        names: Mapping[str, str] | None = None,
+        console: bool = True,
+    ) -> None:
+        """`names`: run_id, project, entity to send under instead of the journal's. `console`: printed lines, too.
+
+        Raises JournalCorruptError or OSError when the journal cannot be opened.
+        """
         self.path = path
         self.remote = remote
         self.state = State.OPENING
@@ -99,7 +113,8 @@ class Delivery:
         self._log = log
         self._pace = pace or Pace()
         self._reader = JournalReader.open(path)
-        self.header = self._reader.header
+        self.header = msgspec.structs.replace(self._reader.header, **(names or {}))
+        self._console = console
         self._translator = Translator(self.header)
         self.uploads = Uploads(self.header, path.parent, log)
         """The run's files: on their way beside the lines, and beyond their end."""
@@ -336,7 +351,7 @@ class Delivery:
         self._behind = True
         self._reader.rewind()
         self._translator = Translator(self.header)
-        self._translator.skip = expected
+        self._translator.skip = expected if self._console else {**expected, CONSOLE: _NEVER}
         self._translator.feed(self._reader.read())
         self._offer_files()
         self._facts_sent = self._summary_sent = 0

@@ -30,16 +30,43 @@ class Synced(msgspec.Struct, frozen=True):
     header: JournalHeader | None
     outcome: str
     error: str = ""
+    sent_to: str = ""
+
+
+class Wanted(msgspec.Struct, frozen=True):
+    """What is to be sent, and under which names."""
+
+    online: bool = True
+    """Journals of online runs."""
+    offline: bool = True
+    console: bool = True
+    """Printed lines."""
+    names: dict[str, str] = {}
+    """run_id, project, entity instead of the journals' own."""
+
+
+def header_of(path: Path) -> JournalHeader | None:
+    """None for a journal whose header does not verify."""
+    try:
+        with JournalReader.open(path) as reader:
+            return reader.header
+    except (JournalCorruptError, OSError):
+        return None
 
 
 def ship(
-    journals: Sequence[Path], remote_for: Callable[[JournalHeader], Remote], timeout: float, log: logging.Logger
+    journals: Sequence[Path],
+    remote_for: Callable[[JournalHeader], Remote],
+    timeout: float,
+    log: logging.Logger,
+    wanted: Wanted | None = None,
 ) -> Iterator[Synced]:
     """Delivers `journals`, a run's attempts in their order, forks behind their sources; yields each as it is done.
 
     Idempotent: lines the server has are not sent again. A server that stays away fails a journal after `timeout` seconds
     without progress. Raises what `remote_for` raises.
     """
+    wanted = wanted or Wanted()
     found: list[tuple[Path, JournalHeader]] = []
     for path in journals:
         try:
@@ -53,7 +80,10 @@ def ship(
         if header.role == "feed":
             yield Synced(path, header, "skipped", "a rank's feed: its rows are in the journal of the run's aggregator")
             continue
-        yield _ship_one(path, header, remote_for(header), timeout, log)
+        if not (wanted.online if header.online else wanted.offline):
+            yield Synced(path, header, "skipped", "an online run" if header.online else "an offline run")
+            continue
+        yield _ship_one(path, header, remote_for(header), timeout=timeout, log=log, wanted=wanted)
 
 
 def _order(header: JournalHeader, depths: dict[Name, int]) -> tuple[Any, ...]:
@@ -76,9 +106,12 @@ def _depths(headers: Sequence[JournalHeader]) -> dict[Name, int]:
     return {name: depth(name, frozenset()) for name in sources}
 
 
-def _ship_one(path: Path, header: JournalHeader, remote: Remote, timeout: float, log: logging.Logger) -> Synced:
+def _ship_one(
+    path: Path, header: JournalHeader, remote: Remote, *, timeout: float, log: logging.Logger, wanted: Wanted
+) -> Synced:
     try:
-        delivery = Delivery(path, remote, log, Pace(poll=0.0, ours=0.0, foreign=0.0))
+        pace = Pace(poll=0.0, ours=0.0, foreign=0.0)
+        delivery = Delivery(path, remote, log, pace, names=wanted.names, console=wanted.console)
     except (JournalCorruptError, OSError) as error:
         return Synced(path, header, "failed", str(error))
     try:
@@ -99,7 +132,7 @@ def _ship_one(path: Path, header: JournalHeader, remote: Remote, timeout: float,
         delivery.close()
         remote.close()
     outcome = {State.DONE: "complete", State.FAILED: "failed"}.get(delivery.state, "fenced" if delivery.fenced else "current")
-    return Synced(path, header, outcome, delivery.error)
+    return Synced(path, header, outcome, delivery.error, remote.base_url)
 
 
 def _ship_files(delivery: Delivery, remote: Remote, timeout: float) -> str:

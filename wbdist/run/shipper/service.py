@@ -10,7 +10,7 @@ import socket
 import threading
 from operator import itemgetter
 from pathlib import Path
-from time import monotonic, time
+from time import monotonic
 from types import FrameType
 from typing import IO
 
@@ -21,7 +21,6 @@ from wbdist.run.journal import JournalHeader, JournalReader, find_journals, writ
 from wbdist.run.journal_storage import is_local
 from wbdist.run.local_history import LocalRun
 from wbdist.run.shipper.control import (
-    SHIPPED,
     Reply,
     Request,
     call,
@@ -33,6 +32,7 @@ from wbdist.run.shipper.control import (
 )
 from wbdist.run.shipper.delivery import Delivery, Pace, State
 from wbdist.run.shipper.lane import Lane
+from wbdist.run.shipper.marks import mark, marked
 
 
 class Limits(msgspec.Struct, frozen=True):
@@ -183,7 +183,7 @@ class Service:
         # The lock tells whether the writer lives, whatever the host was called then (a pod restarted with its volume). Not
         # every network file system answers for another host's locks: there such a journal is that host's, or for `sync`.
         here = header.online and header.role == "run" and header.base_url
-        if here and (header.host in {"", self._host} or self._local) and not path.with_name(path.name + SHIPPED).exists():
+        if here and (header.host in {"", self._host} or self._local) and not marked(path):
             return header
         self._ignored.add(path)
         return None
@@ -210,7 +210,7 @@ class Service:
             if journal.header.attempt < header.attempt
             and not journal.header.online
             and journal.path not in self._lane_of
-            and not journal.path.with_name(journal.path.name + SHIPPED).exists()
+            and not marked(journal.path)
         ]
 
     def _lane(self, base_url: str, data_dir: str, api_key: str | None) -> Lane:
@@ -233,11 +233,10 @@ class Service:
         for delivery in self._deliveries():
             ended = delivery.state in {State.DONE, State.FENCED} and not delivery.uploads.busy
             if ended and delivery.path not in self._ignored:
-                mark = delivery.path.with_name(delivery.path.name + SHIPPED)
                 try:
-                    mark.write_text(f"{delivery.state.value} {delivery.remote.base_url} {time():.0f}\n", encoding="utf-8")
+                    mark(delivery.path, delivery.state.value, delivery.remote.base_url)
                 except OSError as error:
-                    self._log.warning("%s cannot be written (%s): the journal will be looked at again", mark, error)
+                    self._log.warning("%s cannot be marked (%s): it will be looked at again", delivery.path, error)
                 self._ignored.add(delivery.path)
 
     # Requests -----------------------------------------------------------------------------------------
@@ -306,7 +305,7 @@ class Service:
         with self._lock:
             lane = self._lane_of.get(path)
         if lane is None:
-            if path.with_name(path.name + SHIPPED).exists():
+            if marked(path):
                 return Reply(acked=True)
             header = _header(path)
             base_url = request.base_url or header.base_url
