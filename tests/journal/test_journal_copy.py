@@ -68,11 +68,14 @@ def test_a_copy_holds_exactly_what_lies_below_the_cut(tmp_path: Path, seed: int)
     write_randomly(second, chance, 6, 6)
     second.append(Kind.COMMIT, {})
     cursor = PositionCursor([first.path, second.path])
+    walked: dict[Path, tuple[int, int]] = {}
     for step in range(12):
         watermark = cursor.position(step).watermark
         counted: dict[str, dict[str, int]] = {}
         for path, frame in cursor.cut():
             prefix = journal_prefix(path, frame)
+            assert prefix == journal_prefix(path, frame, walked.get(path, (0, 0)))
+            walked[path] = (prefix.size, frame + 1)
             piece = tmp_path / f"{step}-{path.stem}.part"
             piece.write_bytes(path.read_bytes()[: prefix.size])
             [copy] = bring_back([JournalCopy((str(piece),))], tmp_path / "none", HERE, lambda _, s=step: made(tmp_path, s))

@@ -42,6 +42,8 @@ class Tail:
         self._say = say
         self._safe: set[Path] = set()
         """Journals that nobody writes any more and that the server has."""
+        self._walked: dict[Path, tuple[int, int]] = {}
+        """Journal -> size and frames of the last prefix: a journal of a million rows is walked through once."""
         self._away = False
         self._in_vain = False
         """The server did not answer for a journal of this save: the others are not asked for."""
@@ -57,12 +59,17 @@ class Tail:
             found = [journal_copy.locate(self._root, copy) for copy in self._copies]
             self._carried = [prefix for prefix in found if prefix is not None]
         own = [
-            journal_copy.journal_prefix(path, frame)
+            self._prefix(path, frame)
             for number, (path, frame) in reversed([*enumerate(cut, 1)])
             if not self._has(path, step, ended=number < len(cut))
         ]
         self._carried = [prefix for prefix in self._carried if not self._has(Path(prefix.path), step, ended=True)]
         return self._carried + own
+
+    def _prefix(self, path: Path, frame: int) -> JournalPrefix:
+        prefix = journal_copy.journal_prefix(path, frame, self._walked.get(path, (0, 0)))
+        self._walked[path] = (prefix.size, frame + 1)
+        return prefix
 
     def _has(self, journal: Path, step: int, *, ended: bool) -> bool:
         """Whether the server has all that is in `journal` now, and keeps it when this machine is lost."""

@@ -27,13 +27,16 @@ def name_of(header: JournalHeader) -> str:
     return f"a{header.attempt:06d}-{header.writer}-{header.nonce}"
 
 
-def journal_prefix(path: Path, through: int) -> JournalPrefix:
+def journal_prefix(path: Path, through: int, known: tuple[int, int] = (0, 0)) -> JournalPrefix:
     """The prefix of `path` that ends with frame number `through`, which must have been read, so verified, before.
 
-    Raises JournalCorruptError when there are fewer frames, or OSError.
+    `known`: (size, number of frames) of a shorter prefix, to walk on from. Raises JournalCorruptError when there are fewer
+    frames, or OSError.
     """
     with JournalReader.open(path) as reader:
-        size, frames = _walk(_reading(path), reader.first, through + 1)
+        start, before = known if known[0] else (reader.first, 0)
+        size, frames = _walk(_reading(path), start, through + 1 - before)
+        frames += before
         if frames <= through:
             raise JournalCorruptError(f"{path} has {frames} frames; frame {through} was read from it before")
         return JournalPrefix(name_of(reader.header), str(path), size)
