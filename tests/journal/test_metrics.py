@@ -204,3 +204,15 @@ def test_a_run_without_definitions_has_no_internal_state() -> None:
     tracker = SummaryTracker({"loss": 1, INTERNAL: {"runtime": 7}})
     tracker.add_row({"loss": 0.5})
     assert tracker.values == tracker.state() == {"loss": 0.5}
+
+
+def test_one_nan_spoils_nothing() -> None:
+    """Proves that min, max, mean and best are of the numbers, while first and last are whatever came."""
+    tracker = SummaryTracker()
+    tracker.define({"name": "loss", "summary": ["min", "max", "mean", "best", "first", "last"]})
+    for value in (math.nan, 3, None, 1.0, "text", math.nan):
+        tracker.add_row({"loss": value})
+    report = tracker.values["loss"]
+    assert (report["min"], report["max"], report["mean"], report["best"]) == (1.0, 3, 2.0, 1.0)
+    assert math.isnan(report["first"])
+    assert math.isnan(report["last"])

@@ -14,6 +14,7 @@ import psutil
 import pytest
 
 import wbdist
+from wbdist.core.position import EVENTS
 from wbdist.run.journal import JournalReader, Kind, Record
 from wbdist.run.system import sampler
 from wbdist.run.system.gpus import Gpus
@@ -42,12 +43,13 @@ def sampling(**settings: Any) -> wbdist.Run:
     return wbdist.init(project="p", settings={"quiet": True, "x_stats_sampling_interval": 0.1, **settings})
 
 
-def test_a_run_is_sampled_until_it_ends() -> None:
+def test_a_run_is_sampled_until_it_ends(caplog: pytest.LogCaptureFixture) -> None:
     """Proves samples under W&B's names from the first second on, and that after the end there is neither line nor thread."""
     run = sampling()
     wait_for(lambda: len(samples(run)) >= 3)
     run.finish()
     taken = samples(run)
+    assert run.position().watermark.counts[EVENTS] == {"rank0": len(taken)}, "a resumed run keeps these lines"
     names = set(taken[-1].data)
     assert {
         "system.cpu", "system.cpu.0.cpu_percent", "system.proc.memory.rssMB", "system.proc.memory.percent",
@@ -57,6 +59,7 @@ def test_a_run_is_sampled_until_it_ends() -> None:
     assert all(record.time >= run.start_time for record in taken)
     wait_for(lambda: not any(t.name == "wbdist-system-metrics" for t in threading.enumerate()))
     assert len(samples(run)) == len(taken)
+    assert not caplog.records
 
 
 def test_the_numbers_are_right() -> None:
