@@ -284,3 +284,21 @@ def test_a_fork_follows_what_its_source_still_receives(store: SqlStore) -> None:
     version = fork.row.version
     source.append(2, 6, rows(range(9, 12)))
     assert fork.row.version == version
+
+
+def test_streams_that_start_empty(store: SqlStore) -> None:
+    """Of what is cut nowhere, and over several levels: a stream once left behind does not come back with a later attempt."""
+    run, fork = StoredRun(store), StoredRun(store, "fork")
+    run.begin(1)
+    run.append(1, 0, rows(range(3)))
+    run.append(1, 0, ["a"], stream=CONSOLE)
+    run.append(1, 0, [{"cpu": 1}], stream=EVENTS)
+    at_end = store.position(run.row).watermark
+    begun = begin(run, 2, base=at_end, fresh=(CONSOLE,))
+    assert (begun.lines, store.console(run.pk)) == ({HISTORY: 3, EVENTS: 1}, [])
+    run.append(2, 0, ["b"], stream=CONSOLE)
+    begin(run, 3, base=store.position(run.row).watermark)
+    assert (store.console(run.pk), run.history(stream=EVENTS)) == (["b"], [{"cpu": 1}])
+    begin(fork, 1, base_run="r", fresh=FRESH)
+    assert (fork.steps(), store.console(fork.pk), fork.history(stream=EVENTS)) == ([0, 1, 2], [], [])
+    assert run.row.line_counts == {HISTORY: 3, CONSOLE: 1, EVENTS: 1}
