@@ -76,6 +76,16 @@ def test_functions_of_the_module_are_the_global_runs() -> None:
     assert wandb.save() is True
 
 
+def test_names_that_a_run_has_not() -> None:
+    """Proves that a run refuses W&B's further names with what to do instead, and misspelt ones as any object does."""
+    run = wandb.init(project="p")
+    with pytest.raises(AttributeError, match=r"no `to_html`: open the page at `run\.url`"):
+        run.to_html()
+    with pytest.raises(AttributeError, match="no attribute 'lgo'"):
+        run.lgo({"a": 1})
+    assert (run.sweep_id, run.sweep_url, hasattr(run, "display")) == (None, None, False)
+
+
 def test_teardown_ends_every_run() -> None:
     """Proves that `teardown` finishes the runs of the process and forgets `setup`."""
     wandb.setup(wandb.Settings(reinit="create_new"))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, NoReturn
+
 from wbdist.errors import UsageError
 
 
@@ -50,3 +52,16 @@ def absent(name: str) -> MissingNameError | None:
     if name not in ABSENT:
         return None
     return MissingNameError(f"wbdist has no `{name}`: {ABSENT[name]}")
+
+
+class AbsentNames:
+    """Mixin of `Run`: W&B's names that it has not are refused with what to do instead, as the module's are."""
+
+    sweep_id: None = None
+    """No run is a sweep's."""
+    sweep_url: None = None
+
+    if not TYPE_CHECKING:  # a type checker is to find misspelt names
+
+        def __getattr__(self, name: str) -> NoReturn:
+            raise absent(name) or AttributeError(f"a run has no attribute {name!r}")

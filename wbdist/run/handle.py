@@ -16,6 +16,7 @@ from wbdist.core.summary import INTERNAL
 from wbdist.errors import JournalError, ShutdownError, UsageError
 from wbdist.protocol import names
 from wbdist.run import console, process_end
+from wbdist.run.absent import AbsentNames
 from wbdist.run.artifact_methods import ArtifactMethods
 from wbdist.run.config import Config
 from wbdist.run.journal import Kind
@@ -45,7 +46,7 @@ WARN_SECONDS = 10.0
 """Dropped rows are warned of at once, then at most this often, with a count."""
 
 
-class Run(ArtifactMethods):
+class Run(ArtifactMethods, AbsentNames):
     """One run as this process writes it. Thread-safe; belongs to the process that opened it. Make it with `init` or `open_run`.
 
     Every row is in the journal, durable against SIGKILL, when `log` returns. Nothing here waits for the network but
