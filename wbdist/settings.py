@@ -18,7 +18,7 @@ import msgspec
 from wbdist.core.wandb_settings import WithoutEffect
 from wbdist.errors import UsageError
 
-Mode = Literal["online", "offline", "disabled"]
+Mode = Literal["online", "offline", "disabled", "shared"]
 Reinit = Literal["default", "create_new", "finish_previous", "return_previous"]
 Console = Literal["auto", "wrap", "off"]
 
@@ -31,7 +31,8 @@ class Settings(WithoutEffect, frozen=True, kw_only=True, forbid_unknown_fields=T
     entity: str | None = None
     """User or team; None: the server's default for the key."""
     mode: Mode = "online"
-    """`online` ships rows while they are logged, `offline` keeps them on disk for `wbdist sync`, `disabled` does nothing."""
+    """`online` ships rows while they are logged, `offline` keeps them on disk for `wbdist sync`, `disabled` does nothing,
+    `shared` is online as one of many writers of the run `run_id`: rows go by their step, the summary is of all of them."""
     base_url: str | None = None
     """The server. None: the embedded one of `data_dir`, started on demand."""
     api_key: str | None = None
@@ -78,6 +79,10 @@ class Settings(WithoutEffect, frozen=True, kw_only=True, forbid_unknown_fields=T
     """The script as shown; default: what `__main__` was loaded from."""
     x_label: str | None = None
     """Name of this writer among several of one run: its system metrics carry it."""
+    x_primary: bool = True
+    """Of several writers of one run, the one that says what the run is: its name, config, tags."""
+    x_update_finish_state: bool = True
+    """Whether the run ends when this writer does."""
     x_disable_stats: bool = False
     """No system metrics."""
     x_stats_sampling_interval: float = 15.0
@@ -126,7 +131,7 @@ NOT_FROM_WANDB = frozenset({"data_dir"})
 """W&B's variable of this name means another directory."""
 
 _ALLOWED: dict[str, tuple[str, ...]] = {
-    "mode": ("online", "offline", "disabled"),
+    "mode": ("online", "offline", "disabled", "shared"),
     "reinit": ("default", "create_new", "finish_previous", "return_previous"),
     "console": ("auto", "wrap", "off"),
 }

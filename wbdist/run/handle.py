@@ -438,7 +438,7 @@ class Run(ArtifactMethods, AbsentNames):
 
     def _end(self, code: int, cause: str) -> None:
         try:
-            self._journal.close(code, cause)
+            self._journal.close(code if self.settings.x_update_finish_state else None, cause)
         finally:
             # Also when the disk fails at the end. Not under the lock: a callback may wait for other processes.
             for callback in self._on_finish:

@@ -15,6 +15,7 @@ from wbdist.run import config_files, lifecycle, machine
 from wbdist.run.choosing import choose
 from wbdist.run.config import checked
 from wbdist.run.handle import Run
+from wbdist.run.journal_format import SHARED
 from wbdist.run.lifecycle import RunSpec
 from wbdist.settings import Settings, resolve
 
@@ -162,8 +163,16 @@ def make_spec(
         names.project(settings.project) if settings.project is not None else machine.default_project(machine.git(here), here)
     )
     goes_on = choose(settings, project)
+    shared = settings.mode == "shared"
+    if shared and (goes_on.resume or goes_on.branch is not None):
+        raise UsageError(
+            'mode="shared" cannot be given with resume, fork_from or resume_from: writers just join the run of `id`'
+        )
+    writer = f"{settings.x_label or settings.host or machine.host()}-{lifecycle.new_run_id()}"
     return RunSpec(
         settings=settings,
+        nonce=SHARED if shared else "",
+        writer=writer if shared else "rank0",
         run_id=goes_on.run_id,
         resume=goes_on.resume,
         auto_resume=goes_on.auto,
@@ -178,7 +187,7 @@ def make_spec(
         job_type=settings.run_job_type,
         config=values,
         allow_val_change=settings.allow_val_change or machine.in_notebook(),
-        must_be_new=goes_on.id_is_given and not goes_on.resume and (goes_on.branch is None or goes_on.is_fork),
+        must_be_new=goes_on.id_is_given and not shared and not goes_on.resume and (goes_on.branch is None or goes_on.is_fork),
         force=settings.force,
         capture_console=settings.console != "off",
     )

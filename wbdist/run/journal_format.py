@@ -29,6 +29,8 @@ from wbdist.protocol.attempts import BeginAttempt
 
 MAGIC: Final = b"WBDJ\r\n\x1a\n"
 VERSION: Final = 1
+SHARED: Final = "shared"
+"""The nonce that all writers of a shared run have in common."""
 MAX_FRAME: Final = 1 << 28
 """Longest frame believed (256 MiB); a larger length is damage."""
 
@@ -98,6 +100,8 @@ class JournalHeader(msgspec.Struct, frozen=True, kw_only=True):
     """Build upon the rows up to this step, inclusive; for a history that only the server knows."""
     fresh: tuple[str, ...] = ()
     """Streams that start empty although history continues."""
+    primary: bool = True
+    """Whether this writer says what the run is; False: one of several, whose rows alone count."""
     cause: str = ""
     """Why this attempt exists: 'start', 'preempted', 'lost', ..."""
     rank: int = 0

@@ -132,7 +132,7 @@ def open_run(spec: RunSpec) -> Run:
         nothing = NoJournal(base.watermark.step + 1 if base else 0, base.summary if base else {})
         return _enlist(Run(quiet, journal=nothing, shipping=None, directory=None, opened_at=opened_at))
 
-    online = spec.settings.mode == "online" and spec.role == "run"
+    online = spec.settings.mode in {"online", "shared"} and spec.role == "run"
     root = journal_root(spec.settings)
     with _claim(root, spec) as local:
         placed = _register(spec, local) if online else _Placed(_alone(spec, local))
@@ -193,6 +193,7 @@ def _header(spec: RunSpec, placed: _Placed, opened_at: float) -> JournalHeader:
         base_run=spec.base_run,
         at_step=spec.at_step,
         fresh=spec.fresh,
+        primary=spec.settings.x_primary,
         cause=spec.cause,
         rank=spec.rank,
         host=spec.settings.host or machine.host(),

@@ -23,7 +23,7 @@ from wbdist.errors import JournalCorruptError
 from wbdist.protocol import file_stream, operations
 from wbdist.protocol.attempts import FEATURE, Ended, StreamAnswer, StreamStamp
 from wbdist.run.journal import JournalReader
-from wbdist.run.journal_format import begin_request
+from wbdist.run.journal_format import SHARED, begin_request
 from wbdist.run.shipper.lines import Translator
 from wbdist.run.shipper.remote import Answer, Remote, UnreachableError
 from wbdist.run.shipper.uploads import Uploads
@@ -130,6 +130,8 @@ class Delivery:
         below the newest, adds lines only; the order in which segments arrive then makes no difference."""
         self._facts_sent = 0
         self._summary_sent = 0
+        self._sums_up = self.header.nonce != SHARED
+        """Whether this writer knows the whole summary; that of a shared run is the server's to make, of all writers' rows."""
         self._preempting_sent = False
         self._last_sent = 0.0
         self._last_look = 0.0
@@ -242,7 +244,7 @@ class Delivery:
             return False
         return (
             translator.facts_version != self._facts_sent
-            or translator.summary_version != self._summary_sent
+            or (self._sums_up and translator.summary_version != self._summary_sent)
             or (translator.preempting and not self._preempting_sent)
         )
 
@@ -267,7 +269,7 @@ class Delivery:
             )
             self._base = dict(begun.lines)
             self.uploads.begin(self._entity, self._project, ours=True, have=begun.next.get(FILES, {}))
-            self._speaks = begun.attempt == header.attempt
+            self._speaks = begun.attempt == header.attempt and header.primary
             if not begun.accepted:
                 self._fence(begun.attempt)
             else:
@@ -372,7 +374,7 @@ class Delivery:
             chunks, counts = self._batch()
             last = all(counts.get(stream, 0) == len(lines) for stream, lines in translator.lines.items())
             version = translator.summary_version
-            if self._speaks and last and version != self._summary_sent and not translator.behind():
+            if self._speaks and self._sums_up and last and version != self._summary_sent and not translator.behind():
                 chunks[SUMMARY] = file_stream.FileChunk([translator.summary_line()], 0)
             final = end and last and not translator.behind()
             request = file_stream.StreamRequest(
@@ -431,11 +433,10 @@ class Delivery:
         ended = None
         if final and not header.copied:  # a copy does not know how its writer ended
             end = self._translator.end
-            ended = (
-                Ended("lost", "the writer's process died without a word", at=self._translator.last_time)
-                if end is None
-                else Ended(str(end.get("cause") or "exit"), at=self._translator.last_time)
-            )
+            if end is None:
+                ended = Ended("lost", "the writer's process died without a word", at=self._translator.last_time)
+            elif end.get("exit_code") is not None:  # else this writer ends, the run does not
+                ended = Ended(str(end.get("cause") or "exit"), at=self._translator.last_time)
         seq = {stream: self._translator.first(stream) for stream in counts}
         return StreamStamp(header.attempt, header.nonce, header.writer, seq, ended)
 
