@@ -14,6 +14,7 @@ from pathlib import Path
 
 import click
 
+from wbdist.cli import server_users
 from wbdist.errors import DeadlineError, Error, UsageError
 
 _STOP_TIMEOUT = 15.0
@@ -123,6 +124,10 @@ def key(data_dir: Path | None, as_json: bool) -> None:
         except OSError as error:
             raise UsageError(f"cannot read {folder / 'admin.key'}: {error.strerror}") from None
     click.echo(json.dumps({"key": found}) if as_json else found)
+
+
+command.add_command(server_users.user)
+command.add_command(server_users.project)
 
 
 @command.command(epilog="Example: wbdist server status --json")

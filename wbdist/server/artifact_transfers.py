@@ -15,7 +15,7 @@ from starlette.requests import Request
 from starlette.responses import FileResponse, Response
 from starlette.routing import BaseRoute, Route
 
-from wbdist.server import uploads
+from wbdist.server import access, uploads
 from wbdist.server.context import AppContext
 from wbdist.server.store.artifacts import PENDING, Artifact
 from wbdist.server.transfers import SAFE_HEADERS
@@ -76,9 +76,11 @@ def routes(ctx: AppContext) -> list[BaseRoute]:
         return _answer(ctx, sha256, _check(ctx, request, "artifact-get", sha256))
 
     async def get_by_digest(request: Request) -> Response:
-        if ctx.auth.check_request(request) is None:
-            raise HTTPException(403, "send an API key")
-        entity = request.path_params["entity"]
+        user = ctx.auth.check_request(request)
+        entity, project = request.path_params["entity"], request.path_params["project"]
+        # By digest alone any file of the entity: that is for its members.
+        if user is None or not access.member(user, entity):
+            raise HTTPException(403, f"send the API key of a member of {entity}; {project} gives others signed addresses")
         _, _, rest = request.path_params["rest"].partition("/")
         digest, _, name = rest.partition("/")
         try:

@@ -9,22 +9,27 @@ from __future__ import annotations
 
 import base64
 import binascii
+import contextlib
 import hashlib
 import hmac
 import ipaddress
+import logging
 import secrets
 import socket
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from urllib.parse import urlsplit
 
 import msgspec
 from starlette.requests import HTTPConnection
 from starlette.responses import Response
 
-from wbdist.server.keys import KeyRing, digest
+from wbdist.errors import UsageError
+from wbdist.server.keys import AUTH_FILE, KeyRing, digest, read_key_ring
 from wbdist.server.settings import ServerSettings
 
+_log = logging.getLogger(__name__)
 _SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
 
 
@@ -33,15 +38,28 @@ class User(msgspec.Struct, frozen=True):
     entity: str
     """Where runs go that name no entity."""
     admin: bool = False
+    """May do everything; so the rest is left empty for him."""
+    teams: frozenset[str] = frozenset()
+    """Entities that he is a member of, beside his own."""
+    public: frozenset[str] = frozenset()
+    """entity/project of those that everybody may read."""
+    entities: frozenset[str] = frozenset()
+    """All that have a user or a member."""
 
 
 class Auth:
-    """Thread-safe. Sessions are signed, not stored, so they survive a restart of the server."""
+    """Thread-safe. Sessions are signed, not stored, so they survive a restart of the server.
 
-    def __init__(self, ring: KeyRing, settings: ServerSettings, clock: Callable[[], float]) -> None:
-        self._users = {key.sha256: User(key.name, key.entity, key.admin) for key in ring.keys}
-        self._digests = {key.name: key.sha256 for key in ring.keys}
+    `data_dir`: where the key ring came from; users that are added there while the server runs are known at once.
+    """
+
+    def __init__(
+        self, ring: KeyRing, settings: ServerSettings, clock: Callable[[], float], data_dir: Path | None = None
+    ) -> None:
+        self._users, self._digests = _users_of(ring)
         self._secret = bytes.fromhex(ring.secret)
+        self._data_dir = data_dir
+        self._changed = self._change_mark()
         self._settings = settings
         self._clock = clock
         self._hosts = frozenset({"localhost", socket.gethostname().lower(), *(host.lower() for host in settings.allowed_hosts)})
@@ -54,7 +72,25 @@ class Auth:
 
     def check_key(self, key: str) -> User | None:
         """The key's owner, None when it is not one of ours."""
+        self._refresh()
         return self._users.get(digest(key))
+
+    def _change_mark(self) -> int:
+        if self._data_dir is None:
+            return 0
+        with contextlib.suppress(FileNotFoundError):
+            return (self._data_dir / AUTH_FILE).stat().st_mtime_ns
+        return 0
+
+    def _refresh(self) -> None:
+        mark = self._change_mark()
+        if mark == self._changed or self._data_dir is None:
+            return
+        self._changed = mark
+        try:
+            self._users, self._digests = _users_of(read_key_ring(self._data_dir))
+        except UsageError as error:
+            _log.error("users stay as they were: %s", error)
 
     def check_request(self, request: HTTPConnection) -> User | None:
         """The user behind a request, by Authorization header, else by session cookie; None when neither is good."""
@@ -126,6 +162,7 @@ class Auth:
             return None
         if not hmac.compare_digest(signature.encode(), self._sign_session(text).encode()):
             return None
+        self._refresh()
         name, _, until = text.rpartition(":")
         return self._users.get(self._digests.get(name, "")) if float(until) > self._clock() else None
 
@@ -135,6 +172,17 @@ class Auth:
         """A signature over `parts` in this order, safe in URLs and cookies."""
         message = "".join(f"{len(part)}:{part}" for part in parts)
         return base64.urlsafe_b64encode(hmac.digest(self._secret, message.encode(), "sha256")).decode().rstrip("=")
+
+
+def _users_of(ring: KeyRing) -> tuple[dict[str, User], dict[str, str]]:
+    """Digest of a key -> its owner, and name -> digest."""
+    entities = frozenset(entity for key in ring.keys for entity in (key.entity, *key.teams))
+    public = frozenset(ring.public)
+    users = {}
+    for key in ring.keys:
+        rights = {} if key.admin else {"teams": frozenset(key.teams), "public": public, "entities": entities}
+        users[key.sha256] = User(key.name, key.entity, key.admin, **rights)
+    return users, {key.name: key.sha256 for key in ring.keys}
 
 
 def _presented_key(header: str) -> str | None:

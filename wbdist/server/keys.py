@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
 import os
 import secrets
 import string
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
@@ -28,6 +30,8 @@ class StoredKey(msgspec.Struct, frozen=True):
     name: str
     entity: str
     admin: bool = False
+    teams: tuple[str, ...] = ()
+    """Entities that its owner is a member of, beside his own."""
 
 
 class KeyRing(msgspec.Struct, frozen=True):
@@ -37,6 +41,8 @@ class KeyRing(msgspec.Struct, frozen=True):
     """Signs sessions and file addresses; replacing it ends them all."""
     keys: list[StoredKey]
     version: int = 1
+    public: tuple[str, ...] = ()
+    """entity/project of those that every user may read."""
 
 
 def digest(key: str) -> str:
@@ -51,24 +57,45 @@ def open_key_ring(data_dir: Path, entity: str) -> KeyRing:
     again replaces the key, and a key put there by hand is taken. Raises UsageError for a file that makes no sense.
     """
     path = data_dir / AUTH_FILE
-    ring: KeyRing | None = None
-    if path.exists():
-        try:
-            ring = msgspec.json.decode(path.read_bytes(), type=KeyRing)
-        except msgspec.DecodeError as error:
-            raise UsageError(f"{path} is not a key file ({error}); restore it, or delete it to make new keys") from error
+    ring = read_key_ring(data_dir) if path.exists() else None
     admin = StoredKey(sha256=digest(_admin_key(data_dir)), name="admin", entity=entity, admin=True)
     others = [key for key in ring.keys if key.name != admin.name] if ring else []
-    renewed = KeyRing(secret=ring.secret if ring else secrets.token_hex(32), keys=[admin, *others])
+    renewed = KeyRing(
+        secret=ring.secret if ring else secrets.token_hex(32), keys=[admin, *others], public=ring.public if ring else ()
+    )
     if renewed != ring:
         _write_private(path, msgspec.json.format(msgspec.json.encode(renewed)))
     return renewed
 
 
+def read_key_ring(data_dir: Path) -> KeyRing:
+    """As it lies there. Raises UsageError when there is none, or it makes no sense."""
+    path = data_dir / AUTH_FILE
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=KeyRing)
+    except FileNotFoundError:
+        raise UsageError(f"{path} does not exist: no server was ever started there; start one with `wbdist server`") from None
+    except msgspec.DecodeError as error:
+        raise UsageError(f"{path} is not a key file ({error}); restore it, or delete it to make new keys") from error
+
+
+def change_key_ring(data_dir: Path, change: Callable[[KeyRing], KeyRing]) -> None:
+    """Replaces the key ring by what `change` makes of it, alone; a running server takes it over with the next request."""
+    with (data_dir / f".{AUTH_FILE}.lock").open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        ring = read_key_ring(data_dir)
+        _write_private(data_dir / AUTH_FILE, msgspec.json.format(msgspec.json.encode(change(ring))))
+
+
+def new_key() -> str:
+    """A fresh API key."""
+    return "".join(secrets.choice(_ALPHABET) for _ in range(_KEY_LENGTH))
+
+
 def _admin_key(data_dir: Path) -> str:
     path = data_dir / ADMIN_KEY_FILE
     if not path.exists():
-        _write_private(path, "".join(secrets.choice(_ALPHABET) for _ in range(_KEY_LENGTH)).encode() + b"\n")
+        _write_private(path, new_key().encode() + b"\n")
     key = path.read_text().strip()
     if len(key) < 40 or not all(char in _ALPHABET + "_-" for char in key):
         raise UsageError(f"{path} must hold one key of at least 40 characters of [A-Za-z0-9_-]; delete it to get a new one")

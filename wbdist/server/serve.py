@@ -77,7 +77,10 @@ def _serve_locked(options: ServeOptions, files: Path, announce: Callable[[Announ
             url = _url(options.host, port)
             settings = options.settings
             auth = Auth(
-                ring, msgspec.structs.replace(settings, allowed_hosts=(*settings.allowed_hosts, options.host)), time.time
+                ring,
+                msgspec.structs.replace(settings, allowed_hosts=(*settings.allowed_hosts, options.host)),
+                time.time,
+                options.data_dir,
             )
             store = open_store(options.database or f"sqlite:///{(options.data_dir / 'wbdist.db').absolute()}")
             try:

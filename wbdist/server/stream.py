@@ -21,7 +21,7 @@ from wbdist.errors import UsageError
 from wbdist.protocol import file_stream, jsonvalues
 from wbdist.protocol.attempts import StreamAnswer, StreamStamp
 from wbdist.protocol.file_stream import StreamReply, StreamRequest
-from wbdist.server import http
+from wbdist.server import access, http
 from wbdist.server.clients import shared_writer
 from wbdist.server.context import AppContext
 from wbdist.server.gql.call import check_names
@@ -173,10 +173,13 @@ def routes(ctx: AppContext) -> list[BaseRoute]:
         return Response(file_stream.encode_reply(reply), status, media_type="application/json")
 
     async def post(request: Request) -> Response:
-        if ctx.auth.check_request(request) is None:
+        user = ctx.auth.check_request(request)
+        if user is None:
             return http.refusal(401, "no valid API key: send it as the password of user `api`, or as a Bearer token")
-        body = await http.read_body(request, ctx.settings.max_stream_bytes)
         params = request.path_params
+        if (refused := access.why_not_write(user, params["entity"], params["project"])) is not None:
+            return http.refusal(*refused)
+        body = await http.read_body(request, ctx.settings.max_stream_bytes)
         return await run_in_threadpool(
             respond, params["entity"], params["project"], params["run"], body, shared_writer(request)
         )

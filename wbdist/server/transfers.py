@@ -21,7 +21,8 @@ from starlette.routing import BaseRoute, Route
 from wbdist.protocol import file_stream
 from wbdist.protocol.attempts import STAMP_HEADER, FileStamp, StreamAnswer
 from wbdist.protocol.file_stream import StreamReply
-from wbdist.server import uploads
+from wbdist.server import access, uploads
+from wbdist.server.auth import User
 from wbdist.server.context import AppContext
 from wbdist.server.files import normal_name
 from wbdist.server.store.files import FileVersion
@@ -62,10 +63,13 @@ def routes(ctx: AppContext) -> list[BaseRoute]:
             and hmac.compare_digest(query.get("signature", "").encode(), _sign(ctx, run, name, method, until).encode())
             and int(until) > ctx.clock()
         )
-        if not signed and ctx.auth.check_request(request) is None:
+        user = ctx.auth.check_request(request)
+        if not signed and user is None:
             raise HTTPException(
                 403, "this file address is not signed, or no longer good; ask for a new one, or send an API key"
             )
+        if not signed and user is not None:
+            _check_right(user, params["entity"], params["project"], name, method)
         if run is None:
             raise HTTPException(404, "the run does not exist")
         return run, name
@@ -105,6 +109,13 @@ def routes(ctx: AppContext) -> list[BaseRoute]:
 
     path = "/files/{entity}/{project}/{run}/content/{name:path}"
     return [Route(path, put, methods=["PUT"]), Route(path, get, methods=["GET", "HEAD"])]
+
+
+def _check_right(user: User, entity: str, project: str, name: str, method: str) -> None:
+    if method == "PUT" and (refused := access.why_not_write(user, entity, project)) is not None:
+        raise HTTPException(*refused)
+    if not (access.may_read(user, entity, project) and access.may_read_file(user, entity, name)):
+        raise HTTPException(404, "the run does not exist, or is not for you to see")
 
 
 def _stamp(request: Request) -> FileStamp | None:

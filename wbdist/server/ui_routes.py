@@ -18,7 +18,7 @@ from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
 
 from wbdist.core.position import CONSOLE
-from wbdist.server import http
+from wbdist.server import access, http
 from wbdist.server.context import AppContext
 from wbdist.server.store.interface import RunRow
 from wbdist.server.ui import pages, views
@@ -53,10 +53,13 @@ def routes(ctx: AppContext) -> list[BaseRoute]:
 
     def for_users(handler: Handler) -> Handler:
         async def checked(request: Request) -> Response:
-            if ctx.auth.check_request(request) is None:
+            user = ctx.auth.check_request(request)
+            if user is None:
                 # Without WWW-Authenticate, which would make browsers ask for a password in a box of their own.
                 response: Response = http.refusal(401, "log in with an API key; `wbdist server key` prints it")
                 del response.headers["WWW-Authenticate"]
+            elif "project" in request.path_params and not access.may_read(user, *_place(request)):
+                response = http.refusal(404, f"there is no project {'/'.join(_place(request))} that you may see")
             else:
                 response = await handler(request)
             response.headers["Cache-Control"] = "no-store"
@@ -72,8 +75,16 @@ def routes(ctx: AppContext) -> list[BaseRoute]:
         answer.headers["Cache-Control"] = "no-store"
         return answer
 
-    async def projects(_request: Request) -> Response:
-        found = await run_in_threadpool(store.list_projects)
+    def see(request: Request, run: RunRow) -> RunRow:
+        user = ctx.auth.check_request(request)
+        assert user is not None
+        return access.shown(user, run)
+
+    async def projects(request: Request) -> Response:
+        user = ctx.auth.check_request(request)
+        assert user is not None
+        rows = await run_in_threadpool(store.list_projects)
+        found = [row for row in rows if access.may_read(user, row["entity"], row["project"])]
         return http.answer({"projects": [views.project(row) for row in found], "now": ctx.clock()})
 
     async def runs(request: Request) -> Response:
@@ -87,7 +98,7 @@ def routes(ctx: AppContext) -> list[BaseRoute]:
                 found = [run for run_id in wanted if (run := store.find_run(entity, project, run_id)) is not None]
             else:
                 found = store.list_runs(entity, project, group=group, limit=MAX_RUNS)
-            return {"runs": [views.table_row(run) for run in found], "limit": MAX_RUNS, "now": ctx.clock()}
+            return {"runs": [views.table_row(see(request, run)) for run in found], "limit": MAX_RUNS, "now": ctx.clock()}
 
         return http.answer(await run_in_threadpool(read))
 
@@ -100,7 +111,7 @@ def routes(ctx: AppContext) -> list[BaseRoute]:
 
     async def run(request: Request) -> Response:
         def read() -> dict[str, Any]:
-            found = get_run(request)
+            found = see(request, get_run(request))
             return {"run": views.run_page(found, store.attempts(found.pk)), "now": ctx.clock()}
 
         return http.answer(await run_in_threadpool(read))

@@ -10,8 +10,8 @@ from typing import Any
 
 import msgspec
 
-from wbdist.server import artifact_transfers
-from wbdist.server.gql.call import Call, Info, Resolver, call_of, refuse
+from wbdist.server import access, artifact_transfers
+from wbdist.server.gql.call import Call, Info, Resolver, call_of, check_writing, refuse
 from wbdist.server.gql.file_node import FileNode
 from wbdist.server.gql.manifests import Entry, manifest_of
 from wbdist.server.gql.session import ProjectRef, page, page_info
@@ -48,11 +48,26 @@ def decode_id(kind: str, given: str) -> int | None:
 
 
 def artifact_or_404(call: Call, given: str) -> Artifact:
+    """One that the caller may read."""
     pk = decode_id("Artifact", given)
     found = None if pk is None else call.app.store.artifacts.get(pk)
-    if found is None:
+    if found is None or not _readable(call, found.collection_pk):
         raise refuse(404, f"no artifact has the id {given[:80]!r}")
     return found
+
+
+def own_artifact_or_404(call: Call, given: str) -> Artifact:
+    """One that the caller may change; refuses with 403 others."""
+    found = artifact_or_404(call, given)
+    collection = call.app.store.artifacts.collection(found.collection_pk)
+    assert collection is not None
+    check_writing(call, collection.entity, collection.project)
+    return found
+
+
+def _readable(call: Call, collection: int) -> bool:
+    found = call.app.store.artifacts.collection(collection)
+    return found is not None and access.may_read(call.user, found.entity, found.project)
 
 
 def _connection(nodes: Sequence[Any], after: str | None, first: int | None) -> dict[str, Any]:
@@ -65,13 +80,15 @@ def _connection(nodes: Sequence[Any], after: str | None, first: int | None) -> d
 
 
 def _artifact(_source: Any, info: Info, id: str) -> Artifact | None:
-    pk = decode_id("Artifact", id)
-    return None if pk is None else call_of(info).app.store.artifacts.get(pk)
+    call, pk = call_of(info), decode_id("Artifact", id)
+    found = None if pk is None else call.app.store.artifacts.get(pk)
+    return found if found is not None and _readable(call, found.collection_pk) else None
 
 
 def _mapping(_source: Any, info: Info, clientID: str) -> dict[str, str] | None:  # noqa: N803
-    found = call_of(info).app.store.artifacts.by_client_id(clientID) if clientID else None
-    return None if found is None else {"serverID": encode_id("Artifact", found.pk)}
+    call = call_of(info)
+    found = call.app.store.artifacts.by_client_id(clientID) if clientID else None
+    return None if found is None or not _readable(call, found.collection_pk) else {"serverID": encode_id("Artifact", found.pk)}
 
 
 def _sequence(artifact: Artifact, info: Info) -> Collection:
@@ -97,17 +114,25 @@ def _aliases_of(call: Call, artifact: int, collection: int) -> list[dict[str, An
 def _all_aliases(artifact: Artifact, info: Info) -> list[dict[str, Any]]:
     call = call_of(info)
     members = call.app.store.artifacts.memberships(artifact.pk)
-    return [alias for member in members for alias in _aliases_of(call, artifact.pk, member.collection_pk)]
+    seen = [member.collection_pk for member in members if _readable(call, member.collection_pk)]
+    return [alias for collection in seen for alias in _aliases_of(call, artifact.pk, collection)]
 
 
 def _created_by(artifact: Artifact, info: Info) -> RunRow | None:
-    return call_of(info).app.store.get_run_by_pk(artifact.run_pk)
+    call = call_of(info)
+    found = call.app.store.get_run_by_pk(artifact.run_pk)
+    return access.shown(call.user, found) if found is not None and _visible(call, found) else None
 
 
 def _used_by(artifact: Artifact, info: Info) -> dict[str, Any]:
-    store = call_of(info).app.store
+    call = call_of(info)
+    store = call.app.store
     found = [run for pk in store.artifacts.users(artifact.pk) if (run := store.get_run_by_pk(pk)) is not None]
-    return _connection(found, None, _MAX_PAGE)
+    return _connection([access.shown(call.user, run) for run in found if _visible(call, run)], None, _MAX_PAGE)
+
+
+def _visible(call: Call, run: RunRow) -> bool:
+    return access.may_read(call.user, run.entity, run.project)
 
 
 def _upload_address(artifact: Artifact, info: Info) -> str:
@@ -166,8 +191,8 @@ def _files_by_entries(
 
 
 def _collection_by_id(_source: Any, info: Info, id: str) -> Collection | None:
-    pk = decode_id("ArtifactCollection", id)
-    return None if pk is None else call_of(info).app.store.artifacts.collection(pk)
+    call, pk = call_of(info), decode_id("ArtifactCollection", id)
+    return call.app.store.artifacts.collection(pk) if pk is not None and _readable(call, pk) else None
 
 
 def _collection(source: ProjectRef | Kind, info: Info, name: str) -> Collection | None:
@@ -257,8 +282,9 @@ def _alias_list(collection: Collection, info: Info, after: str | None = None, fi
 
 def _of_run(kind: str) -> Resolver:
     def resolve(run: RunRow, info: Info, after: str | None = None, first: int | None = 50) -> dict[str, Any]:
-        store = call_of(info).app.store
-        out = _connection(store.artifacts.of_run(run, kind), after, first)
+        call = call_of(info)
+        found = call.app.store.artifacts.of_run(run, kind)
+        out = _connection([one for one in found if _readable(call, one.collection_pk)], after, first)
         for edge in out["edges"]:
             edge["version"] = f"v{_version_index(edge['node'], info)}"
         return out
@@ -340,7 +366,11 @@ RESOLVERS: dict[str, dict[str, Resolver]] = {
         "updatedAt": lambda artifact, _info: artifact.updated_at,
         "aliases": _all_aliases,
         "artifactMemberships": lambda a, info: {
-            "edges": [{"node": Member(member)} for member in call_of(info).app.store.artifacts.memberships(a.pk)]
+            "edges": [
+                {"node": Member(member)}
+                for member in call_of(info).app.store.artifacts.memberships(a.pk)
+                if _readable(call_of(info), member.collection_pk)
+            ]
         },
         "createdBy": _created_by,
         "usedBy": _used_by,

@@ -10,8 +10,8 @@ import msgspec
 from wbdist.errors import UsageError
 from wbdist.protocol.attempts import FileStamp
 from wbdist.server import artifact_transfers
-from wbdist.server.gql.artifact_nodes import Member, artifact_or_404, decode_id, encode_id
-from wbdist.server.gql.call import Call, Info, Resolver, call_of, refuse, run_or_404
+from wbdist.server.gql.artifact_nodes import Member, artifact_or_404, decode_id, encode_id, own_artifact_or_404
+from wbdist.server.gql.call import Call, Info, Resolver, call_of, check_writing, refuse, run_or_404
 from wbdist.server.gql.manifests import Manifest, manifest_of
 from wbdist.server.store.artifact_lines import Wanted
 from wbdist.server.store.artifacts import COMMITTED, LATEST, PENDING, Artifact, Draft
@@ -84,13 +84,13 @@ def _create_manifest(_source: Any, info: Info, input: dict[str, Any]) -> dict[st
     call = call_of(info)
     if input.get("type") not in {None, "FULL"}:
         raise refuse(400, f"manifests of type {input['type']} are not known here; send the whole manifest")
-    return {"artifactManifest": artifact_or_404(call, input["artifactID"])}
+    return {"artifactManifest": own_artifact_or_404(call, input["artifactID"])}
 
 
 def _update_manifest(_source: Any, info: Info, input: dict[str, Any]) -> dict[str, Any]:
     call = call_of(info)
     pk = decode_id("ArtifactManifest", input["artifactManifestID"])
-    return {"artifactManifest": artifact_or_404(call, encode_id("Artifact", pk or 0))}
+    return {"artifactManifest": own_artifact_or_404(call, encode_id("Artifact", pk or 0))}
 
 
 def _create_files(_source: Any, info: Info, input: dict[str, Any]) -> dict[str, Any]:
@@ -100,7 +100,7 @@ def _create_files(_source: Any, info: Info, input: dict[str, Any]) -> dict[str, 
     if len(wanted) > _MAX_FILES:
         raise refuse(400, f"at most {_MAX_FILES} files at a time")
     table = call.app.store.artifacts
-    found = {given: artifact_or_404(call, given) for given in {spec["artifactID"] for spec in wanted}}
+    found = {given: own_artifact_or_404(call, given) for given in {spec["artifactID"] for spec in wanted}}
     edges = []
     known: dict[int, dict[str, tuple[str, int]]] = {}
     for artifact in found.values():
@@ -120,7 +120,7 @@ def _create_files(_source: Any, info: Info, input: dict[str, Any]) -> dict[str, 
 def _commit(_source: Any, info: Info, input: dict[str, Any]) -> dict[str, Any]:
     """Only when everything that the manifest names is here."""
     call = call_of(info)
-    artifact = artifact_or_404(call, input["artifactID"])
+    artifact = own_artifact_or_404(call, input["artifactID"])
     if artifact.state == PENDING:
         manifest = manifest_of(call, artifact)
         _check_complete(call, artifact, manifest)
@@ -152,7 +152,7 @@ def _use(_source: Any, info: Info, input: dict[str, Any]) -> dict[str, Any]:
 
 def _update(_source: Any, info: Info, input: dict[str, Any]) -> dict[str, Any]:
     call = call_of(info)
-    artifact = artifact_or_404(call, input["artifactID"])
+    artifact = own_artifact_or_404(call, input["artifactID"])
     if input.get("ttlDurationSeconds") not in {None, -1, -2}:
         raise refuse(400, "ttlDurationSeconds: this server keeps artifacts until they are deleted")
     changes: dict[str, Any] = {}
@@ -167,7 +167,7 @@ def _update(_source: Any, info: Info, input: dict[str, Any]) -> dict[str, Any]:
     if input.get("aliases") is not None:
         _replace_aliases(call, artifact, [entry["alias"] for entry in input["aliases"]])
     call.app.store.artifacts.update(artifact.pk, changes, call.app.clock())
-    return {"artifact": artifact_or_404(call, input["artifactID"])}
+    return {"artifact": own_artifact_or_404(call, input["artifactID"])}
 
 
 def _replace_aliases(call: Call, artifact: Artifact, wanted: list[str]) -> None:
@@ -191,6 +191,7 @@ def _change_aliases(*, add: bool) -> Resolver:
             collection = table.find(entry["entityName"], entry["projectName"], entry["artifactCollectionName"])
             if collection is None or collection.pk not in members:
                 raise refuse(404, f"the artifact is no version of {entry['artifactCollectionName'][:_MAX_NAME]!r}")
+            check_writing(call, collection.entity, collection.project)
             changes.append((collection.pk, entry["alias"]))
         if add:
             _check_aliases([alias for _, alias in changes])
@@ -202,7 +203,7 @@ def _change_aliases(*, add: bool) -> Resolver:
 
 def _delete(_source: Any, info: Info, input: dict[str, Any]) -> dict[str, Any]:
     call = call_of(info)
-    artifact = artifact_or_404(call, input["artifactID"])
+    artifact = own_artifact_or_404(call, input["artifactID"])
     table = call.app.store.artifacts
     named = [
         alias
@@ -225,7 +226,8 @@ def _link(_source: Any, info: Info, input: dict[str, Any]) -> dict[str, Any]:
         found = table.by_client_id(input.get("clientID") or "") if input.get("clientID") else None
         if found is None:
             raise refuse(404, "artifactID or clientID must name an artifact")
-        artifact = found
+        artifact = artifact_or_404(call, encode_id("Artifact", found.pk))
+    check_writing(call, input["entityName"], input["projectName"])
     aliases = [entry["alias"] for entry in input.get("aliases") or ()]
     for what, name in (("name", input["artifactPortfolioName"]), *(("alias", alias) for alias in aliases)):
         _check_name(what, name)
@@ -243,6 +245,8 @@ def _unlink(_source: Any, info: Info, input: dict[str, Any]) -> dict[str, bool]:
     collection = decode_id("ArtifactCollection", input["artifactPortfolioID"])
     if collection is None or collection == artifact.collection_pk:
         raise refuse(400, "artifactPortfolioID must name a collection into which the artifact was linked")
+    if (into := call.app.store.artifacts.collection(collection)) is not None:
+        check_writing(call, into.entity, into.project)
     call.app.store.artifacts.unlink(artifact.pk, collection)
     return {"success": True}
 

@@ -14,6 +14,7 @@ from starlette.exceptions import HTTPException
 
 from wbdist.errors import UsageError
 from wbdist.protocol import names as naming
+from wbdist.server import access
 from wbdist.server.auth import User
 from wbdist.server.context import AppContext
 from wbdist.server.store.interface import DeletedRunError, RunRow, UnknownRunError
@@ -60,13 +61,20 @@ def refusals() -> Iterator[None]:
 
 
 def names(call: Call, entity: str | None, project: str, run_id: str) -> tuple[str, str, str]:
-    """The three names of a run, checked; no entity means the caller's own."""
+    """The three names of a run that the caller may write to, checked; no entity means his own."""
     entity = entity or call.user.entity
     try:
         check_names(entity, project, run_id)
     except UsageError as error:
         raise refuse(400, str(error)) from None
+    check_writing(call, entity, project)
     return entity, project, run_id
+
+
+def check_writing(call: Call, entity: str, project: str) -> None:
+    """Refuses with 404 an entity that there is not, with 403 one that is not the caller's."""
+    if (refused := access.why_not_write(call.user, entity, project)) is not None:
+        raise refuse(*refused)
 
 
 def check_names(entity: str, project: str, run_id: str) -> None:
@@ -86,7 +94,7 @@ def storage_id(run: RunRow) -> str:
 
 
 def run_of_storage_id(call: Call, given: str) -> RunRow:
-    """The run that `storage_id` names; refuses with 404 what names none."""
+    """The run that `storage_id` names, to write to; refuses with 404 what names none."""
     try:
         kind, version, rest = base64.b64decode(given, validate=True).decode().split(":", 2)
         run_id, project, entity = rest.rsplit(":", 2)
@@ -95,6 +103,7 @@ def run_of_storage_id(call: Call, given: str) -> RunRow:
     run = call.app.store.get_run(entity, project, run_id) if (kind, version) == ("Run", "v1") else None
     if run is None:
         raise refuse(404, f"no run has the storage id {given[:80]!r}")
+    check_writing(call, run.entity, run.project)
     return run
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 from wbdist.errors import UsageError
 from wbdist.protocol import names as naming
+from wbdist.server import access
 from wbdist.server.gql.call import Info, Resolver, call_of, refuse
 from wbdist.server.gql.session import ProjectRef, page, page_info, user_of
 
@@ -26,7 +27,11 @@ def _models(
         naming.entity(entity)
     except UsageError as error:
         raise refuse(400, str(error)) from None
-    found = [row for row in call.app.store.list_projects() if row["entity"] == entity]
+    found = [
+        row
+        for row in call.app.store.list_projects()
+        if row["entity"] == entity and access.may_read(call.user, entity, row["project"])
+    ]
     start, stop = page(after, first, len(found), _MAX_PAGE)
     edges = [
         {"node": ProjectRef(entity, row["project"], row["created_at"]), "cursor": str(start + index + 1)}

@@ -5,8 +5,9 @@ from __future__ import annotations
 import re
 from typing import Any
 
+from wbdist.server import access
 from wbdist.server.files import normal_name
-from wbdist.server.gql.call import Call, Info, Resolver, call_of, refuse, run_or_404, storage_id
+from wbdist.server.gql.call import Call, Info, Resolver, call_of, check_writing, refuse, run_or_404, storage_id
 from wbdist.server.gql.file_node import FileNode
 from wbdist.server.gql.session import page, page_info
 from wbdist.server.store.files import FileVersion
@@ -55,6 +56,7 @@ def _files(
         like = _like(pattern) if pattern else None
         live = call.app.store.files.live(run)
         nodes = [_node(call, run, version.name, version) for version in live if not like or like.fullmatch(version.name)]
+    nodes = [node for node in nodes if access.may_read_file(call.user, run.entity, node.name)]
     start, stop = page(after, first, len(nodes), 1000)
     edges = [{"node": node, "cursor": str(start + index + 1)} for index, node in enumerate(nodes[start:stop])]
     return {"edges": edges, "pageInfo": page_info(stop, len(nodes)), "totalCount": len(nodes)}
@@ -66,7 +68,7 @@ def _node(call: Call, run: RunRow, name: str, version: FileVersion | None) -> Fi
         name=name,
         size=version.size if version else 0,
         md5=version.md5 if version else "0",
-        url=lambda method: _url(call, run, _checked(name), method),
+        url=lambda method: _address(call, run, _checked(name), method),
         mimetype=version.mimetype if version else None,
         updated_at=version.updated_at if version else None,
     )
@@ -78,6 +80,12 @@ def _like(pattern: str) -> re.Pattern[str]:
         raise refuse(400, "pattern: at most 256 characters and four %")
     parts = {"%": ".*", "_": "."}
     return re.compile("".join(parts.get(char) or re.escape(char) for char in re.sub("%+", "%", pattern)), re.DOTALL)
+
+
+def _address(call: Call, run: RunRow, name: str, method: str) -> str:
+    if method == "PUT":
+        check_writing(call, run.entity, run.project)
+    return _url(call, run, name, method)
 
 
 def _mark_uploaded(_source: Any, info: Info, input: dict[str, Any]) -> dict[str, bool]:
@@ -105,6 +113,7 @@ def _named_by(call: Call, given: str) -> tuple[RunRow, str]:
     run = call.app.store.get_run_by_pk(int(number)) if known else None
     if run is None:
         raise refuse(404, f"no file has the id {given[:80]!r}")
+    check_writing(call, run.entity, run.project)
     return run, _checked(name)
 
 

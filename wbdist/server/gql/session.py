@@ -10,7 +10,7 @@ import msgspec
 from wbdist.errors import UsageError
 from wbdist.protocol import attempts
 from wbdist.protocol import names as naming
-from wbdist.server import run_filters
+from wbdist.server import access, run_filters
 from wbdist.server.auth import User
 from wbdist.server.gql.call import Call, Info, Resolver, call_of, refuse
 from wbdist.server.store.interface import RunRow
@@ -44,7 +44,7 @@ def user_of(user: User) -> dict[str, Any]:
         "flags": "{}",
         "deletedAt": None,
         "apiKeys": {"edges": []},
-        "teams": {"edges": [{"node": entity_of(user.entity)}]},
+        "teams": {"edges": [{"node": entity_of(name)} for name in (user.entity, *sorted(user.teams))]},
     }
 
 
@@ -65,7 +65,7 @@ def _entity(_source: Any, info: Info, name: str | None = None) -> dict[str, Any]
 
 
 def _project(_source: Any, info: Info, name: str | None = None, entityName: str | None = None) -> ProjectRef | None:  # noqa: N803
-    """Null when neither a run nor an artifact is in it: W&B's client then says "could not find"."""
+    """Null when neither a run nor an artifact is in it, or it is not for the caller to see."""
     call = call_of(info)
     project, entity = name or "uncategorized", entityName or call.user.entity
     try:
@@ -73,6 +73,8 @@ def _project(_source: Any, info: Info, name: str | None = None, entityName: str 
         naming.entity(entity)
     except UsageError as error:
         raise refuse(400, str(error)) from None
+    if not access.may_read(call.user, entity, project):
+        return None
     store = call.app.store
     exists = store.list_runs(entity, project, limit=1) or store.artifacts.collections(entity, project)
     return ProjectRef(entity, project) if exists else None
@@ -84,7 +86,9 @@ def number_of(project: ProjectRef) -> str:
 
 
 def _run(project: ProjectRef, info: Info, name: str, **_options: Any) -> RunRow | None:
-    return call_of(info).app.store.find_run(project.entity, project.name, name)
+    call = call_of(info)
+    found = call.app.store.find_run(project.entity, project.name, name)
+    return None if found is None else access.shown(call.user, found)
 
 
 def _selected(call: Call, project: ProjectRef, filters: str | None) -> list[RunRow]:
@@ -92,7 +96,8 @@ def _selected(call: Call, project: ProjectRef, filters: str | None) -> list[RunR
         passes = run_filters.compile_filter(filters)
     except ValueError as error:
         raise refuse(400, str(error)) from None
-    return [run for run in call.app.store.list_runs(project.entity, project.name, limit=_ALL) if passes(run)]
+    runs = call.app.store.list_runs(project.entity, project.name, limit=_ALL)
+    return [run for run in (access.shown(call.user, found) for found in runs) if passes(run)]
 
 
 def _run_count(project: ProjectRef, info: Info, filters: str | None = None) -> int:
@@ -146,7 +151,7 @@ RESOLVERS: dict[str, dict[str, Resolver]] = {
         "internalId": lambda project, _info: number_of(project),
         "entityName": lambda project, _info: project.entity,
         "entity": lambda project, _info: entity_of(project.entity),
-        "readOnly": lambda _project, _info: False,
+        "readOnly": lambda project, info: not access.member(call_of(info).user, project.entity),
         "run": _run,
         "bucket": _run,
         "runCount": _run_count,
