@@ -136,7 +136,7 @@ def test_the_modules_own_names_follow_the_global_run() -> None:
         wbdist.nonsense  # noqa: B018
 
 
-@pytest.mark.parametrize("argument", ["save_code", "sync_tensorboard", "monitor_gym"])
+@pytest.mark.parametrize("argument", ["sync_tensorboard", "monitor_gym"])
 def test_what_is_not_built_is_refused(argument: str) -> None:
     """Proves that arguments of W&B that this version does not have raise, and open no run."""
     with pytest.raises(wbdist.UsageError, match=f"{argument}=.*not built yet"):

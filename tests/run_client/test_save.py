@@ -44,7 +44,8 @@ def until(condition: Callable[[], bool], what: str, seconds: float = 20.0) -> No
 
 
 def file_records(records: list[Record]) -> list[dict[str, object]]:
-    return [record.data for record in records if record.kind is Kind.FILE]
+    """Of what `save` was given."""
+    return [record.data for record in records if record.kind is Kind.FILE and "source" in record.data]
 
 
 @pytest.mark.usefixtures("offline")

@@ -431,6 +431,7 @@ class Run(ArtifactMethods, AbsentNames):
             self._log_row = self._refuse_row
         process_end.forget(self)
         try:
+            self._keep_own_files()
             if self._files is not None:
                 self._files.at_finish()
         finally:
@@ -527,6 +528,28 @@ class Run(ArtifactMethods, AbsentNames):
         with self._lock:
             artifact_logging.record(self, self._journal, artifact, staged, aliases)
             self._artifacts += 1
+
+    def keep_main_script(self) -> None:
+        """Keeps the running script with the run, below `code/`; nothing in an interactive session. Raises as `save`."""
+        from wbdist.run import own_files
+
+        if self._run_directory is not None and (name := own_files.keep_main_script(Path(self.dir))) is not None:
+            self._saved_files().add(name)
+
+    def _keep_own_files(self) -> None:
+        """config.yaml and the like. That they cannot be written is said; nothing that was logged is lost by it."""
+        if self._run_directory is None or self._spec.role != "run":
+            return
+        from wbdist.run import own_files
+
+        git = not self.settings.disable_git
+        try:
+            names = own_files.write(Path(self.dir), self._config.as_dict(), self._summary_values(), self.opened_at, git=git)
+        except (OSError, TypeError) as error:
+            self._say(f"run {self.id}: config.yaml and the like cannot be kept: {error}", warning=True)
+            return
+        for name in names:
+            self._saved_files().add(name)
 
     def _saved_files(self) -> SavedFiles:
         if self._files is None:

@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from wbdist.run.metrics import Metric
 
 NOT_BUILT = {
-    "save_code": "saving code",
     "tensorboard": "reading TensorBoard logs",
     "sync_tensorboard": "reading TensorBoard logs",
     "monitor_gym": "recording gym videos",
@@ -93,7 +92,6 @@ def init(  # noqa: PLR0917  (W&B's order, but for `project` first, as its docume
     given = {name: value for name, value in arguments.items() if value is not None}
     resolved = resolve(settings, given)
     refuse_what_is_not_built(
-        save_code=save_code,
         tensorboard=tensorboard,
         sync_tensorboard=sync_tensorboard,
         monitor_gym=monitor_gym,
@@ -133,6 +131,8 @@ def init(  # noqa: PLR0917  (W&B's order, but for `project` first, as its docume
         for run in reversed(lifecycle.active_runs()):
             run.finish(0)
     run = lifecycle.open_run(spec)
+    if save_code:
+        run.keep_main_script()
     if policy != "create_new":
         lifecycle.set_current(run)
     return run

@@ -1,0 +1,43 @@
+"""The files that W&B keeps with every run."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import wbdist
+
+
+@pytest.mark.usefixtures("offline")
+def test_config_summary_metadata_and_packages() -> None:
+    """Proves that the four files lie in `files` after the end, and that YAML reads every value as it was given."""
+    yaml = pytest.importorskip("yaml")
+    config = {"lr": 1e-05, "big": 1e22, "nan": math.nan, "inf": -math.inf, "n": 3, "s": 'a: "b"\n', "d": {"k": [1, None, True]}}
+    with wbdist.init(project="p", config=config) as run:
+        run.log({"loss": 0.5})
+    files = Path(run.dir)
+    read = yaml.safe_load((files / "config.yaml").read_text())
+    assert read.pop("wandb_version") == 1
+    assert math.isnan(read.pop("nan")["value"])
+    assert read == {key: {"value": value} for key, value in config.items() if key != "nan"}
+    assert json.loads((files / "wandb-summary.json").read_text())["loss"] == 0.5
+    facts = json.loads((files / "wandb-metadata.json").read_text())
+    assert {"os", "python", "startedAt", "args", "program", "host", "executable"} <= set(facts)
+    packages = (files / "requirements.txt").read_text().splitlines()
+    assert any(line.startswith("msgspec==") for line in packages)
+
+
+def test_they_are_uploaded_and_save_code_keeps_the_script(embedded: Path, script: Any) -> None:
+    """Proves that the server has them after finish, and with `save_code` the main script."""
+    ended = script("""
+        import wbdist
+        wbdist.init(project="p", id="r", save_code=True).finish()
+    """)
+    assert ended.returncode == 0, ended.stderr
+    found = {file.name: file for file in wbdist.Api().run("p/r").files()}
+    assert {"config.yaml", "wandb-metadata.json", "wandb-summary.json", "requirements.txt", "code/script.py"} <= set(found)
+    assert b"save_code=True" in found["code/script.py"].download("got").read()
