@@ -12,9 +12,9 @@ from wbdist.errors import UsageError
 from wbdist.protocol.attempts import BeginAttempt
 from wbdist.server.store import SqlStore
 from wbdist.server.store.interface import DeletedRunError, Opening, RunFields, UnknownRunError
-from wbdist.server.store.schema import attempts, chunks, columns, console_lines, cursors, runs
+from wbdist.server.store.schema import chunks, columns, console_lines, cursors, runs
 
-LINES = (chunks, columns, console_lines, cursors, attempts)
+LINES = (chunks, columns, console_lines, cursors)
 
 
 def stored(store: SqlStore) -> int:
