@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -64,6 +65,23 @@ def test_console_begins_anew(project: str) -> None:
     texts = [" ".join(line.content for line in api.run(f"local/{project}/{name}").console_logs()) for name in ("src", "src:1")]
     assert ("a new line" in texts[0], "a line of src" in texts[0]) == (True, False)
     assert ("a new line" in texts[1], "a line of src" in texts[1]) == (False, True)
+
+
+def test_artifacts_stay_with_their_incarnation(seeds: Seeds, here: Path, project: str) -> None:
+    """Proves that what a discarded stretch made is the archived incarnation's, where W&B's client finds it, and still there."""
+    (here / "model.txt").write_text("weights")
+    with wandb.init(id="src") as run:
+        for i in range(10):
+            run.log({"metric": i})
+        model = wandb.Artifact("model", type="model")
+        model.add_file("model.txt")
+        run.log_artifact(model)
+    with wandb.init(resume_from="src?_step=4") as run:
+        run.log({"metric": -1})
+    made = "[a.name for a in api.run('local/{}/{}').logged_artifacts()]"
+    assert seeds.read("wandb", made.format(project, "src:1")) == ["model:v0"]
+    assert seeds.read("wandb", made.format(project, "src")) == []
+    assert seeds.read("wandb", f"api.artifact('local/{project}/model:v0').name") == "model:v0"
 
 
 def test_archive_lineage_and_immutable_ids(project: str) -> None:

@@ -29,6 +29,9 @@ _NOT_HERE = {
     "download_history_exports": "history is not exported to parquet; read it with `scan_history()`",
     "beta_scan_history": "read it with `scan_history()`",
     "to_html": "open the page at `.url`",
+    **dict.fromkeys(
+        ("logged_artifacts", "used_artifacts", "log_artifact", "use_artifact"), "read them with `Api().artifact(...)`"
+    ),
 }
 
 
