@@ -185,3 +185,15 @@ def test_an_online_run_takes_its_offline_segments_along(embedded: Path, monkeypa
     with wbdist.init(project="p", id="x", resume="must") as run:
         run.log({"i": run.step})
     assert steps_of("p/x") == [0, 1, 2]
+
+
+def test_journals_that_know_more_than_the_server(embedded: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Proves that an online run goes on behind an offline segment that came after what the server has."""
+    del embedded
+    for mode in ("online", "offline", "online"):
+        monkeypatch.setenv("WBDIST_MODE", mode)
+        with wbdist.init(project="p", id="x", resume="allow") as run:
+            for _ in range(2):
+                run.log({"i": run.step})
+    assert (run.attempt, run.starting_step) == (3, 4)
+    assert steps_of("p/x") == list(range(6))
