@@ -16,6 +16,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -100,7 +101,7 @@ class Trial:
 
     def hits(self) -> list[str]:
         """The aims that hit."""
-        return sorted(path.read_text() for path in self.directory.glob("aim-*.hit"))
+        return sorted(filter(None, (path.read_text() for path in self.directory.glob("aim-*.hit"))))
 
     @property
     def environment(self) -> dict[str, str]:
@@ -200,6 +201,10 @@ class Trial:
         """Lets the job run to its end. Raises FaultError."""
         self.hurry()
         self.until(lambda: self.ended, "the job to end with 0")
+        for number in range(len(self.plan.aims)):  # what is judged now must not be shot at
+            with suppress(FileExistsError), (self.directory / f"aim-{number}.hit").open("x"):
+                pass
+        self._tick()
         while self._later:
             self._tick()
             time.sleep(0.02)
