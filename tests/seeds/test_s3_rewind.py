@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 from support.seeding import Seeds
 
 import wbdist as wandb
+from wbdist.core.position import EVENTS
 
 pytestmark = pytest.mark.usefixtures("here")
 
@@ -65,6 +67,31 @@ def test_console_begins_anew(project: str) -> None:
     texts = [" ".join(line.content for line in api.run(f"local/{project}/{name}").console_logs()) for name in ("src", "src:1")]
     assert ("a new line" in texts[0], "a line of src" in texts[0]) == (True, False)
     assert ("a new line" in texts[1], "a line of src" in texts[1]) == (False, True)
+
+
+def test_system_metrics_begin_anew(project: str) -> None:
+    """Proves that the rewound run shows its own system metrics only, and that its archive has the old ones."""
+
+    def sampled(**arguments: Any) -> None:
+        with wandb.init(settings={"x_stats_sampling_interval": 0.1}, **arguments) as run:
+            for i in range(10):
+                run.log({"metric": i})
+            deadline = time.monotonic() + 30
+            while not sum(run.position().watermark.counts[EVENTS].values()):
+                assert time.monotonic() < deadline, "no sample was taken"
+                time.sleep(0.02)
+
+    def samples(path: str) -> list[dict[str, Any]]:
+        return list(wandb.Api().run(f"local/{project}/{path}").history(stream="system", pandas=False))
+
+    sampled(id="src")
+    old = samples("src")
+    assert old
+    sampled(resume_from="src?_step=5")
+    new = samples("src")
+    assert new
+    assert min(row["_timestamp"] for row in new) > max(row["_timestamp"] for row in old)
+    assert samples("src:1") == old
 
 
 def test_artifacts_stay_with_their_incarnation(seeds: Seeds, here: Path, project: str) -> None:
