@@ -78,7 +78,10 @@ class LoopbackServer:
                     with server.lock:
                         server.requests.append((self.path, body))
                         status, answer = server.graphql(body) if self.path == "/graphql" else server.stream(body)
-                if fault == "drop-after":
+                if fault == "stall":  # says nothing, and keeps the connection, until the client hangs up
+                    self.connection.settimeout(30)
+                    self.rfile.read(1)
+                if fault in {"drop-after", "stall"}:
                     self.close_connection = True
                     return
                 data = json.dumps(answer).encode()

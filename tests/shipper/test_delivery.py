@@ -13,6 +13,7 @@ import pytest
 
 from wbdist.core.position import HISTORY, Watermark
 from wbdist.run.journal import JournalWriter, Kind
+from wbdist.run.shipper import remote
 from wbdist.run.shipper.delivery import Delivery, Pace, State
 from wbdist.run.shipper.remote import Remote
 
@@ -98,11 +99,14 @@ def test_a_delivery_begun_again_sends_nothing_twice(loopback: Any, wandb: Any, d
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_a_bad_network_changes_nothing(loopback: Any, wandb: Any, deliver: Callable[..., Delivery], seed: int) -> None:
-    """Proves that requests lost before or after they took effect, server errors and rate limits leave each row
-    exactly once, in order."""
+def test_a_bad_network_changes_nothing(
+    loopback: Any, wandb: Any, deliver: Callable[..., Delivery], monkeypatch: pytest.MonkeyPatch, seed: int
+) -> None:
+    """Proves that requests lost before or after they took effect, answers that never come, server errors and rate limits
+    leave each row exactly once, in order."""
+    monkeypatch.setattr(remote, "TIMEOUT", 0.1)
     chance = random.Random(seed)
-    loopback.fault = lambda path, body: chance.choice([None, None, None, "drop", "drop-after", 500, 503, 429])
+    loopback.fault = lambda path, body: chance.choice([None, None, None, "drop", "drop-after", "stall", 500, 503, 429])
     writer = wandb.journal(loopback.url)
     delivery = deliver(writer)
     for part in range(4):
