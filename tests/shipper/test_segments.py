@@ -21,6 +21,7 @@ from starlette.testclient import TestClient
 import wbdist
 from wbdist.core.position import CONSOLE, HISTORY
 from wbdist.run import lifecycle
+from wbdist.run.handle import Run
 from wbdist.run.init import make_spec
 from wbdist.run.journal import JournalReader, Kind, find_journals
 from wbdist.run.shipper.oneshot import ship
@@ -70,6 +71,14 @@ segments = st.lists(
     min_size=1,
     max_size=4,
 )
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _no_files_of_its_own() -> Iterator[None]:
+    """Lines are what is proven here; config.yaml and the like would only be uploaded, again and again."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Run, "_keep_own_files", lambda _: None)
+        yield
 
 
 class InProcess(Remote):
@@ -185,7 +194,7 @@ def forget_the_end(path: Path | None) -> None:
     os.truncate(path, size - length)
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck))
 @given(plan=segments, data=st.data())
 def test_the_order_of_segments_makes_no_difference(plan: list[Segment], data: st.DataObject) -> None:
     """Proves that random segments (resumed, rewound, killed, preempted), synced in random order with repetitions, one by one
