@@ -32,8 +32,8 @@ demo: $(VENV)/.base  ## Train, preempt, kill, resume; compare with an uninterrup
 test: $(VENV)/.dev  ## The test-suite (under 10 minutes on 2 cores).
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
 
-test-all: $(VENV)/.dev  ## Everything, with the long fault and soak tests.
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+test-all: $(VENV)/.dev  ## Everything, with the long fault and soak tests; property tests look for new examples.
+	HYPOTHESIS_PROFILE=search $(BIN)/python -m pytest -n 2 --dist loadfile
 
 check: $(VENV)/.dev  ## Lint, format, strict types, import layers, declared dependencies.
 	$(BIN)/ruff check .

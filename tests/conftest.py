@@ -6,6 +6,12 @@ import os
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
+
+# What passed once passes again; `make test-all` looks for new examples.
+settings.register_profile("same", derandomize=True, database=None)
+settings.register_profile("search", database=None, print_blob=True)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "same"))
 
 
 @pytest.fixture(autouse=True)

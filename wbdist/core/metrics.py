@@ -85,9 +85,11 @@ class Definitions:
         return self._all[max(matching, key=len)] if matching else None
 
     def to_wandb(self) -> list[dict[str, Any]]:
-        """The list in W&B's config, `_wandb.m`. A step metric is named by its place there, so each has one."""
-        names = dict.fromkeys(self._all)
-        names |= dict.fromkeys(each.step_metric for each in self._all.values() if each.step_metric)
+        """The list in W&B's config, `_wandb.m`, in the order of `from_wandb`. A step metric is named by its place there, so each
+        has one."""
+        listing = dict.fromkeys(self._all)
+        listing |= dict.fromkeys(each.step_metric for each in self._all.values() if each.step_metric)
+        names = sorted(listing, key=_generality)
         places = {name: place for place, name in enumerate(names, start=1)}
         listed = []
         for name in names:
@@ -108,7 +110,10 @@ class Definitions:
 
 
 def from_wandb(listed: object) -> list[dict[str, Any]]:
-    """`define` arguments from W&B's list in a config; entries that are none are passed over (they are another program's)."""
+    """`define` arguments from W&B's list in a config; entries that are none are passed over (they are another program's).
+
+    A metric's own definition comes before those of its prefixes, so that none of the values a run goes on from is hidden in between.
+    """
     entries = [entry for entry in listed if isinstance(entry, dict)] if isinstance(listed, list) else []
     calls: list[dict[str, Any]] = []
     for entry in entries:
@@ -131,7 +136,12 @@ def from_wandb(listed: object) -> list[dict[str, Any]]:
         if goal := next((word for word, number in _GOALS.items() if number == entry.get("8")), ""):
             call["goal"] = goal
         calls.append(call)
-    return calls
+    return sorted(calls, key=lambda call: _generality(call["name"]))
+
+
+def _generality(name: str) -> int:
+    """Keys first, then prefixes from the longest."""
+    return -len(name) if name.endswith("*") else -(1 << 30)
 
 
 def unescaped(name: str) -> str:

@@ -160,5 +160,11 @@ class CommandRanks:
         try:
             sink.write(text)
             sink.flush()
-        except (OSError, ValueError):  # no reader, no terminal any more, disk full; or closed
+        except ValueError:  # closed
             self._deaf.add(id(sink))
+        except OSError:  # no reader, no terminal any more, disk full
+            self._deaf.add(id(sink))
+            # What the sink still holds would be written once more when Python ends, whose exit code then were 120.
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, sink.fileno())
+            os.close(nowhere)
