@@ -112,7 +112,7 @@ class Definitions:
 def from_wandb(listed: object) -> list[dict[str, Any]]:
     """`define` arguments from W&B's list in a config; entries that are none are passed over (they are another program's).
 
-    A metric's own definition comes before those of its prefixes, so that none of the values a run goes on from is hidden in between.
+    A metric's own definition comes before those of its prefixes, so that no value a run goes on from is hidden in between.
     """
     entries = [entry for entry in listed if isinstance(entry, dict)] if isinstance(listed, list) else []
     calls: list[dict[str, Any]] = []
