@@ -85,7 +85,7 @@ class Definitions:
         return self._all[max(matching, key=len)] if matching else None
 
     def to_wandb(self) -> list[dict[str, Any]]:
-        """The list in W&B's config, `_wandb.m`, in the order of `from_wandb`. A step metric is named by its place there, so each
+        """The list in W&B's config, `_wandb.m`, ordered as `from_wandb` does. A step metric is named by its place, so each
         has one."""
         listing = dict.fromkeys(self._all)
         listing |= dict.fromkeys(each.step_metric for each in self._all.values() if each.step_metric)
