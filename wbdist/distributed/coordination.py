@@ -22,6 +22,7 @@ import socket
 import sys
 import threading
 import time
+import zlib
 from collections.abc import Callable, Iterable, Mapping
 from datetime import timedelta
 from typing import Any, Protocol, Self, TypeVar
@@ -171,7 +172,8 @@ def _until_listening(host: str, port: int, timeout: float) -> None:
 
 
 def store_address(identity: RankIdentity, env: Mapping[str, str]) -> tuple[str, int]:
-    """Where the ranks meet: MASTER_ADDR and MASTER_PORT; under srun, derived from the job when these are not set."""
+    """Where the ranks meet: MASTER_ADDR and MASTER_PORT; under srun, and Open MPI on one host, derived from the job when these
+    are not set."""
     host, port = env.get("MASTER_ADDR"), env.get("MASTER_PORT")
     if identity.source == "slurm":
         nodes = env.get("SLURM_STEP_NODELIST") or env.get("SLURM_JOB_NODELIST", "")
@@ -179,6 +181,9 @@ def store_address(identity: RankIdentity, env: Mapping[str, str]) -> tuple[str, 
         # The same on all nodes, below the ephemeral range, different for neighbouring jobs and steps.
         job, step = int(env.get("SLURM_JOB_ID", "0")), int(env.get("SLURM_STEP_ID", "0"))
         port = port or str(15000 + (job * 7 + step) % 10000)
+    if identity.source == "openmpi" and identity.local_world_size == identity.world_size and "PMIX_NAMESPACE" in env:
+        host = host or "127.0.0.1"
+        port = port or str(15000 + zlib.crc32(env["PMIX_NAMESPACE"].encode()) % 10000)
     if not host or not port:
         raise UsageError(
             f"rank {identity.rank} of {identity.world_size} ({identity.source}: {identity.reason}) does not know where "
