@@ -16,8 +16,8 @@ import torch
 from torch.utils.data import Dataset, IterableDataset, TensorDataset
 
 from wbdist.errors import UsageError
-from wbdist.hooks.loader import FINGERPRINT_MODULUS, ResumableLoader, fingerprint
-from wbdist.hooks.sampler import epoch_order
+from wbdist.hooks.loader import ResumableLoader
+from wbdist.hooks.sampler import FINGERPRINT_MODULUS, epoch_order, fingerprint
 
 LENGTH = 50
 

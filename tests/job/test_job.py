@@ -59,6 +59,9 @@ def test_preempted_then_killed_equals_uninterrupted(server: Server, jobs: Jobs) 
     assert tested.summary["weights"] == untouched.summary["weights"]
     assert tested.state == "finished"
     assert job.family() == []
+    audit = jobs.command("audit", f"tiny/{tested.id}")
+    assert (audit.returncode, audit.stderr) == (0, ""), audit.stdout
+    assert f"Exactly once: nothing doubled, nothing missing; all {STEPS} steps" in audit.stdout
 
 
 @pytest.mark.parametrize("victim", [0, 1])
@@ -84,6 +87,10 @@ def test_per_rank_runs_share_a_group(server: Server, jobs: Jobs) -> None:
     for run in runs:
         assert [row["_step"] for row in run.scan_history(keys=["_step", "loss"])] == list(range(STEPS))
         assert run.state == "finished"
+    assert jobs.command("audit", *(f"tiny/{run.id}" for run in runs)).returncode == 0
+    half = jobs.command("audit", f"tiny/{runs[0].id}")
+    assert half.returncode == 1
+    assert "step 0 used other samples than positions 0 to 7 of epoch 0 hold" in half.stdout
 
 
 def test_training_does_not_notice_a_dead_server(server: Server, jobs: Jobs) -> None:

@@ -12,7 +12,7 @@ import random
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -22,13 +22,11 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_in
 
 from wbdist.core.mixing import mix64
 from wbdist.errors import UsageError
-from wbdist.hooks.sampler import Batch, Ids, ResumableSampler, Tail, mixed
+from wbdist.hooks.ledger import Order
+from wbdist.hooks.sampler import Batch, Ids, ResumableSampler, Tail, fingerprint
 
 Token = tuple[int, int, int]
 """(epoch, global position, dataset index): what is asked of a worker instead of the bare index."""
-
-FINGERPRINT_MODULUS = 1 << 53
-"""Fingerprints are below it, so that a float64 (and JSON, and a chart) holds them exactly."""
 
 _PR_SET_PDEATHSIG = 1
 _IGNORED = (signal.SIGTERM, signal.SIGINT)
@@ -141,6 +139,22 @@ class ResumableLoader:
         batch = self._handed_out()
         return fingerprint(batch.epoch, batch.positions, batch.ids)
 
+    def ledger(self) -> dict[str, int | str]:
+        """What the run's row says of the batch handed out last, for `wbdist audit` to prove what was used; see `ledger.py`.
+
+        UsageError before the first batch.
+        """
+        batch = self._handed_out()
+        said: dict[str, int | str] = {
+            "_samples": fingerprint(batch.epoch, batch.positions, batch.ids),
+            "epoch": batch.epoch,
+            "_consumed": batch.stop,
+            "_batch": batch.stop - batch.start,
+        }
+        if batch.start == 0:
+            said["_data"] = str(Order.of(self.sampler))
+        return said
+
     def state_dict(self) -> dict[str, Any]:
         """The position and what the order depends on; the same on all ranks, whatever their number."""
         return self.sampler.state_dict()
@@ -154,14 +168,6 @@ class ResumableLoader:
         if self._last is None:
             raise UsageError("no batch has been handed out yet")
         return self._last
-
-
-def fingerprint(epoch: int, positions: Sequence[int], ids: Ids) -> int:
-    """The fingerprint of samples `ids` at global `positions` of `epoch`; see `ResumableLoader.fingerprint`."""
-    state = np.full(len(ids), mix64(epoch), dtype=np.uint64)
-    state = mixed(mixed(state, np.asarray(positions, dtype=np.uint64)), ids.astype(np.uint64))
-    # uint64 sums wrap at 2**64, a multiple of the modulus.
-    return int(np.sum(state >> np.uint64(11), dtype=np.uint64)) % FINGERPRINT_MODULUS
 
 
 class _Tokens:

@@ -12,7 +12,7 @@ number of ranks can go on from any position, in the same global order.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
 import msgspec
@@ -25,6 +25,9 @@ from wbdist.errors import UsageError
 Ids = npt.NDArray[np.int64]
 Words = npt.NDArray[np.uint64]
 Tail = Literal["drop", "pad"]
+
+FINGERPRINT_MODULUS = 1 << 53
+"""Fingerprints are below it, so that a float64 (and JSON, and a chart) holds them exactly."""
 
 
 class Batch(msgspec.Struct, frozen=True):
@@ -53,6 +56,14 @@ def mixed(state: Words, words: Words) -> Words:
     z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return z ^ (z >> np.uint64(31))
+
+
+def fingerprint(epoch: int, positions: Sequence[int], ids: Ids) -> int:
+    """The fingerprint of samples `ids` at global `positions` of `epoch`; see `ResumableLoader.fingerprint`."""
+    state = np.full(len(ids), mix64(epoch), dtype=np.uint64)
+    state = mixed(mixed(state, np.asarray(positions, dtype=np.uint64)), ids.astype(np.uint64))
+    # uint64 sums wrap at 2**64, a multiple of the modulus.
+    return int(np.sum(state >> np.uint64(11), dtype=np.uint64)) % FINGERPRINT_MODULUS
 
 
 class ResumableSampler:

@@ -45,8 +45,8 @@ STOP_TIMEOUT = 20.0
 """Seconds for all ranks to say where they are after a notice; one that does not is taken for dead. Below torchrun's 30 s."""
 
 _END_OF_EPOCH = object()
-_LEDGER_REDUCE = {"_samples": "sum53", "epoch": "first"}
-"""Fingerprints of the ranks' shares add up (modulo 2**53) to the one of the step, whatever the number of ranks."""
+_LEDGER_REDUCE = {"_samples": "sum53", "epoch": "first", "_consumed": "first", "_batch": "first", "_data": "first"}
+"""Fingerprints of the ranks' shares add up (modulo 2**53) to the one of the step; the rest is alike on all ranks."""
 
 
 class Job:
@@ -297,7 +297,7 @@ class Job:
         data, self._open_step = self._open_step, None
         if data is None:
             return
-        self._runs.log({"_samples": data.fingerprint(), "epoch": data.epoch}, step=self._step, reduce=_LEDGER_REDUCE)
+        self._runs.log(data.ledger(), step=self._step, reduce=_LEDGER_REDUCE)
         self._runs.commit_row()
         self._step += 1
         if self._pending is not None:
