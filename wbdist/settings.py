@@ -71,6 +71,9 @@ class Settings(WithoutEffect, frozen=True, kw_only=True, forbid_unknown_fields=T
     """Seconds `init` waits for the embedded server to come up; then the run goes on with its journal alone."""
     claim_timeout: float = 30.0
     """Seconds a job waits for an earlier one on the same checkpoint directory, which may be dying, to be gone."""
+    notices: str = "auto"
+    """Where a job hears that it must stop: `auto` finds out, `off` is signals only, or names such as `aws,file=/shared/stop`
+    (docs/preemption.md)."""
     disable_git: bool = False
     """Do not look for a git commit and remote."""
     host: str | None = None

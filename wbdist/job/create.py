@@ -11,6 +11,7 @@ from typing import Any, Literal, get_args
 from wbdist.distributed.strategies import Strategy
 from wbdist.errors import UsageError
 from wbdist.job.handle import Job
+from wbdist.preemption import sources
 from wbdist.run.init import make_spec
 from wbdist.settings import resolve
 
@@ -44,6 +45,7 @@ def job(
     tags: tuple[str, ...] | list[str] | None = None,
     notes: str | None = None,
     mode: Literal["online", "offline", "disabled"] | None = None,
+    notices: str | None = None,
 ) -> Job:
     """A job on this rank; all ranks make it with the same arguments and enter it with `with`.
 
@@ -52,7 +54,9 @@ def job(
     checkpoint is also made at the end of the loop and on a preemption notice. `keep_last` committed ones stay.
 
     `strategy`: `rank0` is one run with the ranks' means, `per_rank` a run a rank in one group, `auto` is rank0 with several
-    ranks. `seed` seeds Python, NumPy and torch on every rank (differently) and orders the data. The rest as in `init`.
+    ranks. `seed` seeds Python, NumPy and torch on every rank (differently) and orders the data. `notices`: besides signals,
+    what may say that the job must stop, as the setting of that name ("auto", "off", "aws,file=/shared/stop"). The rest as in
+    `init`.
 
     Raises UsageError for arguments that cannot be right; nothing is started or written before `with`.
     """
@@ -70,8 +74,10 @@ def job(
         "run_tags": tags,
         "run_notes": notes,
         "mode": mode,
+        "notices": notices,
     }
     settings = resolve(None, {key: value for key, value in arguments.items() if value is not None})
+    sources.parse(settings.notices)
     return Job(
         make_spec(settings, config=config),
         run_id=settings.run_id,

@@ -24,9 +24,9 @@ from wbdist.job.fence import FenceWatch
 from wbdist.job.plan import Plan, agree_on_plan, decide, position_of, seed_everything
 from wbdist.job.telling import PREEMPTION, going_on, in_total
 from wbdist.launch import intent
+from wbdist.preemption import sources
 from wbdist.preemption.agreement import StopAgreement
 from wbdist.preemption.hub import NoticeHub
-from wbdist.preemption.signals import SignalSource
 from wbdist.run.handle import Run
 from wbdist.run.lifecycle import RunSpec
 
@@ -156,8 +156,8 @@ class Job:
             position = position_of(self._chosen, self._plan, self.rank, per_rank=self._strategy == "per_rank")
 
         # Signals are watched before the run is announced: whoever sees the run may preempt the job.
-        grace = os.environ.get("WBDIST_GRACE")
-        self._hub = NoticeHub([SignalSource(grace=float(grace) if grace else None)])
+        for_host = self._identity.local_rank == 0
+        self._hub = NoticeHub(sources.choose(self._spec.settings.notices, for_host=for_host))
         self._hub.start()
         self._stack.callback(self._hub.close)
         self._agreement = StopAgreement(self._peers, self._hub, timeout=STOP_TIMEOUT)

@@ -1,11 +1,15 @@
-"""One hub a process: whatever source speaks first gives the notice; later ones may only shorten the time."""
+"""One hub a process: whatever source speaks first gives the notice; later ones may only shorten the time.
+
+Metadata services and the like are asked by one process a host (`sources.py`); the others learn of the notice through the
+agreement. Signals are watched by every process, since each of them gets them.
+"""
 
 from __future__ import annotations
 
 import logging
 import threading
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import msgspec
 
@@ -27,6 +31,20 @@ class NoticeSource(Protocol):
         ...
 
 
+@runtime_checkable
+class Approver(Protocol):
+    """A source whose provider waits for a word that it may go ahead."""
+
+    @property
+    def approvable(self) -> bool:
+        """Whether the provider waits."""
+        ...
+
+    def approve(self) -> None:
+        """Gives that word: within seconds the machine is gone. Idempotent."""
+        ...
+
+
 class NoticeHub:
     """Collects the notices of its sources. Any thread may ask; `start` and `close` on the main thread."""
 
@@ -35,6 +53,7 @@ class NoticeHub:
         self._lock = threading.Lock()
         self._notice: Notice | None = None
         self._listeners: list[Callable[[Notice], None]] = []
+        self._advice_listeners: list[Callable[[Notice], None]] = []
         self._closed = False
 
     @property
@@ -55,17 +74,25 @@ class NoticeHub:
             raise
 
     def tell(self, notice: Notice) -> bool:
-        """Any thread, never a signal handler: gives the hub a notice. False when the hub is closed: it was not taken."""
+        """Any thread, never a signal handler: gives the hub a notice. False when the hub is closed: it was not taken.
+
+        Of a later one only its deadline, when it is earlier, and that the job was cancelled, are taken over.
+        """
         with self._lock:
             if self._closed:
                 return False
             first = self._notice is None
-            if self._notice is None:
+            if notice.advice:
+                listeners = list(self._advice_listeners) if first else []
+            elif self._notice is None:
                 self._notice = notice
-            elif notice.deadline is not None and (self._notice.deadline is None or notice.deadline < self._notice.deadline):
-                self._notice = msgspec.structs.replace(self._notice, deadline=notice.deadline)
-            listeners = list(self._listeners) if first else []
-        if first:
+                listeners = list(self._listeners)
+            else:
+                self._notice = _merged(self._notice, notice)
+                listeners = []
+        if notice.advice:
+            log.info("advice from %s: %s", notice.source, notice.reason)
+        elif first:
             # What a fenced job is told ends up in its FencedError.
             level = logging.INFO if notice.fenced else logging.WARNING
             log.log(level, "preemption notice from %s: %s", notice.source, notice.reason)
@@ -83,6 +110,23 @@ class NoticeHub:
         if notice is not None:
             listener(notice)
 
+    def on_advice(self, listener: Callable[[Notice], None]) -> None:
+        """`listener` is called with each advice from now on, on the thread of its source, as long as there is no notice. It
+        must not block."""
+        with self._lock:
+            self._advice_listeners.append(listener)
+
+    @property
+    def approvable(self) -> bool:
+        """Whether a provider waits for `approve`."""
+        return any(source.approvable for source in self._sources if isinstance(source, Approver))
+
+    def approve(self) -> None:
+        """Any thread, when nothing more has to be saved from this machine: tells the providers that wait for it to go ahead."""
+        for source in self._sources:
+            if isinstance(source, Approver):
+                source.approve()
+
     def close(self) -> None:
         """Closes the sources, the last started first. Idempotent; within a second a source."""
         with self._lock:
@@ -91,3 +135,10 @@ class NoticeHub:
             self._closed = True
         for source in reversed(self._sources):
             source.close()
+
+
+def _merged(standing: Notice, later: Notice) -> Notice:
+    deadlines = [notice.deadline for notice in (standing, later) if notice.deadline is not None]
+    return msgspec.structs.replace(
+        standing, deadline=min(deadlines, default=None), cancelled=standing.cancelled or later.cancelled
+    )

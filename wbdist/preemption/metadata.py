@@ -1,0 +1,125 @@
+"""Asking a cloud's metadata service again and again, on a thread that mostly sleeps.
+
+What all clouds have in common: a link-local address where no proxy may be used, answers that mean "nothing yet", failures that
+pass. What differs (paths, headers, payloads) is in one file a cloud.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from wbdist.errors import UsageError
+from wbdist.preemption.notice import Notice
+
+if TYPE_CHECKING:
+    import requests
+
+log = logging.getLogger("wbdist.preemption")
+
+LONGEST_PAUSE = 30.0
+"""Seconds between two tries while the service fails."""
+CLOSING = 1.0
+"""Seconds that `close` waits; a request that hangs longer is abandoned with its thread, which can tell nobody any more."""
+
+
+def direct_session() -> requests.Session:
+    """HTTP without the environment's proxies, credentials and redirect habits: they are not for link-local addresses."""
+    import requests
+
+    session = requests.Session()
+    session.trust_env = False
+    return session
+
+
+class MetadataSource(ABC):
+    """One thread of questions for each `_questions` entry; `start` once, `close` any time."""
+
+    name: str
+
+    def __init__(self, base_url: str, interval: float) -> None:
+        """`interval`: seconds between two looks where the service cannot hold an answer back, so how late a notice may come."""
+        if interval <= 0:
+            raise UsageError(f"interval={interval!r}: give the seconds between two looks at {base_url}, more than 0")
+        self._base = base_url.rstrip("/")
+        self._interval = interval
+        self._closing = threading.Event()
+        self._threads: list[threading.Thread] = []
+        self._tell_hub: Callable[[Notice], bool] | None = None
+        self._postponed: list[tuple[float, Notice]] = []
+        """(unix time, notice): given when that time comes."""
+        self._postponing = threading.Lock()
+
+    @abstractmethod
+    def _questions(self) -> list[Callable[[requests.Session], float]]:
+        """Each is asked for ever on a thread of its own: it looks once, tells what it found, and returns the seconds until it
+        wants to be asked again. What it raises from `requests` is a failure that passes."""
+
+    def start(self, tell: Callable[[Notice], bool]) -> None:
+        """Any thread. Raises UsageError when the source was started before."""
+        if self._threads:
+            raise UsageError(f"this {type(self).__name__} was started before; make another")
+        self._tell_hub = tell
+        for question in self._questions():
+            thread = threading.Thread(target=self._ask, args=(question,), name=f"wbdist-{self.name}", daemon=True)
+            self._threads.append(thread)
+            thread.start()
+
+    def close(self) -> None:
+        """Any thread. Idempotent; within about a second, whatever a request is waiting for."""
+        self._closing.set()
+        until = time.monotonic() + CLOSING
+        for thread in self._threads:
+            thread.join(max(0.0, until - time.monotonic()))
+
+    def _tell(self, reason: str, deadline: float | None, *, advice: bool = False) -> None:
+        assert self._tell_hub is not None
+        self._tell_hub(Notice(self.name, reason, time.monotonic(), deadline, advice=advice))
+
+    def _tell_at(self, when: float, reason: str, deadline: float) -> None:
+        """Tells once unix time `when` has come; a hanging request may delay that by as long as it hangs."""
+        with self._postponing:
+            self._postponed.append((when, Notice(self.name, reason, 0.0, deadline)))
+
+    def _ask(self, question: Callable[[requests.Session], float]) -> None:
+        import requests
+
+        failures = 0
+        with direct_session() as session:
+            while not self._closing.is_set():
+                try:
+                    pause = question(session)
+                    if failures:
+                        log.info("%s: the metadata service at %s answers again", self.name, self._base)
+                    failures = 0
+                except requests.RequestException as error:
+                    failures += 1
+                    pause = min(self._interval * 2**failures, LONGEST_PAUSE)
+                    # The first failure may be a hiccup, and after the second everybody knows.
+                    if failures == 2:
+                        log.warning(
+                            "%s: the metadata service at %s does not answer (%s); its notices will not be heard until it does",
+                            self.name,
+                            self._base,
+                            error,
+                        )
+                self._wait(pause)
+
+    def _wait(self, pause: float) -> None:
+        until = time.monotonic() + pause
+        while not self._closing.is_set():
+            self._tell_postponed()
+            left = until - time.monotonic()
+            if left <= 0 or self._closing.wait(min(left, 1.0)):
+                return
+
+    def _tell_postponed(self) -> None:
+        with self._postponing:
+            due = [notice for when, notice in self._postponed if time.time() >= when]
+            self._postponed = [(when, notice) for when, notice in self._postponed if notice not in due]
+        for notice in due:
+            self._tell(notice.reason, notice.deadline)
