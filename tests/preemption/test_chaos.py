@@ -30,7 +30,7 @@ def chaos(cwd: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 @pytest.mark.slow
 @pytest.mark.parametrize("cloud", ["aws", "gcp", "azure"])
 def test_job_on_a_cloud_that_takes_the_machine(cloud: str, tmp_path: Path) -> None:
-    """Proves the whole way: a supervised job of two ranks hears the cloud's notice, both stop and save, and it leaves with 75."""
+    """Proves the whole way: a supervised job of two ranks hears the cloud's notice, both stop and save, exit code 75."""
     launch = [sys.executable, "-m", "wbdist", "launch", "--nproc", "2", str(JOB)]
     job = [*launch, "--checkpoint-dir", "ckpt", "--epochs", "100000", "--step-seconds", "0.01", "--save-every", "1000 steps"]
     ended = chaos(tmp_path, cloud, "--after", "12s", "--lead", "90s", "--", *job)
@@ -40,8 +40,8 @@ def test_job_on_a_cloud_that_takes_the_machine(cloud: str, tmp_path: Path) -> No
 
 
 def test_machine_that_goes_takes_everything_along(tmp_path: Path) -> None:
-    """Proves the end of a rehearsal: a command that ignores the signal, and its detached child, are killed at the deadline (137);
-    one that leaves passes its exit code on."""
+    """Proves the end of a rehearsal: a command that ignores the signal, and its detached child, are killed at the deadline
+    (137); one that leaves passes its exit code on."""
     stubborn = (
         "import signal, subprocess, sys, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); "
         "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(300)'], start_new_session=True); "
