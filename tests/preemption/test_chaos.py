@@ -47,13 +47,13 @@ def test_machine_that_goes_takes_everything_along(tmp_path: Path) -> None:
         "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(300)'], start_new_session=True); "
         "open('child', 'w').write(str(child.pid)); time.sleep(300)"
     )
-    ended = chaos(tmp_path, "signal", "--after", "2s", "--lead", "1s", "--", sys.executable, "-c", stubborn)
+    ended = chaos(tmp_path, "signal", "--after", "1.5s", "--lead", "0.5s", "--", sys.executable, "-c", stubborn)
     assert ended.returncode == 137, ended.stderr
     assert "the machine is gone" in ended.stderr
     child = Path("/proc", (tmp_path / "child").read_text(), "stat")
     assert not child.exists() or child.read_text().rpartition(")")[2].split()[0] == "Z"
     obedient = "import signal, sys, time; signal.signal(signal.SIGUSR2, lambda *_: sys.exit(75)); time.sleep(300)"
-    ended = chaos(tmp_path, "signal", "--signal", "USR2", "--after", "2s", "--", sys.executable, "-c", obedient)
+    ended = chaos(tmp_path, "signal", "--signal", "USR2", "--after", "1.5s", "--", sys.executable, "-c", obedient)
     assert ended.returncode == 75, ended.stderr
     ended = chaos(tmp_path, "signal", "--after", "soon", "--", "true")
     assert ended.returncode == 2
