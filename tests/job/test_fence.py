@@ -44,7 +44,7 @@ def history_starts(name: str, strategy: str, at: int) -> bool:
     return all(run is not None and run.lastHistoryStep + 1 >= at for run in runs_of(name, strategy))
 
 
-@pytest.mark.parametrize("strategy", ["rank0", "per_rank"])
+@pytest.mark.parametrize("strategy", [pytest.param("rank0", marks=pytest.mark.slow), "per_rank"])
 def test_a_job_that_is_taken_over_stops_and_saves_nothing_more(
     server: Server, machines: Any, tmp_path: Path, strategy: str
 ) -> None:

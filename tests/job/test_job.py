@@ -64,7 +64,7 @@ def test_preempted_then_killed_equals_uninterrupted(server: Server, jobs: Jobs) 
     assert f"Exactly once: nothing doubled, nothing missing; all {STEPS} steps" in audit.stdout
 
 
-@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize("victim", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_every_rank_may_die(server: Server, jobs: Jobs, victim: int) -> None:
     """Proves that losing rank 0 (which owns aggregator, claim and manifest) is no worse than losing another."""
     job = jobs.start("--name", "tested", "--checkpoint-dir", "ckpt", "--step-seconds", "0.03")
