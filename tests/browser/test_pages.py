@@ -39,7 +39,7 @@ def has_colour(page: Page, metric: str, colour: tuple[int, int, int]) -> bool:
 
 
 def test_run_page_shows_what_the_store_holds(served: Any, tab: Any) -> None:
-    """Proves that state, facts, attempts, config, summary, console and charts of a twice interrupted run are on its page."""
+    """Proves that state, facts, alerts, attempts, config, summary, console and charts of an interrupted run are on its page."""
     ui_seed.preempted_then_killed(served.store, time.time() - 100, "shown")
     page = tab.page
     page.goto("/local/shown/runs/digits-main")
@@ -54,6 +54,9 @@ def test_run_page_shows_what_the_store_holds(served: Any, tab: Any) -> None:
         ["after a preemption", "process lost", "150", "150", "30", "3.0s"],
         ["after a lost process", "finished", "300", "140", "–", "–"],
     ]
+    expect(page.get_by_role("region", name="Alerts").get_by_role("listitem")).to_contain_text(
+        "WARN Restarted a process was lost"
+    )
     config = page.get_by_role("region", name="Config")
     expect(config.locator("dl > div").filter(has_text="model.layers")).to_contain_text("[16,32]")
     expect(page.get_by_role("region", name="Summary")).to_contain_text("accuracy")

@@ -8,7 +8,7 @@ import random
 from collections.abc import Iterable
 from typing import Any
 
-from wbdist.core.position import CONSOLE, HISTORY, Watermark
+from wbdist.core.position import ALERTS, CONSOLE, HISTORY, Watermark
 from wbdist.core.states import RunEvent
 from wbdist.protocol.attempts import BeginAttempt
 from wbdist.server.store.interface import RunFields, Store
@@ -48,6 +48,10 @@ class SeededRun:
     def print(self, *texts: str) -> None:
         self._append(CONSOLE, self.lines, list(texts))
         self.lines += len(texts)
+
+    def alert(self, title: str, text: str, level: str, step: int) -> None:
+        line = {"title": title, "text": text, "level": level, "_step": step, "_timestamp": self.now}
+        self._append(ALERTS, 0, [json.dumps(line)])
 
     def _append(self, stream: str, seq: int, lines: list[str]) -> None:
         nonce = f"n{self.attempt}"
@@ -122,6 +126,7 @@ def preempted_then_killed(store: Store, now: float, project: str, run_id: str = 
     run.end(RunEvent.LOST, cause="lost")
     run.now += 3
     run.begin(keep_rows=150, keep_lines=1, last_step=299, cause="lost")
+    run.alert("Restarted", "a process was lost", "WARN", 300)
     run.print(
         "2026-11-21T06:00:48.000000 attempt 3 continues at step 300", "2026-11-21T06:00:58.000000 \x1b[32maccuracy 0.981\x1b[0m"
     )

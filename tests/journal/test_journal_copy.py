@@ -37,6 +37,7 @@ def write_randomly(journal: JournalWriter, chance: random.Random, first: int, st
             journal.append_row({f"k{chance.randint(0, 3)}": chance.random()}, step=step, commit=False, time=6.0 + step)
             if chance.random() < 0.3:
                 journal.append(Kind.CONSOLE, {"text": f"in {step}", "stream": "stdout"}, time=6.0)
+                journal.append(Kind.ALERT, {"title": f"in {step}", "text": "", "level": "INFO", "wait": 0.0, "_step": step})
         how = chance.choice(("commit", "row", "next"))
         if how == "commit":
             journal.append(Kind.COMMIT, {})

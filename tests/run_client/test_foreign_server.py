@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 import threading
 import urllib.error
@@ -16,6 +17,8 @@ import pytest
 
 import wbdist
 from wbdist.run import backend
+from wbdist.run.shipper.oneshot import ship
+from wbdist.run.shipper.remote import Remote
 
 
 class PlainServer:
@@ -140,3 +143,25 @@ def test_fork(plain: PlainServer, embedded: Path, capsys: pytest.CaptureFixture[
     assert rows_of(embedded, "y") == [(0, 0), (1, 1), (2, 2), (3, 3), (4, 50), (5, 51)]
     assert rows_of(embedded, "x") == [(i, i) for i in range(8)]
     del plain
+
+
+def test_alerts_go_by_wandbs_mutation(plain: PlainServer, embedded: Path) -> None:
+    """Proves that a server without attempts is told of each alert once, also when the journal is sent again, and that one which
+    knows no alerts gets the rows all the same."""
+    with wbdist.init(project="p", id="x", settings={"console": "off"}) as run:
+        run.log({"i": 0})
+        run.alert("first", "text", level="ERROR")
+        run.alert("second", "text")
+    assert run.journal_path is not None
+    found = wbdist.Api({"base_url": str(backend.running(embedded))}).run("p/x")
+    assert [(alert.title, alert.level) for alert in found.alerts()] == [("first", "ERROR"), ("second", "INFO")]
+    said = plain.operations.count("NotifyScriptableRunAlert")
+    key = (embedded / "admin.key").read_text().strip()
+    (again,) = ship([run.journal_path], lambda _: Remote(plain.url, key), 30, logging.getLogger("test"))
+    assert again.outcome != "failed"
+    assert (said, plain.operations.count("NotifyScriptableRunAlert")) == (2, 2)
+    plain.refused.add("NotifyScriptableRunAlert")
+    with wbdist.init(project="p", id="y", settings={"console": "off"}) as run:
+        run.alert("first", "text")
+        run.log({"i": 0})
+    assert rows_of(embedded, "y") == [(0, 0)]

@@ -14,7 +14,9 @@ import torch.distributed as dist
 from torch import nn
 
 import wbdist
+from wbdist.core.position import ALERTS
 from wbdist.run.alerts import AlertLevel, Alerts
+from wbdist.run.disabled import NoJournal
 from wbdist.run.journal import JournalReader, Kind
 from wbdist.run.watching import count, histograms
 
@@ -162,24 +164,34 @@ def test_several_models_errors_and_the_end(run: wbdist.Run) -> None:
 
 
 def test_alert(capsys: pytest.CaptureFixture[str]) -> None:
-    """Proves that an alert is on the terminal and one line of the run's output, and that bad ones are refused."""
+    """Proves that an alert is on the terminal, one line of the run's output and in its journal; that it counts in the position,
+    so that checkpoints keep it; and that bad ones are refused."""
     run = wbdist.init(project="p", settings={"quiet": True})
     wbdist.alert("Loss", "is NaN", level=wbdist.AlertLevel.WARN)
     wbdist.alert("Loss", "is NaN", level="WARN")
     assert capsys.readouterr().err.count("ALERT WARN Loss: is NaN") == 1
     with pytest.raises(wbdist.UsageError, match="INFO, WARN, ERROR"):
         run.alert("t", "x", level="LOUD")
+    run.log({"x": 1})
+    run.alert("second", "", wait_duration=0)
+    assert run.position().watermark.counts[ALERTS] == {run.writer: 2}
     run.finish()
     assert run.journal_path is not None
     with JournalReader.open(run.journal_path) as reader:
-        lines = [record.data for record in reader.read() if record.kind is Kind.CONSOLE]
-    assert [line["text"].endswith("ALERT WARN Loss: is NaN") for line in lines] == [True]
+        records = reader.read()
+    lines = [record.data["text"] for record in records if record.kind is Kind.CONSOLE]
+    assert [
+        line.endswith(end) for line, end in zip(lines, ("ALERT WARN Loss: is NaN", "ALERT INFO second: "), strict=True)
+    ] == [True] * 2
+    first, second = [record.data for record in records if record.kind is Kind.ALERT]
+    assert first == {"title": "Loss", "text": "is NaN", "level": "WARN", "wait": 60.0, "_step": 0}
+    assert second["_step"] == 1
 
 
 def test_an_alert_is_said_again_after_its_wait() -> None:
     """Proves the pause per title."""
     said: list[str] = []
-    alerts = Alerts(said.append)
+    alerts = Alerts(NoJournal(0, {}), said.append)
     assert alerts.alert("a", "1", None, timedelta(seconds=5), now=0.0)
     assert alerts.alert("b", "1", AlertLevel.ERROR, 5, now=1.0)
     assert not alerts.alert("a", "2", None, 5, now=4.9)

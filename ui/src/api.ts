@@ -49,6 +49,17 @@ export interface RunDetail extends Run {
   repo: string;
   console_lines: number;
   attempts: Attempt[];
+  /** Oldest first. */
+  alerts: Alert[];
+}
+
+/** What `run.alert` said; `time` in Unix seconds. */
+export interface Alert {
+  title: string;
+  text: string;
+  level: "INFO" | "WARN" | "ERROR";
+  time: number;
+  step: number | null;
 }
 
 /** One line of a chart, by columns. Without `hi`, every point is one logged value. null: NaN or infinite. */

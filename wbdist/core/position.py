@@ -18,7 +18,10 @@ FILES = "files"
 """Versions of files, one line each."""
 ARTIFACTS = "artifacts"
 """What a run said of artifacts: logged, used, named."""
-STREAMS = (HISTORY, EVENTS, CONSOLE)
+ALERTS = "wbdist-alerts.jsonl"
+"""What `Run.alert` said, one line each. W&B's wire has a mutation for it in place of a stream."""
+STREAMS = (HISTORY, EVENTS, CONSOLE, ALERTS)
+"""The streams of lines that a file_stream request may carry."""
 
 Counts = dict[str, dict[str, int]]
 """stream -> writer -> number of lines (so the next seq)."""

@@ -14,12 +14,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from wbdist.core.position import CONSOLE, EVENTS, HISTORY, RunPosition, Watermark
+from wbdist.core.position import ALERTS, CONSOLE, EVENTS, HISTORY, RunPosition, Watermark
 from wbdist.core.rows import RowAssembler
 from wbdist.core.summary import SummaryTracker
 from wbdist.run.journal import JournalReader, Kind, Record
 
-_LINES = {Kind.CONSOLE: CONSOLE, Kind.STATS: EVENTS}
+_LINES = {Kind.CONSOLE: CONSOLE, Kind.STATS: EVENTS, Kind.ALERT: ALERTS}
 
 
 class _Row(NamedTuple):

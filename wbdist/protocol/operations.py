@@ -270,6 +270,23 @@ def rewind_run(entity: str | None, project: str, run_id: str, step: int) -> Oper
     return Operation("RewindRun", _REWIND, {**where, "metricName": "_step", "metricValue": step})
 
 
+_ALERT = """
+mutation NotifyScriptableRunAlert($entityName: String!, $projectName: String!, $runName: String!, $title: String!,
+    $text: String!, $severity: AlertSeverity = INFO, $waitDuration: Duration) {
+  notifyScriptableRunAlert(input: {entityName: $entityName, projectName: $projectName, runName: $runName, title: $title,
+      text: $text, severity: $severity, waitDuration: $waitDuration}) { success }
+}
+"""
+
+
+def notify_alert(run: tuple[str, str, str], title: str, text: str, level: str, wait: float) -> Operation:
+    """W&B's alert. `wait`: seconds in which the server says no other one with this title."""
+    entity, project, run_id = run
+    named = {"entityName": entity, "projectName": project, "runName": run_id}
+    said = {"title": title, "text": text, "severity": level, "waitDuration": int(wait * 1000)}
+    return Operation("NotifyScriptableRunAlert", _ALERT, named | said)
+
+
 _RESUME = """
 query RunResumeStatus($project: String, $entity: String, $name: String!) {
   model(name: $project, entityName: $entity) {

@@ -90,6 +90,13 @@ query RunAttempts($project: String!, $entity: String!, $name: String!) {
 """
 
 
+_ALERTS = """
+query RunAlerts($project: String!, $entity: String!, $name: String!) {
+  project(name: $project, entityName: $entity) { run(name: $name) { alerts { title text level time step } } }
+}
+"""
+
+
 class RemoteRun(msgspec.Struct, frozen=True, kw_only=True):
     """One run as the server tells it. Times are ISO 8601, UTC."""
 
@@ -292,6 +299,29 @@ def attempts(entity: str, project: str, run_id: str) -> Operation:
 def read_attempts(data: Mapping[str, Any]) -> list[RemoteAttempt]:
     """Oldest first."""
     return msgspec.convert((_run_node(data) or {}).get("attempts") or [], list[RemoteAttempt])
+
+
+class RemoteAlert(msgspec.Struct, frozen=True):
+    """What `run.alert` said."""
+
+    title: str
+    text: str
+    level: str
+    """INFO, WARN or ERROR."""
+    time: float
+    """Unix seconds."""
+    step: int | None = None
+    """Of the row that was open then; None from W&B's client, which does not tell."""
+
+
+def alerts(entity: str, project: str, run_id: str) -> Operation:
+    """Only for a server with `attempts.FEATURE`."""
+    return Operation("RunAlerts", _ALERTS, {"entity": entity, "project": project, "name": run_id})
+
+
+def read_alerts(data: Mapping[str, Any]) -> list[RemoteAlert]:
+    """Oldest first."""
+    return msgspec.convert((_run_node(data) or {}).get("alerts") or [], list[RemoteAlert])
 
 
 def _run_node(data: Mapping[str, Any]) -> dict[str, Any] | None:

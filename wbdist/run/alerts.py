@@ -1,4 +1,4 @@
-"""`Run.alert`: something that a person should see, on the terminal and among the run's printed lines."""
+"""`Run.alert`: something that a person should see, on the terminal, among the run's printed lines and on its page."""
 
 from __future__ import annotations
 
@@ -6,8 +6,14 @@ import enum
 import time
 from collections.abc import Callable
 from datetime import timedelta
+from typing import TYPE_CHECKING
 
 from wbdist.errors import UsageError
+from wbdist.run.journal_format import Kind
+
+if TYPE_CHECKING:
+    from wbdist.run.disabled import NoJournal
+    from wbdist.run.journal import JournalWriter
 
 WAIT = 60.0
 """Seconds in which one title is not said again, unless told otherwise."""
@@ -22,9 +28,13 @@ class AlertLevel(enum.Enum):
 class Alerts:
     """Of one run."""
 
-    def __init__(self, keep: Callable[[str], None]) -> None:
-        self._keep = keep
+    def __init__(self, journal: JournalWriter | NoJournal, say: Callable[[str], None]) -> None:
+        """`say`: to the terminal and the run's output."""
+        self._journal = journal
+        self._say = say
         self._last: dict[str, float] = {}
+        self.count = 0
+        """Alerts in the journal."""
 
     def alert(
         self,
@@ -45,8 +55,13 @@ class Alerts:
         else:
             wait = WAIT if wait_duration is None else float(wait_duration)
         moment = time.monotonic() if now is None else now
-        if title in self._last and moment < self._last[title] + wait:
-            return False
-        self._last[title] = moment
-        self._keep(f"ALERT {word} {title}: {text}")
+        with self._journal.lock:
+            if title in self._last and moment < self._last[title] + wait:
+                return False
+            step = self._journal.rule.step
+            facts = {"title": str(title), "text": str(text), "level": word, "wait": wait, "_step": step}
+            self._journal.append(Kind.ALERT, facts)
+            self._last[title] = moment
+            self.count += 1
+        self._say(f"ALERT {word} {title}: {text}")
         return True

@@ -11,7 +11,7 @@ from time import monotonic, time
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, Self
 
-from wbdist.core.position import ARTIFACTS, CONSOLE, EVENTS, FILES, HISTORY, RunPosition, Watermark
+from wbdist.core.position import ALERTS, ARTIFACTS, CONSOLE, EVENTS, FILES, HISTORY, RunPosition, Watermark
 from wbdist.core.summary import INTERNAL
 from wbdist.errors import JournalError, ShutdownError, UsageError
 from wbdist.protocol import names
@@ -172,6 +172,7 @@ class Run(ArtifactMethods, AbsentNames):
                         EVENTS: {self.writer: self._samples},
                         FILES: {self.writer: self._files.count if self._files is not None else 0},
                         ARTIFACTS: {self.writer: self._artifacts},
+                        ALERTS: {self.writer: self._alerts.count if self._alerts is not None else 0},
                     },
                     step=self._journal.rule.last_step,
                 ),
@@ -219,16 +220,16 @@ class Run(ArtifactMethods, AbsentNames):
         level: str | AlertLevel | None = None,
         wait_duration: float | timedelta | None = None,
     ) -> None:
-        """Says what a person should see: on the terminal, and as a line of the run's output. Nobody is sent a message.
+        """Says what a person should see: on the terminal, in the run's output, and on its page; a W&B server sends messages.
 
-        `level`: INFO, WARN or ERROR. One title is said again after `wait_duration` seconds (60) at the earliest. Raises
-        UsageError for other levels, and as `log`.
+        `level`: INFO, WARN or ERROR. One title is said again after `wait_duration` seconds (60) at the earliest. Durable at
+        return, waits for no server. Raises UsageError for other levels, and as `log`.
         """
         self._check_usable("alert()")
         if self._alerts is None:
             from wbdist.run.alerts import Alerts
 
-            self._alerts = Alerts(self._say_and_keep)
+            self._alerts = Alerts(self._journal, self._say_and_keep)
         self._alerts.alert(title, text, level, wait_duration)
 
     def watch(  # noqa: PLR0917  (W&B's order)

@@ -73,6 +73,8 @@ class Kind(IntEnum):
     """{"exit_code": int | None, "cause": str}: the writer's last word. exit_code None: this writer ends, the run does not."""
     ARTIFACT = 12
     """One artifact to log: `run.artifact_logging.ArtifactRecord`."""
+    ALERT = 13
+    """One `Run.alert`: {"title", "text", "level", "wait" (seconds), "_step" (of the row that is open then)}."""
     SCHEMA = 32
     """Internal: keys and types of packed rows."""
     ROW_PACKED = 33

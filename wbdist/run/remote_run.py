@@ -14,7 +14,7 @@ from wbdist.core.states import TERMINAL
 from wbdist.errors import DeadlineError, UsageError
 from wbdist.protocol import edits, reads
 from wbdist.protocol.operations import Operation
-from wbdist.protocol.reads import RemoteAttempt, RemoteRun
+from wbdist.protocol.reads import RemoteAlert, RemoteAttempt, RemoteRun
 from wbdist.run.absent import MissingNameError
 
 if TYPE_CHECKING:
@@ -176,6 +176,10 @@ class RunRecord:
         Only a wbdist server has it (CommError elsewhere).
         """
         return edits.read_lineage(self._api.execute(edits.lineage(*self._address)))
+
+    def alerts(self) -> list[RemoteAlert]:
+        """What the run's `alert` calls said, oldest first; only a wbdist server has them (CommError elsewhere)."""
+        return reads.read_alerts(self._api.execute(reads.alerts(*self._address)))
 
     # Changing it --------------------------------------------------------------------------------------
 

@@ -20,6 +20,7 @@ from starlette.routing import BaseRoute, Route
 from wbdist.core.position import CONSOLE
 from wbdist.server import access, http
 from wbdist.server.context import AppContext
+from wbdist.server.store.alerts import alerts_of
 from wbdist.server.store.interface import RunRow
 from wbdist.server.ui import pages, views
 from wbdist.server.ui.live import LiveUpdates, TooManyStreamsError, Watched
@@ -112,7 +113,7 @@ def routes(ctx: AppContext) -> list[BaseRoute]:
     async def run(request: Request) -> Response:
         def read() -> dict[str, Any]:
             found = see(request, get_run(request))
-            return {"run": views.run_page(found, store.attempts(found.pk)), "now": ctx.clock()}
+            return {"run": views.run_page(found, store.attempts(found.pk), alerts_of(store, found)), "now": ctx.clock()}
 
         return http.answer(await run_in_threadpool(read))
 

@@ -4,6 +4,7 @@ import type { Place, RunDetail } from "../api";
 import { look } from "../colours";
 import { duration, isLive, number, runSeconds } from "../format";
 import { useRun } from "../live";
+import { Alerts } from "../parts/alerts";
 import { Attempts, markersOf } from "../parts/attempts";
 import { Charts } from "../parts/charts";
 import { Console } from "../parts/console";
@@ -55,6 +56,7 @@ export function RunPage({ place, id }: { place: Place; id: string }): JSX.Elemen
       )}
       <Facts run={run} />
       {run.notes && <p class="notes">{run.notes}</p>}
+      {run.alerts.length > 0 && <Alerts alerts={run.alerts} />}
       {run.attempts.length > 0 && <Attempts place={place} id={id} attempts={run.attempts} />}
       <Charts
         place={place}

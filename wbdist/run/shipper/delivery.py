@@ -18,12 +18,13 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from wbdist.core.position import CONSOLE, FILES, HISTORY, SUMMARY
+from wbdist.core.position import ALERTS, CONSOLE, FILES, HISTORY, SUMMARY
 from wbdist.errors import JournalCorruptError
 from wbdist.protocol import file_stream, operations
 from wbdist.protocol.attempts import FEATURE, Ended, StreamAnswer, StreamStamp
 from wbdist.run.journal import JournalReader
 from wbdist.run.journal_format import SHARED, begin_request
+from wbdist.run.shipper.foreign_memory import ForeignMemory
 from wbdist.run.shipper.lines import Translator
 from wbdist.run.shipper.remote import Answer, Remote, UnreachableError
 from wbdist.run.shipper.uploads import Uploads
@@ -116,6 +117,7 @@ class Delivery:
         self.header = msgspec.structs.replace(self._reader.header, **(names or {}))
         self._console = console
         self._translator = Translator(self.header)
+        self._memory = ForeignMemory(path, remote.base_url)
         self.uploads = Uploads(self.header, path.parent, log)
         """The run's files: on their way beside the lines, and beyond their end."""
         self._entity = self.header.entity
@@ -306,24 +308,20 @@ class Delivery:
                 self.header = msgspec.structs.replace(self.header, summary=position.summary, runtime=position.runtime)
 
     def _open_foreign(self) -> None:
-        """W&B's own rule: lines are told by their offset. The first offset is kept beside the journal, so that sending
-        everything again after a restart overwrites instead of appending."""
+        """W&B's own rule: lines are told by their offset; the first ones are kept (`ForeignMemory`)."""
         config = self._wandb_config()
         upserted = self._ask_for(
             operations.upsert_run(**self._names(), **self._facts(), config=config), operations.read_upserted
         )
         self._facts_sent = self._translator.facts_version
         self._entity, self._project = upserted.entity, upserted.project
-        memory = self.path.with_name(self.path.name + ".offsets")
-        known: dict[str, dict[str, int]] = {}
-        if memory.exists():
-            known = msgspec.json.decode(memory.read_bytes(), type=dict[str, dict[str, int]])
-        if self.remote.base_url not in known:
-            known[self.remote.base_url] = {**self._foreign_lines(), HISTORY: upserted.history_line_count}
-            fresh = memory.with_name(memory.name + ".new")
-            fresh.write_bytes(msgspec.json.encode(known))
-            fresh.replace(memory)
-        self._base = known[self.remote.base_url]
+        known = self._memory.read()
+        if known is None:
+            known = {**self._foreign_lines(), HISTORY: upserted.history_line_count}
+            self._memory.keep(known)
+        self._base = known
+        self._translator.skip[ALERTS] = known.get(ALERTS, 0)
+        self._translator.take(ALERTS, known.get(ALERTS, 0))
         self.uploads.begin(self._entity, self._project, ours=False, have={})
 
     def _names(self) -> dict[str, Any]:
@@ -359,6 +357,17 @@ class Delivery:
         self._facts_sent = self._summary_sent = 0
         self._preempting_sent = False
 
+    def _send_foreign_alerts(self) -> None:
+        """W&B's wire has no lines of them. One that its server does not want is not sent again."""
+        translator, run = self._translator, (self._entity, self._project, self.header.run_id)
+        while lines := translator.lines[ALERTS]:
+            said = msgspec.json.decode(lines[0])
+            notice = operations.notify_alert(run, said["title"], said["text"], said["level"], said["wait"])
+            self._ask_for(notice, lambda _: True, unknown=True)
+            self._base[ALERTS] = translator.first(ALERTS) + 1
+            self._memory.keep(self._base)
+            translator.take(ALERTS, 1)
+
     # Sending ------------------------------------------------------------------------------------------
 
     def _send(self, now: float, *, end: bool) -> None:
@@ -370,6 +379,8 @@ class Delivery:
             operation = operations.upsert_run(**self._names(), **self._facts(), config=config)
             self._ask_for(operation, operations.read_upserted)
             self._facts_sent = version
+        if not self._ours:
+            self._send_foreign_alerts()
         while True:
             chunks, counts = self._batch()
             last = all(counts.get(stream, 0) == len(lines) for stream, lines in translator.lines.items())

@@ -29,6 +29,7 @@ from wbdist.server import http
 from wbdist.server.clients import is_shared
 from wbdist.server.context import AppContext
 from wbdist.server.gql import (
+    alerts,
     artifact_nodes,
     artifacts,
     file_node,
@@ -58,7 +59,7 @@ def make_schema() -> GraphQLSchema:
     """The schema of schema.graphql with its resolvers; a resolver for a field that the SDL lacks is a KeyError here."""
     schema = build_schema(resources.files("wbdist.server.gql").joinpath("schema.graphql").read_text())
     scalars.install(schema)
-    for part in (session, projects, runs, run_changes, history, run_files, file_node, artifacts, artifact_nodes):
+    for part in (session, projects, runs, run_changes, history, run_files, file_node, artifacts, artifact_nodes, alerts):
         for type_name, fields in part.RESOLVERS.items():
             kind = schema.type_map[type_name]
             assert isinstance(kind, GraphQLObjectType)

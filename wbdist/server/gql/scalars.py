@@ -28,6 +28,12 @@ def _int64(value: Any) -> int:
     return int(value)
 
 
+def _duration(value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 2**53:
+        raise GraphQLError(f"a Duration is a number of milliseconds, not {value!r}")
+    return int(value)
+
+
 def iso(seconds: float) -> str:
     """A Unix time as W&B writes it."""
     return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
@@ -47,4 +53,5 @@ def install(schema: GraphQLSchema) -> None:
     scalar("JSON").coerce_output_value = jsonvalues.plain
     number = scalar("Int64")
     number.coerce_input_value = number.coerce_output_value = _int64
+    scalar("Duration").coerce_input_value = _duration
     scalar("DateTime").coerce_output_value = iso

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from typing import Any
 
 import msgspec
@@ -10,10 +11,10 @@ import numpy as np
 import sqlalchemy as sa
 
 from wbdist.core.attempts import Base, Segment
-from wbdist.core.position import HISTORY, RunPosition, Watermark
+from wbdist.core.position import ALERTS, HISTORY, RunPosition, Watermark
 from wbdist.protocol.attempts import BeginAttempt
 from wbdist.server.store import filecuts, names
-from wbdist.server.store.chunks import load_many
+from wbdist.server.store.chunks import Chunk, load_many
 from wbdist.server.store.columns import steps_of
 from wbdist.server.store.derived import last_step, summary_of
 from wbdist.server.store.interface import BranchError, UnknownRunError
@@ -115,16 +116,20 @@ def whole(view: View, attempt: int, step: int) -> Watermark:
 
 def cut(db: sa.Connection, view: View, step: int) -> Base:
     """The view up to `step`, inclusive: in the newest attempt that has such a row, of each writer what lies before its first
-    row beyond, and the files and artifacts that had arrived by then. Its other streams have no steps: they come along where
-    no row of that attempt is cut away."""
+    row beyond, the alerts up to then, and the files and artifacts that had arrived by then. Its other streams have no steps:
+    they come along where no row of that attempt is cut away."""
     for segment in reversed(view.segments):
         have = view.visible(segment, HISTORY)
-        counts = {writer: _until(db, view, segment, writer, step) for writer in have}
+        counts = _until(db, view, segment, HISTORY, step)
         if not any(counts.values()):
             continue
-        others = [stream for stream in view.streams() if stream not in {HISTORY, *filecuts.TABLES}] if counts == have else []
+        others = (
+            [stream for stream in view.streams() if stream not in {HISTORY, ALERTS, *filecuts.TABLES}] if counts == have else []
+        )
         everything = {stream: view.visible(segment, stream) for stream in others}
         kept = {stream: by for stream, by in everything.items() if by} | {HISTORY: {w: n for w, n in counts.items() if n}}
+        if alerts := {w: n for w, n in _until(db, view, segment, ALERTS, step).items() if n}:
+            kept[ALERTS] = alerts
         kept |= filecuts.cut(db, view, segment.run, segment.attempt, step)
         watermark = Watermark(segment.attempt, kept)
         reached = last_step(db, cut_of(db, Base(segment.run, watermark)))
@@ -133,15 +138,22 @@ def cut(db: sa.Connection, view: View, step: int) -> Base:
     return Base(oldest.run, Watermark(oldest.attempt, {}))
 
 
-def _until(db: sa.Connection, view: View, segment: Segment, writer: str, step: int) -> int:
-    """How many visible rows of a writer lie before its first beyond `step`."""
-    for chunk in chunks_of(db, view, segment, HISTORY).get(writer, []):
+def _until(db: sa.Connection, view: View, segment: Segment, stream: str, step: int) -> dict[str, int]:
+    """writer -> how many of its visible lines lie before its first beyond `step`."""
+    found = chunks_of(db, view, segment, stream)
+    return {
+        writer: _first_beyond(db, found.get(writer, []), step, count) for writer, count in view.visible(segment, stream).items()
+    }
+
+
+def _first_beyond(db: sa.Connection, found: Sequence[Chunk], step: int, count: int) -> int:
+    for chunk in found:
         if chunk.step_hi > step:
             steps = steps_of(load_many(db, [chunk.pk], ["_step"])[chunk.pk], chunk.rows)[: chunk.visible]
             beyond = np.flatnonzero(steps > step)
             if len(beyond):
                 return chunk.seq_lo + int(beyond[0])
-    return view.visible(segment, HISTORY)[writer]
+    return count
 
 
 def position(

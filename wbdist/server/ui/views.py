@@ -10,6 +10,7 @@ import msgspec
 from wbdist.core.attempts import describe_end
 from wbdist.core.position import CONSOLE, HISTORY
 from wbdist.protocol.jsonvalues import plain
+from wbdist.server.store.alerts import Alert
 from wbdist.server.store.interface import AttemptRow, Bucket, RunRow
 
 _MAX_SUMMARY_KEYS = 100
@@ -46,7 +47,7 @@ def table_row(run: RunRow) -> dict[str, Any]:
     }
 
 
-def run_page(run: RunRow, attempts: Sequence[AttemptRow]) -> dict[str, Any]:
+def run_page(run: RunRow, attempts: Sequence[AttemptRow], alerts: Sequence[Alert]) -> dict[str, Any]:
     """Everything of one run but its lines."""
     return {
         **table_row(run),
@@ -59,6 +60,7 @@ def run_page(run: RunRow, attempts: Sequence[AttemptRow]) -> dict[str, Any]:
         "repo": run.repo,
         "console_lines": run.line_counts.get(CONSOLE, 0),
         "attempts": attempt_list(run.attempt, attempts),
+        "alerts": [msgspec.structs.asdict(alert) for alert in alerts],
     }
 
 
