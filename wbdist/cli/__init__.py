@@ -7,7 +7,7 @@ from importlib.util import find_spec
 
 import click
 
-COMMANDS = ("server", "launch", "runs", "attempts", "audit", "sync", "clean", "ckpt", "login", "chaos", "doctor")
+COMMANDS = ("server", "launch", "submit", "runs", "attempts", "audit", "sync", "clean", "ckpt", "login", "chaos", "doctor")
 """In the order of `wbdist --help`. Each is `command` in `wbdist.cli.<name>`; one whose module is missing is not listed."""
 
 

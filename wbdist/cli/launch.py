@@ -9,7 +9,9 @@ from typing import Literal
 
 import click
 
+from wbdist.errors import UsageError
 from wbdist.launch.output import CommandRanks
+from wbdist.launch.requeue import job_of
 from wbdist.launch.supervisor import LaunchSpec, environments, supervise
 
 PER_START = ("MASTER_PORT", "WBDIST_CAUSE", "WBDIST_INCARNATION", "WBDIST_INTENT_DIR", "WBDIST_LAUNCHER_PID", "WBDIST_RESTART")
@@ -28,8 +30,8 @@ PER_START = ("MASTER_PORT", "WBDIST_CAUSE", "WBDIST_INCARNATION", "WBDIST_INTENT
     "--on-preempt",
     default="exit",
     show_default=True,
-    type=click.Choice(["exit", "relaunch"]),
-    help="After a preemption: leave with code 75 for the scheduler to requeue, or start again here.",
+    type=click.Choice(["exit", "relaunch", "requeue"]),
+    help="After a preemption: leave with code 75 for the scheduler to requeue, start again here, or ask Slurm to requeue.",
 )
 @click.option(
     "--log-dir", type=click.Path(path_type=Path, file_okay=False), help="Also write each rank's output to files here."
@@ -43,7 +45,7 @@ def command(  # noqa: PLR0917  (click passes by name)
     nnodes: str,
     max_restarts: int,
     grace: float,
-    on_preempt: Literal["exit", "relaunch"],
+    on_preempt: Literal["exit", "relaunch", "requeue"],
     log_dir: Path | None,
     dry_run: bool,
     as_module: bool,
@@ -71,6 +73,11 @@ def command(  # noqa: PLR0917  (click passes by name)
         raise click.UsageError(f"--nnodes {nnodes}: wbdist launch supervises one host. On every host run: {line}")
     if not as_module and not Path(script).is_file():
         raise click.UsageError(f"there is no script {script!r}; give the path of a Python file, or -m and a module's name")
+    if on_preempt == "requeue" and not dry_run:
+        try:
+            job_of()
+        except UsageError as error:
+            raise click.UsageError(f"--on-preempt requeue: {error}") from error
     spec = LaunchSpec(nprocs=nproc, name=Path(script).name, max_restarts=max_restarts, grace=grace, on_preempt=on_preempt)
     ranks = CommandRanks([script, *args], module=as_module, log_dir=log_dir)
     if dry_run:

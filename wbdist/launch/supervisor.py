@@ -28,6 +28,7 @@ from wbdist.errors import EXIT_FAILED_FOR_GOOD, EXIT_FENCED, EXIT_FINISHED, EXIT
 from wbdist.launch import intent
 from wbdist.launch.attempt import Attempt, RankHandle, Signals, StartRanks
 from wbdist.launch.judgement import Judgement, judge
+from wbdist.launch.requeue import requeue
 from wbdist.launch.sentinel import Sentinel
 from wbdist.launch.worker import LAUNCHER_PID
 
@@ -49,8 +50,9 @@ class LaunchSpec(msgspec.Struct, frozen=True, kw_only=True):
     """Restarts in a row without a new committed checkpoint."""
     grace: float = 30.0
     """Seconds the ranks have to save and leave after a signal."""
-    on_preempt: Literal["exit", "relaunch"] = "exit"
-    """`exit`: leave with 75 and let the scheduler requeue. `relaunch`: the machine stays, so start again in place."""
+    on_preempt: Literal["exit", "relaunch", "requeue"] = "exit"
+    """`exit`: leave with 75 and let the scheduler requeue. `relaunch`: the machine stays, so start again in place. `requeue`:
+    have Slurm queue its job again, and leave with 75."""
 
     def __post_init__(self) -> None:
         if self.nprocs < 1 or self.max_restarts < 0 or self.grace < 0:
@@ -179,7 +181,10 @@ class _Supervisor:
         elif code == EXIT_PREEMPTED:
             if self._spec.on_preempt == "relaunch" and stopped_by not in STAY_STOPPED and not spent:
                 return None
-            self._say(f"{why}; run the same command to continue (exit code {code})")
+            then = "run the same command to continue"
+            if self._spec.on_preempt == "requeue" and stopped_by not in STAY_STOPPED:
+                then = requeue().sentence
+            self._say(f"{why}; {then} (exit code {code})")
         elif stopped_by is not None:
             self._say(f"{why} (exit code {code})")
         elif spent:
