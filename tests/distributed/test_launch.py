@@ -41,8 +41,8 @@ def family(process: subprocess.Popen[str]) -> list[psutil.Process]:
 
 
 def test_unguarded_script_stops_with_one_message(tmp_path: Path) -> None:
-    """Proves that a script without a guard ends with 65 within seconds, says how to mend it once, and never starts more
-    processes than it has ranks (and the two helpers beside them)."""
+    """Proves that a script without a guard ends with 65 within seconds, says how to mend it once, with the line, and before any
+    process is started."""
     began = time.monotonic()
     process = start(tmp_path, "launch(lambda: print('ran'), nprocs=3)\n")
     most = 0
@@ -55,7 +55,8 @@ def test_unguarded_script_stops_with_one_message(tmp_path: Path) -> None:
     assert 'if __name__ == "__main__":' in err
     assert "Traceback" not in err
     assert "ran" not in out
-    assert most <= 3 + 2
+    assert "line 3 of" in err
+    assert most == 0
     assert time.monotonic() - began < 10
 
 
@@ -161,3 +162,42 @@ def test_killed_launcher_leaves_no_ranks(tmp_path: Path) -> None:
     process.kill()
     process.communicate(timeout=10)
     assert not psutil.wait_procs(children, 10)[1]
+
+
+def test_values_and_errors_come_back(tmp_path: Path) -> None:
+    """Proves for spawned and for forked ranks that what each returns comes back by rank, and that a rank's error is raised
+    with its rank, class, traceback and exit code, also when the exception itself cannot be pickled."""
+    code, out, err = run(
+        tmp_path,
+        """
+import wbdist
+from wbdist.distributed.outcomes import JobFailedError
+class Odd(wbdist.UsageError):
+    def __init__(self, a, b): super().__init__(f"{a} {b}")
+def good(base):
+    rank = int(os.environ["RANK"])
+    return {"rank": rank, "value": base + rank, "f": (lambda: rank)}
+def bad(kind, *arguments):
+    if os.environ["RANK"] == "1":
+        raise kind(*arguments)
+if __name__ == "__main__":
+    for method in ("spawn", "fork"):
+        made = launch(good, 3, args=(10,), start_method=method)
+        print([(m["rank"], m["value"], m["f"]()) for m in made])
+    for call in ((wbdist.UsageError, "no such column"), (Odd, 1, 2)):
+        try:
+            launch(bad, 2, args=call, start_method="fork")
+        except JobFailedError as error:
+            assert isinstance(error, wbdist.Error)
+            print(error.code, error.rank, type(error.__cause__).__name__, "in bad" in error.traceback, end=" ")
+            print(str(error).splitlines()[0])
+""",
+    )
+    assert code == 0, err
+    said = "the job ended with code 65: rank 1 raised "
+    assert out.splitlines() == [
+        "[(0, 10, 0), (1, 11, 1), (2, 12, 2)]",
+        "[(0, 10, 0), (1, 11, 1), (2, 12, 2)]",
+        f"65 1 UsageError True {said}wbdist.errors.UsageError: no such column",
+        f"65 1 NoneType True {said}Odd: 1 2",
+    ]

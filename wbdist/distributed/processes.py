@@ -8,11 +8,14 @@ process of the other raises, or hangs at exit), so everything of ours that makes
 from __future__ import annotations
 
 import os
+import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from wbdist.errors import UsageError
+from wbdist.run.main_guard import main_script
 
 if TYPE_CHECKING:
     from multiprocessing.context import SpawnContext
@@ -32,8 +35,59 @@ def start_spawned(target: Callable[..., None], args: tuple[Any, ...], name: str)
     Main thread, under a `__main__` guard. `args` must be plain; send anything else as the bytes of `packed`.
     """
     process = spawn_context().Process(target=target, args=args, name=name)
+    with _session_hidden():
+        process.start()
+    return SpawnedProcess(process)
+
+
+@contextmanager
+def _session_hidden() -> Iterator[None]:
+    """The main module of a script read from standard input says that its file is `<stdin>`, which a child cannot load."""
+    program = sys.modules["__main__"].__dict__
+    if "__file__" not in program or main_script() is not None:
+        yield
+        return
+    claimed = program.pop("__file__")
+    try:
+        yield
+    finally:
+        program["__file__"] = claimed
+
+
+def start_forked(target: Callable[..., None], args: tuple[Any, ...], name: str) -> SpawnedProcess:
+    """Starts `target(*args)` in a copy of this process, with nothing of its signal handlers. `args` may be anything."""
+    import multiprocess
+
+    process = multiprocess.get_context("fork").Process(target=_with_default_signals, args=(target, args), name=name)
     process.start()
     return SpawnedProcess(process)
+
+
+def _with_default_signals(target: Callable[..., None], args: tuple[Any, ...]) -> None:
+    """The parent's handlers would act on the parent's pipes and files, which this copy has open too."""
+    default_signals()
+    target(*args)
+
+
+def default_signals() -> None:
+    """Any handler of Python's is undone, as in a fresh interpreter; main thread."""
+    signal.set_wakeup_fd(-1)
+    for number in signal.valid_signals():
+        if callable(signal.getsignal(number)):
+            signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+
+
+def dumped(value: Any) -> bytes:
+    """`value` by dill. Raises whatever an object's own way of being pickled raises."""
+    from multiprocess.reduction import ForkingPickler
+
+    return bytes(ForkingPickler.dumps(value))
+
+
+def loaded(data: bytes) -> Any:
+    from multiprocess.reduction import ForkingPickler
+
+    return ForkingPickler.loads(data)
 
 
 def packed(fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> bytes:
@@ -46,7 +100,7 @@ def packed(fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     from multiprocess.reduction import ForkingPickler
 
     main = sys.modules["__main__"]
-    by_name = hasattr(main, "__file__") and getattr(main, getattr(fn, "__name__", ""), None) is fn
+    by_name = main_script() is not None and getattr(main, getattr(fn, "__name__", ""), None) is fn
     try:
         return bytes(ForkingPickler.dumps((fn, args, kwargs), recurse=not by_name, byref=by_name))
     except Exception as error:  # dill raises whatever an object's own __reduce__ raises
@@ -92,12 +146,3 @@ class SpawnedProcess:
 
     def kill(self) -> None:
         self._process.kill()
-
-
-def inheriting() -> bool:
-    """Whether this process is a spawned child that is still loading its parent's main module (of either package)."""
-    for package in ("multiprocess", "multiprocessing"):
-        module = sys.modules.get(f"{package}.process")
-        if module is not None and getattr(module.current_process(), "_inheriting", False):
-            return True
-    return False

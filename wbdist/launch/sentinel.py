@@ -30,6 +30,8 @@ class Sentinel:
     def __init__(self) -> None:
         self._process: subprocess.Popen[bytes] | None = None
         self._lost = False
+        # A forked rank must not hold the pipe open by which the sentinel knows that the supervisor lives.
+        os.register_at_fork(after_in_child=self._let_go)
 
     def __enter__(self) -> Self:
         import subprocess
@@ -39,6 +41,10 @@ class Sentinel:
             [sys.executable, "-I", "-S", __file__], stdin=subprocess.PIPE, start_new_session=True, env={}
         )
         return self
+
+    def _let_go(self) -> None:
+        if self._process is not None and self._process.stdin is not None:
+            self._process.stdin.close()
 
     def watch(self, pid: int) -> None:
         """`pid` is a rank, and the leader of its process group or soon to be."""

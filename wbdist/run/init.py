@@ -17,6 +17,7 @@ from wbdist.run.config import checked
 from wbdist.run.handle import Run
 from wbdist.run.journal_format import SHARED
 from wbdist.run.lifecycle import RunSpec
+from wbdist.run.main_guard import check_child
 from wbdist.settings import Settings, resolve
 
 if TYPE_CHECKING:
@@ -65,8 +66,10 @@ def init(  # noqa: PLR0917  (W&B's order, but for `project` first, as its docume
     the global run alone.
 
     Waits as `lifecycle.open_run` says. Raises UsageError for what cannot be right, AuthenticationError, CommError when the
-    server refuses the run, JournalError when the disk does.
+    server refuses the run, JournalError when the disk does. MainGuardError in a spawned child that is only loading its parent's
+    script: it would open a run a child.
     """
+    check_child("wbdist.init()")
     if isinstance(reinit, bool) and "reinit" not in _warned:
         _warned.add("reinit")
         word = "finish_previous" if reinit else "return_previous"
