@@ -23,7 +23,7 @@ $(VENV)/.base: constraints.txt pyproject.toml hatch_build.py | $(BIN)/python
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.base
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[torch,server,examples,dev]'
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[torch,server,s3,examples,dev]'
 	@touch $@
 
 demo: $(VENV)/.base  ## Train, preempt, kill, resume; compare with an uninterrupted run. About a minute after the install.

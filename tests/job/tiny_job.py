@@ -24,6 +24,7 @@ def train(args: argparse.Namespace) -> None:
         name=args.name,
         config={"lr": 0.01},
         checkpoint_dir=args.checkpoint_dir,
+        checkpoint_copy=args.checkpoint_copy,
         save_every=args.save_every,
         strategy=args.strategy,
     ) as job:
@@ -46,6 +47,7 @@ def train(args: argparse.Namespace) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--checkpoint-dir", default=None)
+    parser.add_argument("--checkpoint-copy", default=None)
     parser.add_argument("--save-every", default="5 steps")
     parser.add_argument("--strategy", default="auto")
     parser.add_argument("--epochs", type=int, default=4)

@@ -159,6 +159,24 @@ def _next_attempt(directory: Path, cause: str) -> Attempt:
     return attempt
 
 
+def adopt(directory: Path, job: JobIdentity, known: list[Attempt]) -> None:
+    """Makes `directory` the job's: on a machine that has not seen it, or has missed some of its attempts. Before `take`.
+
+    Raises CheckpointError when the directory belongs to another run.
+    """
+    (directory / "attempts").mkdir(parents=True, exist_ok=True)
+    held = _identity(directory, job)
+    if held.run_id != job.run_id:
+        raise CheckpointError(
+            f"checkpoint_dir {str(directory)!r} belongs to run {held.run_id!r}, its copy to run {job.run_id!r}. "
+            "Give each job a copy of its own, or an empty checkpoint_dir."
+        )
+    for attempt in known:
+        path = directory / "attempts" / f"{attempt.number:06d}.json"
+        if not path.exists():
+            _write_durably(path, msgspec.json.encode(attempt))
+
+
 def _write_durably(path: Path, data: bytes) -> None:
     """Creates `path` with `data`, whole or not at all, and on disk when this returns."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")

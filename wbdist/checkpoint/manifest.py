@@ -119,6 +119,15 @@ def read(directory: Path) -> Manifest:
         raw = path.read_bytes()
     except OSError as error:
         raise CheckpointCorruptError(f"{path} cannot be read: {error}") from error
+    return parse(raw, directory.name, str(directory))
+
+
+def parse(raw: bytes, name: str, directory: str) -> Manifest:
+    """The manifest of the checkpoint `name` from the content of its `manifest.json`; `directory` is where it lies.
+
+    Raises as `read` does.
+    """
+    path = f"{directory}/{MANIFEST}"
     try:
         sealed = msgspec.json.decode(raw, type=_Sealed)
         # Byte equality with our own encoding: nothing outside the digest's reach can differ either.
@@ -133,9 +142,9 @@ def read(directory: Path) -> Manifest:
         manifest = msgspec.json.decode(sealed.manifest, type=Manifest)
     except (msgspec.MsgspecError, UnicodeDecodeError) as error:
         raise CheckpointCorruptError(f"{path} is not a manifest: {error}") from error
-    if manifest.name != directory.name:
-        raise CheckpointCorruptError(f"{path} says it belongs to {manifest.name!r}, but lies in {directory.name!r}")
-    return msgspec.structs.replace(manifest, directory=str(directory))
+    if manifest.name != name:
+        raise CheckpointCorruptError(f"{path} says it belongs to {manifest.name!r}, but lies in {name!r}")
+    return msgspec.structs.replace(manifest, directory=directory)
 
 
 def scan(directory: Path) -> tuple[list[Manifest], list[Broken]]:
@@ -161,9 +170,20 @@ def scan(directory: Path) -> tuple[list[Manifest], list[Broken]]:
             good.append(read(directory / name))
         except CheckpointCorruptError as error:
             bad.append(Broken(str(directory / name), int(match[1]), int(match[2]), str(error)))
-    good.sort(key=lambda m: (m.attempt, m.step), reverse=True)
-    bad.sort(key=lambda b: (b.attempt, b.step), reverse=True)
+    good.sort(key=newest_first)
+    bad.sort(key=newest_first)
     return good, bad
+
+
+def newest_first(found: Manifest | Broken) -> tuple[int, int]:
+    """Sorts checkpoints, the newest first."""
+    return (-found.attempt, -found.step)
+
+
+def parse_name(name: str) -> tuple[int, int] | None:
+    """(step, attempt) of a checkpoint's name, None for any other name."""
+    match = _NAME.fullmatch(name)
+    return None if match is None else (int(match[1]), int(match[2]))
 
 
 def committed(directory: str | os.PathLike[str]) -> list[Manifest]:

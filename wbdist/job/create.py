@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from wbdist.checkpoint.copies import Copies
 from wbdist.distributed.strategies import Strategy
 from wbdist.errors import UsageError
 from wbdist.job.handle import Job
@@ -36,6 +37,7 @@ def job(
     id: str | None = None,
     config: Mapping[str, Any] | None = None,
     checkpoint_dir: str | os.PathLike[str] | None = None,
+    checkpoint_copy: str | None = None,
     save_every: str | int | None = None,
     keep_last: int = 2,
     strategy: Strategy = "auto",
@@ -53,6 +55,9 @@ def job(
     Without one, nothing is saved and a restart is a new run. `save_every` is a number of steps ("50 steps"); a
     checkpoint is also made at the end of the loop and on a preemption notice. `keep_last` committed ones stay.
 
+    `checkpoint_copy` is an object store's address ("s3://bucket/jobs/digits", extra `s3`): committed checkpoints are copied
+    there in the background, and a job whose disk is gone, or that starts on another machine, continues from there.
+
     `strategy`: `rank0` is one run with the ranks' means, `per_rank` a run a rank in one group, `auto` is rank0 with several
     ranks. `seed` seeds Python, NumPy and torch on every rank (differently) and orders the data. `notices`: besides signals,
     what may say that the job must stop, as the setting of that name ("auto", "off", "aws,file=/shared/stop"). The rest as in
@@ -64,6 +69,11 @@ def job(
         raise UsageError(f"strategy={strategy!r} is not known; choose one of: {', '.join(get_args(Strategy))}")
     if save_every is not None and checkpoint_dir is None:
         raise UsageError(f"save_every={save_every!r} needs checkpoint_dir=...: there is nowhere to save to")
+    if checkpoint_copy is not None and checkpoint_dir is None:
+        raise UsageError(f"checkpoint_copy={checkpoint_copy!r} needs checkpoint_dir=...: a local directory to save to first")
+    if checkpoint_dir is not None and "://" in str(checkpoint_dir):
+        url = str(checkpoint_dir)
+        raise UsageError(f"checkpoint_dir={url!r} is not a directory; give a local one, and checkpoint_copy={url!r}")
     arguments = {
         "project": project,
         "entity": entity,
@@ -82,6 +92,7 @@ def job(
         make_spec(settings, config=config),
         run_id=settings.run_id,
         checkpoint_dir=None if checkpoint_dir is None else Path(checkpoint_dir).absolute(),
+        copies=None if checkpoint_copy is None else Copies(checkpoint_copy),
         save_every=steps_between_saves(save_every),
         keep_last=keep_last,
         strategy=strategy,

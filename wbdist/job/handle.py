@@ -12,7 +12,10 @@ from typing import TYPE_CHECKING, Any, NoReturn, Self
 
 import msgspec
 
+from wbdist.checkpoint import manifest
 from wbdist.checkpoint.checkpointer import Checkpointer, PendingSave
+from wbdist.checkpoint.copies import Copies
+from wbdist.checkpoint.copying import Shipping
 from wbdist.checkpoint.history import share
 from wbdist.checkpoint.manifest import Manifest
 from wbdist.core.position import RunPosition
@@ -41,6 +44,8 @@ PEER_TIMEOUT = 120.0
 """Seconds a rank waits for its peers where all act in step: start-up (with imports and data loading), save, end."""
 COLLECTIVE_TIMEOUT = 1800.0
 """Seconds one collective of the training script may take, torch's own default: one rank may evaluate while others wait."""
+COPY_TIMEOUT = 1800.0
+"""Seconds that fetching a checkpoint from `checkpoint_copy` may take at the start, and the last copies at the end."""
 STOP_TIMEOUT = 20.0
 """Seconds for all ranks to say where they are after a notice; one that does not is taken for dead. Below torchrun's 30 s."""
 
@@ -58,6 +63,7 @@ class Job:
         *,
         run_id: str | None,
         checkpoint_dir: Path | None,
+        copies: Copies | None,
         save_every: int | None,
         keep_last: int,
         strategy: strategies.Strategy,
@@ -67,6 +73,8 @@ class Job:
         self._spec = spec
         self._id = run_id
         self._directory = checkpoint_dir
+        self._copies = copies
+        self._shipping: Shipping | None = None
         self._save_every = save_every
         self._keep_last = keep_last
         self._strategy = strategy
@@ -140,7 +148,7 @@ class Job:
         self._identity = detect()
         self._peers = coordination.connect(self._identity, os.environ.get("WBDIST_INCARNATION"), timeout=PEER_TIMEOUT)
         self._stack.callback(self._peers.close)
-        self._plan = agree_on_plan(self._peers, self._decide, PEER_TIMEOUT)
+        self._plan = agree_on_plan(self._peers, self._decide, PEER_TIMEOUT if self._copies is None else COPY_TIMEOUT)
         # All ranks are here (they agreed on the plan), so forming takes no time; what counts is how long a collective may last.
         self._own_group = coordination.init_process_group(
             self._identity, incarnation=self._plan.nonce, timeout=COLLECTIVE_TIMEOUT
@@ -165,11 +173,17 @@ class Job:
         self._runs = strategies.open_runs(self._strategy, self._identity, self._peers, self._run_spec(position))
         if self.rank == 0 and self.attempt > 1:
             self._runs.run.settings.say(going_on(self.attempt, self._plan.cause, self._chosen))
+        if self.rank == 0 and self._copies is not None and self._directory is not None:
+            self._shipping = Shipping(self._copies, self._directory, attempt=self.attempt, keep_last=self._keep_last)
+            self._stack.callback(self._shipping.close)
+            self._stack.callback(FenceWatch(self._shipping.fenced, self._hub.tell).close)
+            if self._chosen is not None:
+                self._shipping.offer(self._chosen, base=True)
         if self._runs.run.settings.mode == "online":
             self._stack.callback(FenceWatch(self._runs.fenced, self._hub.tell).close)
 
     def _decide(self) -> Plan:
-        return decide(self._spec, self._id, self._directory, self._stack)
+        return decide(self._spec, self._id, self._directory, self._copies, self._stack)
 
     # The parts a training script uses -------------------------------------------------------------------
 
@@ -330,6 +344,8 @@ class Job:
         if self._pending is not None and self._pending.done():
             if self.rank == 0 and self._pending.durable_at is not None:
                 intent.write_progress(self._pending.step)
+                if self._shipping is not None and self._directory is not None:
+                    self._shipping.offer(manifest.read(self._directory / self._pending.name))
             self._pending = None
 
     # Leaving --------------------------------------------------------------------------------------------
@@ -366,16 +382,25 @@ class Job:
             self._save("end")
         if self._checkpoints is not None:
             self._checkpoints.close(PEER_TIMEOUT)
+        self._report_progress()
         self._runs.finish(0)
         if self.rank == 0 and self.attempt > 1:
             self._runs.run.settings.say(in_total(self._runs.run, self.attempt))
         self._leave_group()
+        self._settle_copies()
 
     def _leave_preempted(self) -> None:
         if self._checkpoints is not None:
             self._checkpoints.close(PEER_TIMEOUT)
+        self._report_progress()
         self._runs.finish(EXIT_PREEMPTED)
         self._leave_group()
+        self._settle_copies()
+
+    def _settle_copies(self) -> None:
+        """Rank 0, last of all: its peers have left, and what is not copied is lost with this machine's disk."""
+        if self._shipping is not None and (said := self._shipping.settle(COPY_TIMEOUT)):
+            self._runs.run.settings.say(said, warning=True)
 
     def _leave_group(self) -> None:
         """Only where all ranks leave well: taking a group apart may wait for peers, and after a failure they are gone."""

@@ -14,7 +14,10 @@ from typing import Any
 
 import msgspec
 
+from wbdist.checkpoint import copying
 from wbdist.checkpoint.claim import Claim
+from wbdist.checkpoint.copies import Copies
+from wbdist.checkpoint.files import FileLayer
 from wbdist.checkpoint.manifest import Manifest
 from wbdist.core.coordination import Coordinator
 from wbdist.core.mixing import mix64
@@ -35,15 +38,18 @@ class Plan(msgspec.Struct, frozen=True):
     cause: str
 
 
-def decide(spec: RunSpec, run_id: str | None, directory: Path | None, stack: ExitStack) -> Plan:
+def decide(spec: RunSpec, run_id: str | None, directory: Path | None, copies: Copies | None, stack: ExitStack) -> Plan:
     """Rank 0: the plan of this attempt. With a directory it is claimed, and released by `stack`.
 
-    `run_id` is the id asked for, None for the directory's. Blocks at most `settings.claim_timeout` seconds. Raises
-    JobAlreadyRunningError, CheckpointError.
+    With `copies` the attempt begins there too, and the newest checkpoint is brought here. `run_id` is the id asked for, None
+    for the directory's. Blocks at most `settings.claim_timeout` seconds, and for the download. Raises JobAlreadyRunningError,
+    FencedError, CheckpointError.
     """
     cause = os.environ.get("WBDIST_CAUSE", "")
     if directory is None:
         return Plan(spec.run_id, 1, secrets.token_hex(8), cause or "start")
+    if copies is not None:
+        copying.adopt(copies, directory)
     cause = cause or cause_of_restart(directory)
     claim = Claim.take(
         directory,
@@ -55,6 +61,8 @@ def decide(spec: RunSpec, run_id: str | None, directory: Path | None, stack: Exi
         timeout=spec.settings.claim_timeout,
     )
     stack.callback(claim.release)
+    if copies is not None:
+        copying.take_over(copies, FileLayer(), claim)
     return Plan(claim.job.run_id, claim.attempt.number, claim.attempt.nonce, claim.attempt.cause)
 
 
