@@ -90,6 +90,8 @@ class Job:
         self._open_step: ResumableLoader | None = None
         """The loader of a step whose body was entered and which is not counted yet."""
         self._own_group = False
+        self._unwrapped: nn.Module | None = None
+        """What `ddp` gave back as it was."""
         self._stack = ExitStack()
 
     # Facts ----------------------------------------------------------------------------------------------
@@ -193,10 +195,25 @@ class Job:
         `kwargs` go to DistributedDataParallel. It broadcasts rank 0's parameters, so all ranks start alike.
         """
         if self.world_size == 1:
+            self._unwrapped = model
             return model
         from torch.nn.parallel import DistributedDataParallel
 
         return DistributedDataParallel(model, **kwargs)
+
+    def watch_ddp(self, model: nn.Module, *, hook: Any = None, state: Any = None, norm_every: int = 10) -> None:
+        """All ranks, once, before the first backward pass: what reducing this model's gradients costs and brings goes into the
+        row of each step as `ddp/...` (see hooks/ddp.py), and the gradients stay what they are, bit for bit.
+
+        `hook` and `state` are your own communication hook, as for DDP's `register_comm_hook`, which works afterwards, too.
+        Norms and non-finite elements are looked at every `norm_every` backward passes, 0 for never. With one rank `ddp()` gives
+        a plain model: nothing is done then. Raises UsageError for a model that is none of DDP's or has a hook already.
+        """
+        if model is self._unwrapped:
+            return
+        from wbdist.job.watching import watch
+
+        watch(self, model, hook=hook, state=state, norm_every=norm_every)
 
     def loader(self, dataset: Any, batch_size: int, **kwargs: Any) -> ResumableLoader:
         """All ranks, with the same arguments: batches of this rank's share of `dataset`, shuffled anew each epoch.

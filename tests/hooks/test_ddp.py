@@ -1,0 +1,124 @@
+"""DDP watched: the gradients' bits, what is told, and what is refused. Real ranks under torchrun, over gloo."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.feeding import REPOSITORY, rows_of
+
+from wbdist.run.journal import JournalReader, find_journals
+
+PROGRAMS = Path(__file__).with_name("programs")
+
+
+def torchrun(ranks: int, program: str, *args: object, cwd: Path) -> str:
+    """What the ranks printed; fails with it when they did not end well."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    done = subprocess.run(
+        [*command, str(PROGRAMS / program), *map(str, args)],
+        cwd=cwd,
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
+    return done.stdout + done.stderr
+
+
+def check_bits(ranks: int, seed: int, cases: int, tmp_path: Path) -> None:
+    torchrun(ranks, "ddp_bits.py", tmp_path, seed, cases, cwd=tmp_path)
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert len(report["cases"]) == cases
+    for trial in report["cases"]:
+        case, rows = trial["case"], trial["rows"]
+        assert trial["same"], f"gradients differ: {case}"
+        assert len(rows) == 4, f"a row for each pass that reduced: {case}"
+        for number, (row, norm) in enumerate(zip(rows, trial["norms"], strict=True)):
+            looked = case["norm_every"] and number % case["norm_every"] == 0
+            assert ("ddp/grad_norm" in row) == bool(looked), case
+            if looked:
+                assert row["ddp/grad_norm"] == pytest.approx(norm, rel=1e-5), case
+                assert row["ddp/nonfinite"] == 0
+            assert row["ddp/buckets"] >= 1
+            assert row["ddp/bytes"] > 0
+            assert 0.0 <= row["ddp/exposed_ms"] <= row["ddp/comm_ms"]
+            assert 0.0 <= row["ddp/overlap"] <= 1.0
+            assert row["ddp/wait_ms"] > 0
+    for trial in report["uneven"]:
+        assert trial["same"], f"under Join gradients or rows differ: {trial}"
+
+
+def test_gradients_are_the_same_bits(tmp_path: Path) -> None:
+    """Proves that watching changes no bit of any gradient, with the user's own hook, another's, or none: static graphs,
+    accumulation, unused parameters, views, sparse gradients, uneven inputs; and that the norms told are the gradients'.
+
+    Three ranks: for a power of two DDP's two ways of averaging give the same bits.
+    """
+    check_bits(3, seed=1, cases=10, tmp_path=tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(700)
+@pytest.mark.parametrize(("ranks", "seed"), [(1, 2), (2, 3), (3, 4), (4, 5), (8, 6)])
+def test_gradients_are_the_same_bits_in_any_world(ranks: int, seed: int, tmp_path: Path) -> None:
+    """Proves the same for many more cases and from 1 to 8 ranks."""
+    check_bits(ranks, seed=seed, cases=60 if ranks < 8 else 25, tmp_path=tmp_path)
+
+
+def runs_of(root: Path) -> dict[str, list[dict[str, Any]]]:
+    """Run id -> history rows, of the journals below `root`."""
+    found = {}
+    for path in find_journals(root / "wandb"):
+        with JournalReader.open(path) as reader:
+            header = reader.header
+        if header.role == "run":
+            found[header.run_id] = rows_of(path)
+    return found
+
+
+@pytest.mark.parametrize("strategy", ["rank0", pytest.param("per_rank", marks=pytest.mark.slow)])
+def test_a_job_tells_of_its_reduction(strategy: str, tmp_path: Path) -> None:
+    """Proves that one line brings the numbers into the row of each step, under both strategies; that a NaN is told with the
+    parameter's name, once; that `watch` works on each rank beside it; and that a hook that is there already is refused."""
+    said = torchrun(2, "ddp_job.py", strategy, cwd=tmp_path)
+    assert said.count("has the communication hook allreduce_hook already") == 2
+    assert said.count("step 5: the gradient is not finite: 5 elements, in weight, bias") == 1
+    runs = runs_of(tmp_path)
+    assert len(runs) == (1 if strategy == "rank0" else 2)
+    for rows in runs.values():
+        told = [row for row in rows if "ddp/bytes" in row]
+        assert len(told) == 8
+        for row in told:
+            assert row["ddp/bytes"] == 5 * 4
+            assert row["ddp/buckets"] == 1
+            assert "parameters/weight" in row
+            broken = row["_step"] == 5
+            assert row["ddp/nonfinite"] == (5 if broken else 0)
+            if not broken:
+                assert row["ddp/grad_norm"] == pytest.approx(row["norm"], rel=1e-5)
+
+
+@pytest.mark.slow
+def test_with_one_rank_there_is_nothing_to_watch(tmp_path: Path) -> None:
+    """Proves that the script needs no case distinction for a single process."""
+    done = subprocess.run(
+        [sys.executable, str(PROGRAMS / "ddp_job.py"), "auto"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    (rows,) = runs_of(tmp_path).values()
+    assert len(rows) == 8
+    assert not any(key.startswith("ddp/") for row in rows for key in row)
