@@ -60,7 +60,7 @@ def test_damage_anywhere_is_found(tmp_path: Path) -> None:
     """A flipped bit, a cut, a byte more, an empty or a missing file: found in every file, and the one before is restored."""
     save(tmp_path / "good", 1, 2)
     count = len(files_of(committed(tmp_path / "good")[0]))
-    assert count == 7
+    assert count == 5
     for index in range(count):
         for damage in ("flip first", "flip middle", "flip last", "cut", "longer", "empty", "missing"):
             shutil.rmtree(tmp_path / "bad", ignore_errors=True)
@@ -172,7 +172,7 @@ def test_a_fault_at_every_system_call(tmp_path: Path) -> None:
     """Whichever call of a save fails: the save says so, the checkpoint before stays, and the next save works."""
     probe = Fault(0)
     save(tmp_path / "probe", 2, layer=probe)
-    assert probe.calls > 30
+    assert probe.calls > 20
     for at in range(1, probe.calls, 2 if probe.calls > 150 else 1):
         directory = tmp_path / str(at)
         save(directory, 1)
@@ -189,12 +189,13 @@ def test_a_fault_at_every_system_call(tmp_path: Path) -> None:
 
 
 def test_a_disk_full_within_a_big_tensor_is_called_that(tmp_path: Path) -> None:
-    """torch's own writer would report an internal error instead of the disk's."""
+    """Also where the data goes past the page cache."""
     probe = Fault(0)
-    model = torch.nn.Linear(400, 400)
+    model = torch.nn.Linear(2400, 2400)  # more than one write
     with Checkpointer(tmp_path / "probe", alone(), attempt=1, layer=probe) as checkpoints:
         checkpoints.track(model=model)
         checkpoints.save(1, position(1), timeout=20)
+    assert probe.calls > 15
     for at in range(5, probe.calls - 3):
         checkpoints = Checkpointer(tmp_path / "full", alone(), attempt=1, layer=Fault(at))
         checkpoints.track(model=model)
@@ -238,12 +239,12 @@ def test_a_manifest_of_another_version_is_not_touched(tmp_path: Path) -> None:
     """A checkpoint of a newer wbdist is refused, not quarantined: it is somebody's work."""
     import msgspec
 
-    from wbdist.checkpoint.manifest import seal
+    from wbdist.checkpoint.manifest import VERSION, seal
 
     save(tmp_path, 1)
     path = tmp_path / "step-1.a1" / "manifest.json"
-    path.write_bytes(seal(msgspec.structs.replace(committed(tmp_path)[0], version=2)))
-    with pytest.raises(CheckpointError, match="has format version 2") as caught:
+    path.write_bytes(seal(msgspec.structs.replace(committed(tmp_path)[0], version=VERSION + 1)))
+    with pytest.raises(CheckpointError, match=f"has format version {VERSION + 1}") as caught:
         restored_step(tmp_path)
     assert not isinstance(caught.value, CheckpointCorruptError)
     assert path.exists()

@@ -113,7 +113,7 @@ def one_rank(directory: Path, rank: int, attempt: int, port: int) -> None:
     env = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     coordinator = connect(RankIdentity(rank=rank, world_size=2), f"attempt-{attempt}", 20, env)
     killer = Killer()
-    training = Training(coordinator, directory, attempt=attempt, layer=killer)
+    training = Training(coordinator, directory, attempt=attempt, layer=killer, same_data=True)
     training.track()
     restored = training.restore()
     if attempt == 1:

@@ -46,8 +46,16 @@ class Training:
     """One rank's training: dropout, batch norm, momentum, a schedule, an average, and noise from every generator."""
 
     def __init__(
-        self, coordinator: Coordinator, directory: Path, *, attempt: int = 1, layer: FileLayer | None = None, **options: Any
+        self,
+        coordinator: Coordinator,
+        directory: Path,
+        *,
+        attempt: int = 1,
+        layer: FileLayer | None = None,
+        same_data: bool = False,
+        **options: Any,
     ) -> None:
+        """`same_data`: every rank trains on all data, so that ranks stay alike without talking."""
         torch.manual_seed(7)
         random.seed(7)
         np.random.seed(7)
@@ -57,9 +65,8 @@ class Training:
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=0.05)
         self.scheduler = torch.optim.lr_scheduler.StepLR(self.optimizer, 3, 0.8)
         self.average = Average()
-        self.data = ResumableLoader(
-            TensorDataset(data, data.sum(1, keepdim=True)), 4, rank=coordinator.rank, world_size=coordinator.world_size, seed=5
-        )
+        rank, world_size = (0, 1) if same_data else (coordinator.rank, coordinator.world_size)
+        self.data = ResumableLoader(TensorDataset(data, data.sum(1, keepdim=True)), 4, rank=rank, world_size=world_size, seed=5)
         self.losses: list[float] = []
         self.step = 0
         self.attempt = attempt

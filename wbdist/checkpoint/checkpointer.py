@@ -20,14 +20,14 @@ from types import TracebackType
 from typing import Any, Self
 
 from wbdist.checkpoint import restore as restoring
-from wbdist.checkpoint import rng, tree
-from wbdist.checkpoint.commit import SHARED, Part, SaveRequest, rank_directory, run_save
+from wbdist.checkpoint.capture import Captured, capture
+from wbdist.checkpoint.commit import SaveRequest, run_save
 from wbdist.checkpoint.files import FileLayer
 from wbdist.checkpoint.history import Kept
 from wbdist.checkpoint.manifest import Manifest, directory_name
 from wbdist.checkpoint.restore import Choice, Restored
-from wbdist.checkpoint.staging import HostBuffers
-from wbdist.checkpoint.tracked import RNG, Stateful, TrackedObjects
+from wbdist.checkpoint.staging import Arena, Staged
+from wbdist.checkpoint.tracked import Stateful, TrackedObjects
 from wbdist.checkpoint.verdict import Failure
 from wbdist.core.coordination import Coordinator
 from wbdist.core.position import RunPosition
@@ -53,7 +53,7 @@ class PendingSave:
         self.waited_s = 0.0
         """The part of `stall_s` that was waiting for the save before."""
         self.staged_bytes = 0
-        """Tensor bytes copied on this rank."""
+        """Bytes of the files that this rank's tensors were copied into."""
         self.bytes = 0
         """Bytes this rank wrote; 0 until it is done."""
         self.write_s = 0.0
@@ -122,7 +122,7 @@ class Checkpointer:
         self._seed = seed
         self._layer = layer or FileLayer()
         self._objects = TrackedObjects()
-        self._buffers = HostBuffers()
+        self._arena = Arena()
         self._choice: Choice | None = None
         self._restored: Restored | None = None
         self._serial = 0
@@ -214,9 +214,11 @@ class Checkpointer:
         self.wait(timeout)
         pending = PendingSave(step, self._attempt)
         pending.waited_s = time.monotonic() - started
-        failure, error, parts = None, None, {}
+        failure, error, captured, staged = None, None, Captured(), Staged()
         try:
-            parts = self._stage(pending)
+            captured = capture(self._objects, self._coordinator.rank, self._coordinator.world_size)
+            staged = self._arena.stage(captured.layouts, captured.samples)
+            pending.staged_bytes = sum(layout.size for layout in captured.layouts)
         except Exception as problem:  # noqa: BLE001  (the peers are told first; raised below)
             error, failure = problem, Failure.of(self._coordinator.rank, problem)
         self._serial += 1
@@ -227,7 +229,9 @@ class Checkpointer:
             directory=self.directory,
             shared=tuple(sorted(self._objects.shared)),
             per_rank=tuple(sorted(self._objects.per_rank)),
-            parts=parts,
+            parts=captured.parts,
+            staged=staged,
+            sampled=captured.sampled,
             position=position,
             history=history,
             kept=self._kept,
@@ -288,28 +292,6 @@ class Checkpointer:
         # A thread that still waits for its peers uses the connection; the process is about to end then.
         if self._thread is None or not self._thread.is_alive():
             self._background.close()
-
-    def _stage(self, pending: PendingSave) -> dict[str, Part]:
-        rank = self._coordinator.rank
-        own: dict[str, Any] = {name: value.state_dict() for name, value in self._objects.per_rank.items()}
-        own[RNG] = rng.capture()
-        states = {rank_directory(rank): own}
-        if rank == 0:
-            states[SHARED] = {name: value.state_dict() for name, value in self._objects.shared.items()}
-        parts: dict[str, Part] = {}
-        live: tree.Tensors = {}
-        for sub, named in states.items():
-            structures, tensors = {}, {}
-            for name, state in named.items():
-                structures[name], found = tree.split(name, state)
-                tensors.update(found)
-            parts[sub] = Part(structures, tensors)
-            live.update({f"{sub}/{name}": tensor for name, tensor in tensors.items()})
-        staged = self._buffers.stage(live)
-        for sub, part in parts.items():
-            part.tensors = {name: staged[f"{sub}/{name}"] for name in part.tensors}
-        pending.staged_bytes = sum(tensor.nbytes for tensor in staged.values())
-        return parts
 
     def _finish(self, pending: PendingSave, request: SaveRequest, deadline: float) -> None:
         started = time.monotonic()

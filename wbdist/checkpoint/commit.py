@@ -24,9 +24,10 @@ import torch
 from wbdist.checkpoint import retention, tree
 from wbdist.checkpoint.files import FileLayer
 from wbdist.checkpoint.history import Kept, write_history
+from wbdist.checkpoint.image import SUFFIX
 from wbdist.checkpoint.manifest import MANIFEST, TEMPORARY, VERSION, FileEntry, Manifest, directory_name, seal
-from wbdist.checkpoint.storage import write_tensors
-from wbdist.checkpoint.tree import Tensors
+from wbdist.checkpoint.shares import digests
+from wbdist.checkpoint.staging import Staged
 from wbdist.checkpoint.verdict import Failure, raise_failures
 from wbdist.core.coordination import Coordinator
 from wbdist.core.position import RunPosition
@@ -44,11 +45,15 @@ def rank_directory(rank: int) -> str:
     return f"rank-{rank}"
 
 
-class Part(msgspec.Struct):
-    """What one rank writes into one sub-directory: staged, so nothing in it changes any more."""
+class Part(msgspec.Struct, frozen=True):
+    """What one rank writes into one sub-directory."""
 
-    structures: dict[str, Any]
-    tensors: Tensors
+    structures: dict[str, Any] | None
+    """None: another rank writes these."""
+    file: int | None
+    """Which of the staged files holds the tensors; None when there are none."""
+    listing: str
+    """Digest of the names, types and shapes of all tensors that the sub-directory will hold."""
 
 
 class SaveRequest(msgspec.Struct, frozen=True, kw_only=True):
@@ -63,6 +68,9 @@ class SaveRequest(msgspec.Struct, frozen=True, kw_only=True):
     per_rank: tuple[str, ...]
     parts: Mapping[str, Part]
     """Sub-directory -> what this rank writes there."""
+    staged: Staged
+    sampled: tuple[str, ...]
+    """Names of the tensors of which `staged` has samples."""
     position: RunPosition | Callable[[], RunPosition]
     history: Callable[[], Sequence[JournalPrefix]] | None
     """Called after the position is known: what of the history this rank puts into the checkpoint."""
@@ -85,6 +93,8 @@ class _Arrival(msgspec.Struct, frozen=True):
     step: int
     shared: tuple[str, ...]
     per_rank: tuple[str, ...]
+    listing: str
+    samples: dict[str, str]
     failure: Failure | None
 
 
@@ -123,7 +133,10 @@ def run_save(coordinator: Coordinator, layer: FileLayer, request: SaveRequest, d
     def left() -> float:
         return max(0.0, deadline - time.monotonic())
 
-    arrival = _Arrival(request.step, request.shared, request.per_rank, request.failure)
+    request.staged.ready()
+    listing = request.parts[SHARED].listing if SHARED in request.parts else ""
+    samples = digests(request.sampled, request.staged.samples)
+    arrival = _Arrival(request.step, request.shared, request.per_rank, listing, samples, request.failure)
     arrivals = [
         msgspec.msgpack.decode(word, type=_Arrival)
         for word in coordinator.gather(f"{key}/begin", msgspec.msgpack.encode(arrival), left())
@@ -139,7 +152,7 @@ def run_save(coordinator: Coordinator, layer: FileLayer, request: SaveRequest, d
     run: RunPosition | None = None
     failure = None
     try:
-        files = _write_parts(layer, temporary, request.parts)
+        files = _write_parts(layer, temporary, rank, request)
         run = request.position() if callable(request.position) else request.position
         if request.history is not None:
             kept = write_history(layer, temporary, rank, request.history(), request.kept)
@@ -197,6 +210,17 @@ def _check_alike(arrivals: list[_Arrival]) -> None:
                 f"ranks track different objects: rank 0 {list(arrivals[0].shared + arrivals[0].per_rank)}, "
                 f"rank {rank} {list(arrival.shared + arrival.per_rank)}"
             )
+        if arrival.listing != arrivals[0].listing:
+            raise CheckpointError(
+                f"ranks 0 and {rank} track tensors of other names, types or shapes. What ranks do not hold alike is tracked "
+                "with per_rank=True"
+            )
+        differing = sorted(name for name, digest in arrival.samples.items() if arrivals[0].samples[name] != digest)
+        if differing:
+            raise CheckpointError(
+                f"ranks 0 and {rank} hold different values of {', '.join(differing[:3])}, of which each writes a share. "
+                "Wrap the model in DistributedDataParallel (job.ddp) so that they stay alike, or track it with per_rank=True"
+            )
 
 
 def _open(layer: FileLayer, request: SaveRequest, temporary: Path) -> None:
@@ -209,17 +233,19 @@ def _open(layer: FileLayer, request: SaveRequest, temporary: Path) -> None:
     layer.make_directory(temporary)
 
 
-def _write_parts(layer: FileLayer, temporary: Path, parts: Mapping[str, Part]) -> dict[str, FileEntry]:
+def _write_parts(layer: FileLayer, temporary: Path, rank: int, request: SaveRequest) -> dict[str, FileEntry]:
     files = {}
-    for sub, part in parts.items():
+    for sub, part in request.parts.items():
         directory = temporary / sub
         layer.make_directory(directory)
-        written = write_tensors(layer, directory, part.tensors)
-        with layer.writing(directory / STATE) as stream:
-            stream.write(tree.encode(part.structures))
-        written[STATE] = stream.entry()
+        if part.file is not None:
+            name = f"{rank:05d}{SUFFIX}"
+            files[f"{sub}/{name}"] = layer.store(directory / name, request.staged.files[part.file].numpy().data)
+        if part.structures is not None:
+            with layer.writing(directory / STATE) as stream:
+                stream.write(tree.encode(part.structures))
+            files[f"{sub}/{STATE}"] = stream.entry()
         layer.sync_directory(directory)
-        files.update({f"{sub}/{name}": entry for name, entry in written.items()})
     return files
 
 

@@ -20,7 +20,7 @@ import xxhash
 from wbdist.core.position import RunPosition
 from wbdist.errors import CheckpointCorruptError, CheckpointError
 
-VERSION = 1
+VERSION = 2
 MANIFEST = "manifest.json"
 TEMPORARY = ".tmp"
 """Suffix of directories that are being written or removed; never a checkpoint."""

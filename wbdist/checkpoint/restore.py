@@ -170,12 +170,14 @@ def _load(coordinator: Coordinator, objects: TrackedObjects, manifest: Manifest,
 def _load_part(directory: Path, targets: dict[str, Stateful], manifest: Manifest) -> dict[str, Any]:
     try:
         structures = tree.decode((directory / STATE).read_bytes())
-        tensors = tree.template(structures)
-        read_tensors(directory, tensors)
+        tensors = read_tensors(directory, tree.template(structures))
     except OSError as error:
         raise CheckpointError(
             f"{directory} cannot be read: {error}. All ranks must see one checkpoint directory, across hosts too."
         ) from error
+    copied = frozenset[str]().union(*(tracked.copied_on_load(name, target) for name, target in targets.items()))
+    # Views of the files are for who copies them; whatever is kept needs memory of its own.
+    tensors = {name: tensor if name in copied else tensor.clone() for name, tensor in tensors.items()}
     states = {name: tree.join(structure, tensors) for name, structure in structures.items()}
     for name, target in targets.items():
         tracked.load(name, target, states[name], f"{manifest.name}/{directory.name}")

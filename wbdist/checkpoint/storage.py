@@ -1,139 +1,99 @@
-"""Tensors to and from a directory, through torch.distributed.checkpoint, with no process group and no pickle of values.
+"""Tensors from the data files of a directory (`image.py` says what these are): mapped, not read, and never unpickled.
 
-Each directory is an ordinary, single-rank DCP checkpoint that DCP's own tools can read. DCP keeps its table of contents as
-a pickle; it is read through an allow-list of the plain data classes it is made of.
+Whoever asks gets any box of a tensor, whatever boxes it was written in: that is all there is to restoring with another
+number of ranks.
 """
 
 from __future__ import annotations
 
-import io
-import os
-import pickle
-import warnings
-from collections.abc import Generator
-from contextlib import contextmanager
+import mmap
+from collections.abc import Iterator, Mapping
+from math import prod
 from pathlib import Path
-from typing import IO, Any, cast
 
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.filesystem import FileSystem, FileSystemReader, FileSystemWriter
-from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
-from torch.distributed.checkpoint.state_dict_loader import load
-from torch.distributed.checkpoint.state_dict_saver import save
+import torch
 
-from wbdist.checkpoint.files import FileLayer
-from wbdist.checkpoint.manifest import FileEntry
-from wbdist.checkpoint.tree import Tensors
+from wbdist.checkpoint.image import SUFFIX, Box, Stored, parse
+from wbdist.checkpoint.tree import Spec, Tensors
 from wbdist.errors import CheckpointCorruptError
 
-# DCP warns whenever it works without a process group, which is what we ask of it. Filtered for good rather than around the
-# calls: they run on a background thread, and warnings.catch_warnings swaps the whole process's filters.
-warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized", category=UserWarning)
-
-_METADATA_CLASSES = {
-    "torch.distributed.checkpoint.metadata": {
-        "BytesStorageMetadata",
-        "ChunkStorageMetadata",
-        "Metadata",
-        "MetadataIndex",
-        "StorageMeta",
-        "TensorProperties",
-        "TensorStorageMetadata",
-        "_MEM_FORMAT_ENCODING",
-    },
-    "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
-    "torch.serialization": {"_get_layout"},
-    "torch": {"Size"},
-    "pathlib": {"PosixPath"},
-    "pathlib._local": {"PosixPath"},  # where Python 3.13 keeps it
-}
+_POPULATE_READ = 22
+"""MADV_POPULATE_READ: reads the file now and tells of a bad disk as an error, where a later access would be a SIGBUS."""
 
 
-class _MetadataUnpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
-        import torch
+class TensorFiles:
+    """The data files of one part of a checkpoint, mapped for reading."""
 
-        if name in _METADATA_CLASSES.get(module, ()):
-            return super().find_class(module, name)
-        if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
-            return super().find_class(module, name)
-        raise CheckpointCorruptError(f"the checkpoint's table of contents asks for {module}.{name}, which has no place there")
+    def __init__(self, directory: Path) -> None:
+        """Opens all of them. Raises OSError as the system does, CheckpointCorruptError for what is no data file."""
+        self._directory = directory
+        self._boxes: dict[str, list[tuple[Stored, torch.Tensor]]] = {}
+        for path in sorted(directory.glob(f"*{SUFFIX}")):
+            file = _mapped(path)
+            for stored in parse(file, str(path)):
+                self._boxes.setdefault(stored.name, []).append((stored, file))
 
+    def read(self, name: str, spec: Spec, wanted: tuple[tuple[int, ...], tuple[int, ...]] | None = None) -> torch.Tensor:
+        """The tensor `name`, or its part at `wanted` = (offset, shape).
 
-class _LayeredFileSystem(FileSystem):
-    """DCP's file operations over a FileLayer; collects the entries of the files written."""
-
-    def __init__(self, layer: FileLayer) -> None:
-        self.layer = layer
-        self.entries: dict[str, FileEntry] = {}
-
-    @contextmanager
-    def create_stream(self, path: str | os.PathLike[str], mode: str) -> Generator[io.IOBase, None, None]:
-        if mode != "wb":
-            raise ValueError(f"a checkpoint is only written, not opened with mode {mode!r}")
-        with self.layer.writing(Path(path)) as stream:
-            yield stream
-        self.entries[Path(path).name] = stream.entry()
-
-    def rename(self, path: str | os.PathLike[str], new_path: str | os.PathLike[str]) -> None:
-        self.layer.rename(Path(path), Path(new_path))
-        self.entries[Path(new_path).name] = self.entries.pop(Path(path).name)
-
-    def mkdir(self, path: str | os.PathLike[str]) -> None:
-        self.layer.make_directory(Path(path))
-
-
-class _Writer(FileSystemWriter):
-    def __init__(self, path: Path, layer: FileLayer) -> None:
-        # sync_files off: the layer syncs each file as it is closed. No copy-ahead: everything is on the host already.
-        super().__init__(path, sync_files=False, per_thread_copy_ahead=0, overwrite=False)
-        self.fs: FileSystem = _LayeredFileSystem(layer)
+        What lies in a file as one box comes as a view of the file, private to this process: its owner must copy it. Raises
+        CheckpointCorruptError when elements are absent.
+        """
+        offset, shape = wanted or ((0,) * len(spec.shape), spec.shape)
+        boxes = [stored.within(file, spec.dtype) for stored, file in self._boxes.get(name, ())]
+        for box in boxes:
+            if (box.offset, tuple(box.tensor.shape)) == (offset, shape):
+                return box.tensor
+        whole = torch.empty(shape, dtype=spec.dtype)
+        found = 0
+        for box in boxes:
+            overlap = _overlap(box, offset, shape)
+            if overlap is not None:
+                into, part = overlap
+                whole[into].copy_(box.tensor[part])
+                found += box.tensor[part].numel()
+        if found != prod(shape):
+            raise CheckpointCorruptError(
+                f"{self._directory} holds {found} of the {prod(shape)} elements of {name!r} at {offset}: a file is missing"
+            )
+        return whole
 
 
-class _Reader(FileSystemReader):
-    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        with self.fs.create_stream(self._get_metadata_path(kwargs.get("rank")), "rb") as file:
-            metadata = cast(Metadata, _MetadataUnpickler(cast(IO[bytes], file)).load())
-        if metadata.storage_meta is None:
-            metadata.storage_meta = StorageMeta()
-        metadata.storage_meta.load_id = self.load_id
-        return metadata
+def _overlap(box: Box, offset: tuple[int, ...], shape: tuple[int, ...]) -> tuple[tuple[slice, ...], tuple[slice, ...]] | None:
+    """The common part of a stored box and a wanted one: as places in the wanted, and as places in the stored."""
+    if len(box.offset) != len(offset):
+        raise CheckpointCorruptError(f"{box.name!r} is stored with {len(box.offset)} dimensions, but should have {len(offset)}")
+    into, part = [], []
+    for has, length, want, size in zip(box.offset, box.tensor.shape, offset, shape, strict=True):
+        low, high = max(has, want), min(has + length, want + size)
+        if low >= high:
+            return None
+        into.append(slice(low - want, high - want))
+        part.append(slice(low - has, high - has))
+    return tuple(into), tuple(part)
 
 
-def write_tensors(layer: FileLayer, directory: Path, tensors: Tensors) -> dict[str, FileEntry]:
-    """Saves host tensors into the new `directory`; the files are durable when this returns, their names not yet.
+def _mapped(path: Path) -> torch.Tensor:
+    with path.open("rb") as file:
+        # Copy on write: torch has no read-only tensors, and a write to one of these must never reach the file.
+        region = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+    _populate(region)
+    return torch.frombuffer(region, dtype=torch.uint8)
 
-    Any thread; no collective. Returns name -> entry. Raises OSError as the system does.
-    """
-    if not tensors:
-        layer.make_directory(directory)
-        return {}
-    writer = _Writer(directory, layer)
+
+def _populate(region: mmap.mmap) -> None:
     try:
-        save(dict(tensors), storage_writer=writer, no_dist=True)
-    except CheckpointException as error:
-        raise _cause(error) from error
-    return cast(_LayeredFileSystem, writer.fs).entries
+        region.madvise(_POPULATE_READ)
+    except OSError as error:
+        if error.errno != 22:  # EINVAL: a kernel before 5.14 does not know it; pages come as they are touched
+            raise
 
 
-def read_tensors(directory: Path, into: Tensors) -> None:
-    """Fills the host tensors `into` from `directory`. Training thread; no collective.
-
-    Raises CheckpointCorruptError when a tensor is absent or of another shape, OSError as the system does.
-    """
-    if not into:
-        return
-    try:
-        load(dict(into), storage_reader=_Reader(directory), no_dist=True)
-    except CheckpointException as error:
-        cause = _cause(error)
-        if isinstance(cause, OSError):
-            raise cause from error
-        raise CheckpointCorruptError(f"tensors in {directory} cannot be read: {cause}") from error
+def read_tensors(directory: Path, wanted: Mapping[str, Spec]) -> Tensors:
+    """The whole tensors `wanted` from `directory`; see `TensorFiles.read`."""
+    return dict(_read_each(TensorFiles(directory), wanted))
 
 
-def _cause(error: CheckpointException) -> BaseException:
-    """DCP wraps what happened as {rank: (exception, traceback)}; ours has one rank."""
-    for failure, _ in error.failures.values():
-        return failure
-    return error
+def _read_each(files: TensorFiles, wanted: Mapping[str, Spec]) -> Iterator[tuple[str, torch.Tensor]]:
+    for name, spec in wanted.items():
+        yield name, files.read(name, spec)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, Protocol
 
 import torch
@@ -55,6 +56,22 @@ def unwrap(value: Any) -> Any:
             value = inner
         else:
             return value
+
+
+def alike(name: str, target: Stateful, tensors: Iterable[str]) -> frozenset[str]:
+    """Of `tensors`, the state of `target` by dotted names: those that data-parallel training keeps equal on all ranks."""
+    if isinstance(target, torch.nn.Module):
+        return frozenset(f"{name}.{key}" for key, _ in target.named_parameters(remove_duplicate=False)) & {*tensors}
+    if isinstance(target, torch.optim.Optimizer):
+        return frozenset(tensor for tensor in tensors if tensor.startswith(f"{name}.state."))
+    return frozenset()
+
+
+def copied_on_load(name: str, target: Stateful) -> frozenset[str]:
+    """The tensors of its state, by dotted names, whose values `target` copies into its own when it is loaded."""
+    if not isinstance(target, torch.nn.Module) or type(target).load_state_dict is not torch.nn.Module.load_state_dict:
+        return frozenset()
+    return frozenset(f"{name}.{key}" for key, _ in [*target.named_parameters(), *target.named_buffers()])
 
 
 def load(name: str, target: Stateful, state: Any, checkpoint: str) -> None:

@@ -1,6 +1,6 @@
 """A state as two parts: its tensors, flat and named, and everything else as JSON.
 
-The tensors go through torch.distributed.checkpoint; the rest (hyper-parameters, counters, RNG words, the structure
+The tensors go into data files (`image.py`); the rest (hyper-parameters, counters, RNG words, the structure
 itself) into one readable file. Splitting before DCP rather than letting DCP flatten keeps empty containers, tuples and
 integer keys as they were, writes one small file instead of one pickled record per number, and leaves nothing to unpickle.
 """
@@ -13,11 +13,19 @@ import sys
 from collections import Counter, OrderedDict
 from typing import Any
 
+import msgspec
 import torch
 
 from wbdist.errors import CheckpointCorruptError, UsageError
 
 Tensors = dict[str, torch.Tensor]
+
+
+class Spec(msgspec.Struct, frozen=True):
+    """What a stored tensor is, as a whole."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
 
 
 def split(name: str, state: Any) -> tuple[Any, Tensors]:
@@ -117,15 +125,15 @@ def join(structure: Any, tensors: Tensors) -> Any:
     raise CheckpointCorruptError(f"a stored state has a part of unknown kind: {sorted(structure)}")
 
 
-def template(structure: Any) -> Tensors:
-    """Empty host tensors of the names, shapes and types that `structure` refers to."""
-    found: Tensors = {}
+def template(structure: Any) -> dict[str, Spec]:
+    """The tensors that `structure` refers to, by name."""
+    found: dict[str, Spec] = {}
     stack = [structure]
     while stack:
         part = stack.pop()
         if isinstance(part, dict):
             if "T" in part:
-                found[part["T"]] = torch.empty(part["shape"], dtype=_dtype(part["dtype"]))
+                found[part["T"]] = Spec(_dtype(part["dtype"]), tuple(part["shape"]))
             else:
                 stack.extend(part.values())
         elif isinstance(part, list):

@@ -205,9 +205,7 @@ def _values(manifest: Manifest) -> dict[str, str]:
             continue
         directory = Path(manifest.directory) / file.removesuffix("/" + STATE)
         structures = tree.decode((directory / STATE).read_bytes())
-        tensors = tree.template(structures)
-        read_tensors(directory, tensors)
-        for name, tensor in tensors.items():
+        for name, tensor in read_tensors(directory, tree.template(structures)).items():
             bits = xxhash.xxh3_64_hexdigest(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
             found[f"{directory.name}/{name}"] = f"{tensor.dtype} {list(tensor.shape)} {bits}"
         for name, structure in structures.items():
