@@ -17,8 +17,9 @@ class Preempted(SystemExit):
     (evaluation, export) does not run on a half-trained model within somebody's 30 seconds of grace.
     """
 
-    def __init__(self, reason: str) -> None:
-        super().__init__(EXIT_PREEMPTED)
+    def __init__(self, reason: str, code: int = EXIT_PREEMPTED) -> None:
+        """`code`: another than 75 when nothing is there to go on from, or nobody may."""
+        super().__init__(code)
         self.reason = reason
 
 

@@ -21,15 +21,17 @@ from wbdist.checkpoint.manifest import Manifest
 from wbdist.core.position import RunPosition
 from wbdist.distributed import bootstrap, coordination, strategies
 from wbdist.distributed.identity import detect
-from wbdist.errors import EXIT_PREEMPTED, FencedError, PeerLostError, UsageError
+from wbdist.errors import EXIT_PREEMPTED, EnvironmentFault, FencedError, UsageError
 from wbdist.job.ending import Fenced, Preempted, exit_code_of, leave_verdict
 from wbdist.job.fence import FenceWatch
 from wbdist.job.plan import Plan, agree_on_plan, decide, position_of, seed_everything
+from wbdist.job.stopping import Stopping, reason_of, timed
 from wbdist.job.telling import PREEMPTION, going_on, in_total
 from wbdist.launch import intent
 from wbdist.preemption import sources
-from wbdist.preemption.agreement import StopAgreement
+from wbdist.preemption.budget import SaveCosts
 from wbdist.preemption.hub import NoticeHub
+from wbdist.preemption.notice import Notice
 from wbdist.run.handle import Run
 from wbdist.run.lifecycle import RunSpec
 
@@ -46,8 +48,6 @@ COLLECTIVE_TIMEOUT = 1800.0
 """Seconds one collective of the training script may take, torch's own default: one rank may evaluate while others wait."""
 COPY_TIMEOUT = 1800.0
 """Seconds that fetching a checkpoint from `checkpoint_copy` may take at the start, and the last copies at the end."""
-STOP_TIMEOUT = 20.0
-"""Seconds for all ranks to say where they are after a notice; one that does not is taken for dead. Below torchrun's 30 s."""
 
 _END_OF_EPOCH = object()
 _LEDGER_REDUCE = {"_samples": "sum53", "epoch": "first", "_consumed": "first", "_batch": "first", "_data": "first"}
@@ -81,6 +81,8 @@ class Job:
         self._seed = seed
         self._step = 0
         self._saved_step = -1
+        self._committed_step = -1
+        self._costs = SaveCosts()
         self._checkpoints: Checkpointer | None = None
         self._pending: PendingSave | None = None
         """The newest save, until its commit was reported."""
@@ -170,8 +172,8 @@ class Job:
         self._hub = NoticeHub(sources.choose(self._spec.settings.notices, for_host=for_host))
         self._hub.start()
         self._stack.callback(self._hub.close)
-        self._agreement = StopAgreement(self._peers, self._hub, timeout=STOP_TIMEOUT)
-        self._stack.callback(self._agreement.close)
+        self._stopping = Stopping(self._peers, self._hub)
+        self._stack.callback(self._stopping.close)
         self._runs = strategies.open_runs(self._strategy, self._identity, self._peers, self._run_spec(position))
         if self.rank == 0 and self.attempt > 1:
             self._runs.run.settings.say(going_on(self.attempt, self._plan.cause, self._chosen))
@@ -243,7 +245,7 @@ class Job:
         self._checkpoints.track(**stateful)
         restored = self._checkpoints.restore(PEER_TIMEOUT)
         if restored is not None:
-            self._step = self._saved_step = restored.manifest.step
+            self._step = self._saved_step = self._committed_step = restored.manifest.step
             for note in restored.notes:
                 log.warning("%s", note)
 
@@ -296,6 +298,21 @@ class Job:
             self._close_step()
         self._runs.log(data, step=self._step if step is None else step, reduce=reduce)
 
+    @property
+    def notice(self) -> Notice | None:
+        """What this rank has been told, None while it is to go on. Any thread, not in step: for work that one rank does alone
+        (an evaluation on rank 0 that may be cut short). What all ranks do together asks `should_stop`."""
+        return self._stopping.notice
+
+    def should_stop(self) -> bool:
+        """All ranks, in the same sequence: asked before each unit of work outside the steps (a batch of an evaluation, a wait
+        for data), True on all ranks before the same unit once a notice has come, and from then on.
+
+        Under a microsecond while there is none; then it blocks until all ranks have said where they are, at most 20 s. After
+        True, leave what you are doing: the next step, or the end of the job, saves and raises Preempted.
+        """
+        return not self._stopping.may_go_on()
+
     def save(self) -> None:
         """All ranks, in step, between steps: saves now and waits until the checkpoint is committed."""
         if self._in_steps:
@@ -308,20 +325,43 @@ class Job:
     # Step boundaries ------------------------------------------------------------------------------------
 
     def _stop_if_told(self) -> None:
-        if self._agreement.begin_unit():
-            return
-        notice = self._agreement.notice
-        if notice is not None and notice.fenced:
+        if not self._stopping.may_go_on():
+            self._stop()
+        if self._stopping.advised:
+            self._stopping.advised = False
+            self._save("advice")
+
+    def _stop(self) -> NoReturn:
+        """All ranks, in step, at the same boundary: what the notice leaves time for, then Preempted."""
+        notice = self._stopping.check()
+        if notice.fenced:
             raise FencedError(notice.reason)
-        reason = "a notice" if notice is None else f"{notice.source}: {notice.reason}"
-        if not self._agreement.agreed:
-            raise PeerLostError(
-                f"rank {self.rank} was told to stop ({reason}), but not all ranks answered within {STOP_TIMEOUT:.0f} s: "
-                f"{self._agreement.missing}. Nothing was saved now; the last committed checkpoint stands."
-            )
-        self._runs.run.mark_preempting()
-        self._save(PREEMPTION, block=True)
-        raise Preempted(reason)
+        if not notice.cancelled:
+            self._runs.run.mark_preempting()
+        saving = self._pending is not None and not self._pending.done()
+        plan = self._stopping.agree(self._costs, saving=saving, committed=self._committed_step, timeout=PEER_TIMEOUT)
+        saved: float | None = None
+        failure: EnvironmentFault | None = None
+        try:
+            if plan.act == "save":
+                saved = timed(lambda: self._save(PREEMPTION, block=True, timeout=plan.timeout(PEER_TIMEOUT)))
+            elif plan.act == "finish" and self._pending is not None:
+                self._pending.wait(plan.timeout(PEER_TIMEOUT))
+        except EnvironmentFault as error:
+            failure = error  # the machine goes all the same, and an earlier checkpoint may stand
+        self._report_progress()
+        if self.rank == 0:
+            self._runs.run.keep_facts(self._stopping.facts(notice, saved))
+        stands = max(plan.committed, self._committed_step)
+        lost = self._checkpoints is not None and stands < 0
+        if lost and failure is not None:
+            raise failure
+        reason = reason_of(notice)
+        problem = plan.because() if failure is None else str(failure)
+        if problem and self._checkpoints is not None:
+            what = f"the checkpoint of step {stands} stands" if stands >= 0 else "there is no checkpoint to go on from"
+            reason += f"; nothing was saved now ({problem}), {what}"
+        raise Preempted(reason, 143 if lost or plan.cancelled else EXIT_PREEMPTED)
 
     def _close_step(self) -> None:
         """Counts the step that is open, if any; all ranks, in step."""
@@ -336,7 +376,7 @@ class Job:
         if self._save_every is not None and self._step % self._save_every == 0:
             self._save("interval")
 
-    def _save(self, reason: str, *, block: bool = False) -> None:
+    def _save(self, reason: str, *, block: bool = False, timeout: float = PEER_TIMEOUT) -> None:
         if self._checkpoints is None:
             return
         if not self._tracked:
@@ -344,40 +384,47 @@ class Job:
         step = self._step
         if step == self._saved_step and not block:
             return
-        self._report_progress()
-        self._pending = self._checkpoints.save(
+        pending = self._checkpoints.save(
             step,
-            lambda: self._runs.drain(step - 1, PEER_TIMEOUT),
+            lambda: self._runs.drain(step - 1, timeout),
             history=self._runs.tail,
             block=block,
-            timeout=PEER_TIMEOUT,
+            timeout=timeout,
             reason=reason,
         )
+        self._report_progress()  # of the save before: that one is done when the next has begun
+        self._pending = pending
         self._saved_step = step
         self._report_progress()
 
     def _report_progress(self) -> None:
         """Tells a supervisor of a newly committed checkpoint, so that it knows a job that moves on from one that does not."""
         if self._pending is not None and self._pending.done():
-            if self.rank == 0 and self._pending.durable_at is not None:
-                intent.write_progress(self._pending.step)
-                if self._shipping is not None and self._directory is not None:
-                    self._shipping.offer(manifest.read(self._directory / self._pending.name))
+            if self._pending.durable_at is not None:
+                self._committed_step = self._pending.step
+                self._costs.add(self._pending.stall_s - self._pending.waited_s + self._pending.write_s)
+                if self.rank == 0:
+                    intent.write_progress(self._pending.step)
+                    if self._shipping is not None and self._directory is not None:
+                        self._shipping.offer(manifest.read(self._directory / self._pending.name))
             self._pending = None
 
     # Leaving --------------------------------------------------------------------------------------------
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         """All ranks. Without an error: in step; the last save is waited for, the run is finished, its rows acknowledged or
-        left to the shipper. With one: within seconds, without waiting for peers that may be gone.
+        left to the shipper. With one: within seconds, without waiting for peers that may be gone. A job that `should_stop`
+        told to stop leaves as one that is preempted.
 
         Raises Fenced when it is that another job has taken the run over.
         """
         try:
-            if error is None:
+            if error is None and self._stopping.asked:
+                self._leave_told()
+            elif error is None:
                 self._leave_finished()
             elif isinstance(error, Preempted):
-                self._leave_preempted()
+                self._leave_preempted(error)
             else:
                 self._leave_failed(error)
         except BaseException as problem:
@@ -393,6 +440,14 @@ class Job:
         finally:
             self._stack.close()
 
+    def _leave_told(self) -> NoReturn:
+        self._close_step()
+        try:
+            self._stop()
+        except Preempted as error:
+            self._leave_preempted(error)
+            raise
+
     def _leave_finished(self) -> None:
         self._close_step()
         if self._tracked:
@@ -406,17 +461,21 @@ class Job:
         self._leave_group()
         self._settle_copies()
 
-    def _leave_preempted(self) -> None:
-        if self._checkpoints is not None:
+    def _leave_preempted(self, error: Preempted) -> None:
+        left = self._stopping.left
+        if self._checkpoints is not None and (left is None or self._pending is None):
             self._checkpoints.close(PEER_TIMEOUT)
+        if left is not None:
+            self._runs.run.hurry(left)
         self._report_progress()
-        self._runs.finish(EXIT_PREEMPTED)
+        self._runs.finish(exit_code_of(error))
         self._leave_group()
-        self._settle_copies()
+        self._settle_copies(COPY_TIMEOUT if self._stopping.left is None else max(0.0, self._stopping.left))
+        self._stopping.let_go()
 
-    def _settle_copies(self) -> None:
+    def _settle_copies(self, timeout: float = COPY_TIMEOUT) -> None:
         """Rank 0, last of all: its peers have left, and what is not copied is lost with this machine's disk."""
-        if self._shipping is not None and (said := self._shipping.settle(COPY_TIMEOUT)):
+        if self._shipping is not None and (said := self._shipping.settle(timeout)):
             self._runs.run.settings.say(said, warning=True)
 
     def _leave_group(self) -> None:
@@ -428,7 +487,7 @@ class Job:
 
     def _leave_failed(self, error: BaseException) -> None:
         self._open_step = None
-        self._agreement.close(failed=True)  # first: peers that were told to stop learn at once that there is no common stop
+        self._stopping.close(failed=True)  # first: peers that were told to stop learn at once that there is no common stop
         if self._checkpoints is not None:
             self._checkpoints.__exit__(type(error), error, None)
         self._runs.finish(exit_code_of(error))

@@ -14,6 +14,9 @@ Keys, in the namespace of this incarnation:
     stop/at/<rank>   that rank's count, published once: on a request, or by `close`; "gone" when it left by an error
     stop/decision    first to conclude wins: {"at": n}, or {"missing": why} when a rank has not published in time
 
+Advice (a notice with which nobody has to stop yet) is agreed upon in the same way; then all ranks make a checkpoint and go on
+with the next *round*: another agreement, which goes on counting where this one ended, under keys of its own (`stop.1/...`).
+
 The decision is claimed rather than computed by each rank for itself: with a rank that publishes at the very last moment,
 one peer would see all counts and save while another has given up, and the save would then wait for that one.
 """
@@ -33,11 +36,12 @@ from wbdist.preemption.notice import Notice
 
 log = logging.getLogger("wbdist.preemption")
 
-REQUEST, DECISION = "stop/request", "stop/decision"
 LOOK = 0.1
 """Seconds between two looks for another rank's request (30 us each): how late it may be noticed. Ours is noticed at once."""
 SLICE = 0.2
 """Seconds of one wait for a rank's count; `close` is heard between two."""
+ANSWER = 1.0
+"""Seconds that peers have to answer even when the deadline is nearer, or past: some machines last a little longer."""
 MARGIN = 5.0
 """Seconds beyond the deadline until `begin_unit` no longer believes that its own listener thread is alive."""
 
@@ -48,6 +52,7 @@ class _Request(msgspec.Struct, frozen=True):
     reason: str
     deadline: float | None
     fenced: bool = False
+    advice: bool = False
 
 
 class _Count(msgspec.Struct, frozen=True):
@@ -63,15 +68,20 @@ class _Decision(msgspec.Struct, frozen=True):
 class StopAgreement:
     """One a rank, made in step on all ranks; with one rank the same contract without a listener or any message."""
 
-    def __init__(self, coordinator: Coordinator, hub: NoticeHub, timeout: float) -> None:
+    def __init__(self, coordinator: Coordinator, hub: NoticeHub, timeout: float, *, number: int = 0, begun: int = 0) -> None:
         """`timeout`: seconds to wait for every rank's count after a request; less when the notice's deadline is nearer.
 
-        Uses a connection of its own, so `coordinator` stays free for others.
+        Uses a connection of its own, so `coordinator` stays free for others. `number` counts the rounds, `begun` the
+        units begun before this one; for `next_round`.
         """
+        self._coordinator, self._hub = coordinator, hub
+        self._round = number
+        self.name = f"stop.{self._round}" if self._round else "stop"
+        """Of this round; the beginning of its keys."""
         self._timeout = timeout
         self._rank, self._world = coordinator.rank, coordinator.world_size
         self._lock = threading.Lock()
-        self._units = 0
+        self._units = begun
         self._requested = False
         self._decided = threading.Event()
         self._decision = _Decision()
@@ -85,6 +95,12 @@ class StopAgreement:
             self._thread = threading.Thread(target=self._listen, name="wbdist-stop", daemon=True)
             self._thread.start()
         hub.on_notice(self._on_notice)
+        hub.on_advice(self._on_notice)
+
+    def next_round(self) -> StopAgreement:
+        """All ranks, once `begin_unit` has answered False because of advice: what to go on with. This one is done."""
+        self.close()
+        return StopAgreement(self._coordinator, self._hub, self._timeout, number=self._round + 1, begun=self._units)
 
     @property
     def units(self) -> int:
@@ -139,6 +155,8 @@ class StopAgreement:
             self._thread.join(2 * SLICE + LOOK)
 
     def _on_notice(self, notice: Notice) -> None:
+        if self._decided.is_set() or self._closing:
+            return
         if self._notice is None:
             self._notice = notice
         units = self._freeze()
@@ -170,17 +188,21 @@ class StopAgreement:
             if request is None:
                 self._put_count(_Count(self._units, gone=self._failed))
                 return
-            self._notice = self._notice or Notice(
-                "peer",
-                f"rank {request.rank}: {request.reason} ({request.source})",
-                time.monotonic(),
-                request.deadline,
-                request.fenced,
-            )
+            # All ranks must do the same, so what was asked counts rather than what was heard here.
+            own = self._notice
+            if own is None or (own.fenced, own.advice) != (request.fenced, request.advice):
+                self._notice = Notice(
+                    "peer",
+                    f"rank {request.rank}: {request.reason} ({request.source})",
+                    time.monotonic(),
+                    request.deadline,
+                    fenced=request.fenced,
+                    advice=request.advice,
+                )
             self._put_count(_Count(self._freeze()))
             proposal = self._collect(request)
             if proposal is not None:
-                stands = self._peers.claim(DECISION, msgspec.json.encode(proposal))
+                stands = self._peers.claim(f"{self.name}/decision", msgspec.json.encode(proposal))
                 self._decide(msgspec.json.decode(stands, type=_Decision))
         except EnvironmentFault as error:
             self._without_store(str(error))
@@ -191,23 +213,24 @@ class StopAgreement:
 
     def _await_request(self) -> _Request | None:
         """Any rank's request, made by us when the notice is ours; None when this rank closes first."""
+        key = f"{self.name}/request"
         while not self._closing:
             self._wake.wait(LOOK)
             if self._notice is not None:
                 own = self._notice
-                ours = _Request(self._rank, own.source, own.reason, own.deadline, own.fenced)
-                return msgspec.json.decode(self._peers.claim(REQUEST, msgspec.json.encode(ours)), type=_Request)
-            found = self._peers.peek(REQUEST)
+                ours = _Request(self._rank, own.source, own.reason, own.deadline, own.fenced, own.advice)
+                return msgspec.json.decode(self._peers.claim(key, msgspec.json.encode(ours)), type=_Request)
+            found = self._peers.peek(key)
             if found is not None:
                 return msgspec.json.decode(found, type=_Request)
         return None
 
     def _put_count(self, count: _Count) -> None:
-        self._peers.put(f"stop/at/{self._rank}", msgspec.json.encode(count))
+        self._peers.put(f"{self.name}/at/{self._rank}", msgspec.json.encode(count))
 
     def _collect(self, request: _Request) -> _Decision | None:
         """What this rank concludes from everybody's count; None when it closes first."""
-        left = self._timeout if request.deadline is None else min(self._timeout, max(0.0, request.deadline - time.time()))
+        left = self._timeout if request.deadline is None else min(self._timeout, max(ANSWER, request.deadline - time.time()))
         until = time.monotonic() + left
         stop_at = 0
         silent: list[str] = []
@@ -216,7 +239,7 @@ class StopAgreement:
             while raw is None and not self._closing:
                 wait = min(SLICE, max(0.0, until - time.monotonic()))
                 try:
-                    raw = self._peers.get(f"stop/at/{rank}", wait)
+                    raw = self._peers.get(f"{self.name}/at/{rank}", wait)
                 except DeadlineError:
                     if time.monotonic() >= until:
                         break

@@ -11,6 +11,8 @@ from time import monotonic, time
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, Self
 
+from msgspec.structs import replace
+
 from wbdist.core.position import ALERTS, ARTIFACTS, CONSOLE, EVENTS, FILES, HISTORY, RunPosition, Watermark
 from wbdist.core.summary import INTERNAL
 from wbdist.errors import JournalError, ShutdownError, UsageError
@@ -407,6 +409,15 @@ class Run(ArtifactMethods, AbsentNames):
         if self.disabled:
             return True
         return self._shipping is not None and self._shipping.flush(timeout, priority=True).acked
+
+    def hurry(self, seconds: float) -> None:
+        """From now on `finish` waits at most `seconds` for the server; the rest is left to the shipper."""
+        patience = min(self.settings.finish_timeout, max(0.0, seconds))
+        self.settings = replace(self.settings, finish_timeout=patience)
+
+    def keep_facts(self, facts: Mapping[str, float]) -> None:
+        """Numbers about how this process fared, beside its system metrics; not in step, durable when it returns."""
+        self._keep_sample(dict(facts))
 
     def finish(self, exit_code: int | None = None, *, cause: str = "exit", quiet: bool | None = None) -> None:
         """Ends the run: the pending row is closed, everything is durable (fsynced) when this returns; about 5 ms.
