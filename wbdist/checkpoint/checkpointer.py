@@ -26,6 +26,7 @@ from wbdist.checkpoint.files import FileLayer
 from wbdist.checkpoint.history import Kept
 from wbdist.checkpoint.manifest import Manifest, directory_name
 from wbdist.checkpoint.restore import Choice, Restored
+from wbdist.checkpoint.retention import Keep
 from wbdist.checkpoint.staging import Arena, Staged
 from wbdist.checkpoint.tracked import Stateful, TrackedObjects
 from wbdist.checkpoint.verdict import Failure
@@ -99,6 +100,8 @@ class Checkpointer:
         *,
         attempt: int,
         keep_last: int = 2,
+        keep_every: int | None = None,
+        keep_best: str | None = None,
         config_hash: str = "",
         seed: int = 0,
         layer: FileLayer | None = None,
@@ -106,18 +109,18 @@ class Checkpointer:
         """Touches neither disk nor peers.
 
         `directory` must be the same, shared one on all ranks. `attempt` is this life of the job, from 1; a newer attempt
-        in the directory fences this one off. `keep_last` committed checkpoints stay, and the one restored from. `seed` seeds
+        in the directory fences this one off. The newest `keep_last` committed checkpoints stay, those of
+        every `keep_every` steps, the one with the best metric (`loss`, `max:accuracy`), and the one restored from. `seed` seeds
         the generators of ranks that a checkpoint made by fewer ranks does not know.
         """
         if attempt < 1:
             raise UsageError(f"attempt={attempt}: attempts are numbered from 1")
-        if keep_last < 1:
-            raise UsageError(f"keep_last={keep_last}: at least the newest checkpoint must stay; give 1 or more")
+        self._keep = Keep(keep_last, keep_every, keep_best)
+        self._keep.check()
         self.directory = Path(directory).absolute()
         self._coordinator = coordinator
         self._background = coordinator.clone()
         self._attempt = attempt
-        self._keep_last = keep_last
         self._config_hash = config_hash
         self._seed = seed
         self._layer = layer or FileLayer()
@@ -237,7 +240,7 @@ class Checkpointer:
             kept=self._kept,
             reason=reason,
             config_hash=self._config_hash,
-            keep_last=self._keep_last,
+            keep=self._keep,
             protected=None if self._choice is None or self._choice.manifest is None else self._choice.manifest.name,
             failure=failure,
         )

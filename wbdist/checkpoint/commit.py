@@ -26,6 +26,7 @@ from wbdist.checkpoint.files import FileLayer
 from wbdist.checkpoint.history import Kept, write_history
 from wbdist.checkpoint.image import SUFFIX
 from wbdist.checkpoint.manifest import MANIFEST, TEMPORARY, VERSION, FileEntry, Manifest, directory_name, seal
+from wbdist.checkpoint.retention import Keep
 from wbdist.checkpoint.shares import digests
 from wbdist.checkpoint.staging import Staged
 from wbdist.checkpoint.verdict import Failure, raise_failures
@@ -78,7 +79,7 @@ class SaveRequest(msgspec.Struct, frozen=True, kw_only=True):
     """What this rank put there the last time."""
     reason: str
     config_hash: str
-    keep_last: int
+    keep: Keep
     protected: str | None
     """Name of the checkpoint that this job was restored from: never removed by it."""
     failure: Failure | None
@@ -176,7 +177,7 @@ def run_save(coordinator: Coordinator, layer: FileLayer, request: SaveRequest, d
     verdict = msgspec.msgpack.decode(told, type=_Verdict)
     raise_failures([verdict.failure] if verdict.failure is not None else [], nothing)
     if rank == 0:
-        retention.prune(layer, request.directory, request.keep_last, {request.protected, request.name})
+        retention.prune(layer, request.directory, request.keep, {request.protected, request.name})
     return Committed(
         bytes=sum(entry.size for entry in files.values()),
         durable_at=verdict.durable_at,

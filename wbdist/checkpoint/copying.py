@@ -18,6 +18,7 @@ from wbdist.checkpoint.claim import Claim
 from wbdist.checkpoint.copies import Copies
 from wbdist.checkpoint.files import FileLayer
 from wbdist.checkpoint.manifest import MANIFEST, Manifest, committed, newest_first, scan, verify
+from wbdist.checkpoint.retention import Keep
 from wbdist.errors import CheckpointCorruptError, Error, FencedError
 
 log = logging.getLogger("wbdist.checkpoint")
@@ -88,12 +89,12 @@ def _bring_newest(
 class Shipping:
     """Copies committed checkpoints to the store, the newest first, on a thread of its own. Made on rank 0; `close` it."""
 
-    def __init__(self, copies: Copies, directory: Path, *, attempt: int, keep_last: int) -> None:
-        """`keep_last` copies stay at the store, and the one that this attempt started from."""
+    def __init__(self, copies: Copies, directory: Path, *, attempt: int, keep: Keep) -> None:
+        """What `keep` holds stays at the store, and the one that this attempt started from."""
         self._copies = copies
         self._outbox = directory / OUTBOX
         self._attempt = attempt
-        self._keep_last = keep_last
+        self._keep = keep
         self._changed = threading.Condition()
         self._offered: Manifest | None = None
         self._base: str | None = None
@@ -187,6 +188,6 @@ class Shipping:
         self._copies.ship(manifest, kept if (kept / MANIFEST).exists() else Path(manifest.directory), self._attempt)
         self.shipped = manifest.name
         log.info("%s is at %s after %.1f s", manifest.name, self._copies.url, time.monotonic() - started)
-        for old in self._copies.scan()[0][self._keep_last :]:
+        for old in self._keep.doomed(self._copies.scan()[0]):
             if old.name not in {self._base, manifest.name}:
                 self._copies.remove(old.name)

@@ -7,12 +7,16 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Sequence
+from math import isfinite
+from operator import neg, pos
 from pathlib import Path
+
+import msgspec
 
 from wbdist.checkpoint.files import FileLayer
 from wbdist.checkpoint.manifest import QUARANTINE, TEMPORARY, Manifest, committed
-from wbdist.errors import FencedError
+from wbdist.errors import FencedError, UsageError
 
 log = logging.getLogger("wbdist.checkpoint")
 _OWNED = re.compile(r"step-\d+\.a(\d+)(?:\..*)?")
@@ -42,12 +46,61 @@ def collect_leftovers(layer: FileLayer, directory: Path, attempt: int) -> None:
             _remove_tree(layer, path)
 
 
-def prune(layer: FileLayer, directory: Path, keep_last: int, protected: Collection[str | None]) -> list[Manifest]:
-    """Removes all committed checkpoints but the newest `keep_last` and the `protected` (by name); returns the removed.
+class Keep(msgspec.Struct, frozen=True):
+    """Which committed checkpoints stay: the union of three rules."""
+
+    last: int = 2
+    """The newest ones."""
+    every: int | None = None
+    """Those of every so many steps, for ever."""
+    best: str | None = None
+    """`loss`, `min:loss` or `max:accuracy`: the one whose run summary had the lowest or highest value of that metric."""
+
+    def check(self) -> None:
+        """Raises UsageError for a rule that cannot be followed."""
+        if self.last < 1:
+            raise UsageError(f"keep_last={self.last}: at least the newest checkpoint must stay; give 1 or more")
+        if self.every is not None and self.every < 1:
+            raise UsageError(f"keep_every={self.every}: give a number of steps, 1 or more")
+        if self.best is not None and not self._metric()[1]:
+            raise UsageError(f"keep_best={self.best!r}: give a metric's name, 'min:<name>' or 'max:<name>'")
+
+    def doomed(self, newest_first: Sequence[Manifest]) -> list[Manifest]:
+        """Those of the committed checkpoints that no rule keeps."""
+        best = self._best(newest_first)
+        return [
+            manifest
+            for manifest in newest_first[self.last :]
+            if manifest is not best and (self.every is None or manifest.step % self.every != 0)
+        ]
+
+    def _metric(self) -> tuple[Callable[[float], float], str]:
+        """What to minimise of which metric."""
+        mode, colon, name = (self.best or "").partition(":")
+        if colon and mode in {"min", "max"}:
+            return (neg if mode == "max" else pos), name
+        return pos, self.best or ""
+
+    def _best(self, newest_first: Sequence[Manifest]) -> Manifest | None:
+        if self.best is None:
+            return None
+        cost, name = self._metric()
+        known = [(manifest, manifest.run.summary.get(name)) for manifest in newest_first]
+        rated = [
+            (cost(float(value)), manifest)
+            for manifest, value in known
+            if isinstance(value, int | float) and not isinstance(value, bool) and isfinite(value)
+        ]
+        # Of equals the newest: `min` takes the first.
+        return min(rated, key=lambda pair: pair[0])[1] if rated else None
+
+
+def prune(layer: FileLayer, directory: Path, keep: Keep, protected: Collection[str | None]) -> list[Manifest]:
+    """Removes all committed checkpoints but those that `keep` and `protected` (by name) hold; returns the removed.
 
     Call it only once the newest is durable. What cannot be removed is logged and tried again after the next save.
     """
-    doomed = [manifest for manifest in committed(directory)[keep_last:] if manifest.name not in protected]
+    doomed = [manifest for manifest in keep.doomed(committed(directory)) if manifest.name not in protected]
     return [manifest for manifest in doomed if remove(layer, manifest)]
 
 

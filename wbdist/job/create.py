@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from wbdist.checkpoint.copies import Copies
+from wbdist.checkpoint.retention import Keep
 from wbdist.distributed.strategies import Strategy
 from wbdist.errors import UsageError
 from wbdist.job.handle import Job
@@ -17,14 +18,14 @@ from wbdist.run.init import make_spec
 from wbdist.settings import resolve
 
 
-def steps_between_saves(value: str | int | None) -> int | None:
+def steps_between_saves(value: str | int | None, what: str = "save_every") -> int | None:
     """`50` or `"50 steps"` as a number of steps, None for no periodic saves. Raises UsageError for anything else."""
     if value is None:
         return None
     match = re.fullmatch(r"\s*(\d+)\s*(steps?)?\s*", str(value))
     if isinstance(value, bool) or match is None or int(match[1]) == 0:
         raise UsageError(
-            f'save_every={value!r} is not understood; give a positive number of steps such as 50 or "50 steps", or None'
+            f'{what}={value!r} is not understood; give a positive number of steps such as 50 or "50 steps", or None'
         )
     return int(match[1])
 
@@ -40,6 +41,8 @@ def job(
     checkpoint_copy: str | None = None,
     save_every: str | int | None = None,
     keep_last: int = 2,
+    keep_every: str | int | None = None,
+    keep_best: str | None = None,
     strategy: Strategy = "auto",
     seed: int = 0,
     group: str | None = None,
@@ -53,7 +56,9 @@ def job(
 
     `checkpoint_dir` is the job's identity: starting again with the same one continues the same run from its newest checkpoint.
     Without one, nothing is saved and a restart is a new run. `save_every` is a number of steps ("50 steps"); a
-    checkpoint is also made at the end of the loop and on a preemption notice. `keep_last` committed ones stay.
+    checkpoint is also made at the end of the loop and on a preemption notice. The newest `keep_last` committed
+    ones stay, those of every `keep_every` steps, and the one at which the metric `keep_best` was lowest ("loss") or highest
+    ("max:accuracy").
 
     `checkpoint_copy` is an object store's address ("s3://bucket/jobs/digits", extra `s3`): committed checkpoints are copied
     there in the background, and a job whose disk is gone, or that starts on another machine, continues from there.
@@ -74,6 +79,8 @@ def job(
     if checkpoint_dir is not None and "://" in str(checkpoint_dir):
         url = str(checkpoint_dir)
         raise UsageError(f"checkpoint_dir={url!r} is not a directory; give a local one, and checkpoint_copy={url!r}")
+    keep = Keep(keep_last, steps_between_saves(keep_every, "keep_every"), keep_best)
+    keep.check()
     arguments = {
         "project": project,
         "entity": entity,
@@ -94,7 +101,7 @@ def job(
         checkpoint_dir=None if checkpoint_dir is None else Path(checkpoint_dir).absolute(),
         copies=None if checkpoint_copy is None else Copies(checkpoint_copy),
         save_every=steps_between_saves(save_every),
-        keep_last=keep_last,
+        keep=keep,
         strategy=strategy,
         seed=seed,
     )

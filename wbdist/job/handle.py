@@ -18,6 +18,7 @@ from wbdist.checkpoint.copies import Copies
 from wbdist.checkpoint.copying import Shipping
 from wbdist.checkpoint.history import share
 from wbdist.checkpoint.manifest import Manifest
+from wbdist.checkpoint.retention import Keep
 from wbdist.core.position import RunPosition
 from wbdist.distributed import bootstrap, coordination, strategies
 from wbdist.distributed.identity import detect
@@ -65,7 +66,7 @@ class Job:
         checkpoint_dir: Path | None,
         copies: Copies | None,
         save_every: int | None,
-        keep_last: int,
+        keep: Keep,
         strategy: strategies.Strategy,
         seed: int,
     ) -> None:
@@ -76,7 +77,7 @@ class Job:
         self._copies = copies
         self._shipping: Shipping | None = None
         self._save_every = save_every
-        self._keep_last = keep_last
+        self._keep = keep
         self._strategy = strategy
         self._seed = seed
         self._step = 0
@@ -162,7 +163,13 @@ class Job:
         position = None
         if self._directory is not None:
             self._checkpoints = Checkpointer(
-                self._directory, self._peers, attempt=self.attempt, keep_last=self._keep_last, seed=self._seed
+                self._directory,
+                self._peers,
+                attempt=self.attempt,
+                keep_last=self._keep.last,
+                keep_every=self._keep.every,
+                keep_best=self._keep.best,
+                seed=self._seed,
             )
             self._chosen = self._checkpoints.choose(PEER_TIMEOUT)
             position = position_of(self._chosen, self._plan, self.rank, per_rank=self._strategy == "per_rank")
@@ -178,7 +185,7 @@ class Job:
         if self.rank == 0 and self.attempt > 1:
             self._runs.run.settings.say(going_on(self.attempt, self._plan.cause, self._chosen))
         if self.rank == 0 and self._copies is not None and self._directory is not None:
-            self._shipping = Shipping(self._copies, self._directory, attempt=self.attempt, keep_last=self._keep_last)
+            self._shipping = Shipping(self._copies, self._directory, attempt=self.attempt, keep=self._keep)
             self._stack.callback(self._shipping.close)
             self._stack.callback(FenceWatch(self._shipping.fenced, self._hub.tell).close)
             if self._chosen is not None:
