@@ -12,6 +12,7 @@ import pytest
 from support.jobs import Jobs, Server, comparable, poll, the_run
 
 import wbdist
+from wbdist.checkpoint.manifest import committed
 
 STEPS = 40  # 4 epochs x 80 samples / (2 ranks x 4)
 
@@ -130,14 +131,34 @@ def test_ctrl_c_is_one_clean_stop(server: Server, jobs: Jobs) -> None:
     poll(lambda: job.family() == [], "every process to be gone", timeout=5)
 
 
+def test_a_stop_asked_for_on_the_server(server: Server, jobs: Jobs) -> None:
+    """Proves that a job whose run is stopped through the API saves on all ranks, ends with 65 and is not started again."""
+    job = jobs.start(
+        *("--name", "job", "--checkpoint-dir", "ckpt", "--epochs", "1000", "--step-seconds", "0.1"),
+        launch_args=("--on-preempt", "relaunch"),
+    )
+    poll(lambda: steps_done("job") >= 5, "5 steps")
+    the_run("job").stop()
+    assert job.wait() == 65, job.output()
+    assert job.output().count("starting tiny_job.py") == 1
+    assert "Traceback" not in job.output()
+    poll(lambda: the_run("job").state == "killed", "the state killed")
+    assert max(manifest.step for manifest in committed(jobs.cwd / "ckpt")) == the_run("job").lastHistoryStep + 1
+
+
 def test_second_job_on_one_directory_is_refused(server: Server, jobs: Jobs, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Proves that a double requeue cannot interleave: the second job is told who holds the directory, and exits 69."""
+    """Proves that a double requeue cannot interleave: the second job, supervised or a plain script, is told who
+    holds the directory, and exits 69; the plain one without a traceback."""
     monkeypatch.setenv("WBDIST_CLAIM_TIMEOUT", "1")
-    first = jobs.start("--name", "job", "--checkpoint-dir", "ckpt", "--step-seconds", "0.5")
+    first = jobs.start("--name", "job", "--checkpoint-dir", "ckpt", "--step-seconds", "2")
     poll(lambda: steps_done("job") >= 1, "the first job to train")
     second = jobs.start("--name", "job", "--checkpoint-dir", "ckpt")
     assert second.wait() == 69, second.output()
     assert "in use by pid" in second.output()
+    plain = jobs.start("--name", "job", "--checkpoint-dir", "ckpt", how="python", nproc=1)
+    assert plain.wait() == 69, plain.output()
+    assert "in use by pid" in plain.output()
+    assert "Traceback" not in plain.output()
     first.process.send_signal(signal.SIGTERM)
     assert first.wait() == 75
 

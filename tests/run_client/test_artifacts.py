@@ -58,6 +58,11 @@ def test_log_use_download(embedded: Path, own_directory: Path) -> None:
         with pytest.raises(wbdist.CommError, match="nothing"):
             user.use_artifact("nothing:latest")
     api = wbdist.Api()
+    logged = api.run(run.path).logged_artifacts(per_page=1)
+    assert (len(logged), [one.name for one in logged]) == (2, ["data-set:v0", "data-set:v1"])
+    assert logged[0].digest == first.digest
+    assert sorted(one.name for one in api.run(user.path).used_artifacts()) == ["data-set:v0", "data-set:v1"]
+    assert not list(api.run(user.path).logged_artifacts())
     assert api.artifact("p/data-set:v0").digest == first.digest
     assert api.artifact_exists("p/data-set")
     assert not api.artifact_exists("p/data-set:v7")

@@ -13,6 +13,7 @@ import wbdist
 from wbdist.core import branch
 from wbdist.run import lifecycle
 from wbdist.run.journal import JournalReader
+from wbdist.run.reader import RunNotFoundError
 
 
 @pytest.fixture(params=["online", "offline"])
@@ -137,7 +138,10 @@ def test_a_rewind(mode: str, upload: Callable[[], str]) -> None:
     assert rows_of("p/src") == [(i, i) for i in range(5)] + [(5, 100)]
     assert (found.summary["i"], found.summary["old"]) == (100, -4)
     assert (found.name, found.tags, found.notes, found.state) == ("source", ["t"], "why", "finished")
-    assert rows_of("local/p/src:1") == [(i, i) for i in range(10)]
+    assert rows_of("local/p/src:1") == rows_of("p/src:1") == [(i, i) for i in range(10)]
+    assert wbdist.Api({"project": "p"}).run("src:1").path == ["local", "p", "src:1"]
+    with pytest.raises(RunNotFoundError, match="local/p/src:9 nor p/src/9"):
+        rows_of("p/src:9")
     with wbdist.init(project="p", resume_from="src?_step=2") as run:
         assert (run.step, run.attempt) == (3, 3)
     with wbdist.init(project="p", fork_from="src:1?_step=8", id="old") as fork:

@@ -86,6 +86,8 @@ def test_every_form_of_a_path(api: wbdist.Api) -> None:
     for path in (*forms, url, url + "/overview?nw=x"):
         assert api.run(path).id == "run1", path
     assert wbdist.Api({"project": "read"}).run("run2").id == "run2"
+    api.create_run(project="numbered", run_id="7")
+    assert api.run("local/numbered:7").id == "7"
     for path in ("local/read/nope", "local/nope/run1", "nobody/read/run1"):
         with pytest.raises(ValueError, match="could not find run"):
             api.run(path)

@@ -84,9 +84,9 @@ class RankRun(Protocol):
         since the server has not acknowledged it. Blocks and raises as `Tail.of` does."""
         ...
 
-    def fenced(self) -> str:
-        """Any rank, any thread: what the server said about another job that has the run, '' while it said nothing, or on a rank
-        that does not speak to it. Asks the shipper; at most a second."""
+    def standing(self) -> client.Standing:
+        """Any rank, any thread: what the server said about another job that has the run, or about a person who wants it
+        stopped; nothing on a rank that does not speak to it. Asks the shipper; at most a second."""
         ...
 
     def finish(self, exit_code: int | None = None) -> None:
@@ -172,8 +172,8 @@ class OwnRun(RankRun):
             cursor = self._cursor
         return [] if cursor is None or self._tail is None else self._tail.of(cursor.cut(), cursor.step)
 
-    def fenced(self) -> str:
-        return _fenced(self.run.journal_path)
+    def standing(self) -> client.Standing:
+        return _standing(self.run.journal_path)
 
     def finish(self, exit_code: int | None = None) -> None:
         self.run.finish(exit_code)
@@ -258,8 +258,8 @@ class SharedRun(RankRun):
     def tail(self) -> list[JournalPrefix]:
         return [] if self._tail is None else self._tail.of(self._cut, self._cut_step)
 
-    def fenced(self) -> str:
-        return "" if self._aggregator is None else _fenced(self._aggregator.journal)
+    def standing(self) -> client.Standing:
+        return _standing(None if self._aggregator is None else self._aggregator.journal)
 
     def finish(self, exit_code: int | None = None) -> None:
         self.run.finish(exit_code)
@@ -340,9 +340,9 @@ def _tail_of(run: Run, earlier: tuple[JournalCopy, ...]) -> Tail | None:
     return None if path is None else Tail(path.parent.parent, earlier, lambda text: run.settings.say(text, warning=True))
 
 
-def _fenced(journal: Path | None) -> str:
-    said = "" if journal is None else client.fenced(journal.parent.parent, journal)
-    return fenced_message(said) if said else ""
+def _standing(journal: Path | None) -> client.Standing:
+    found = client.Standing() if journal is None else client.standing(journal.parent.parent, journal)
+    return client.Standing(fenced_message(found.fenced), found.stopped) if found.fenced else found
 
 
 class _Opened(msgspec.Struct):

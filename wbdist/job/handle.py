@@ -22,9 +22,9 @@ from wbdist.checkpoint.retention import Keep
 from wbdist.core.position import RunPosition
 from wbdist.distributed import bootstrap, coordination, strategies
 from wbdist.distributed.identity import detect
-from wbdist.errors import EXIT_PREEMPTED, EnvironmentFault, FencedError, UsageError
+from wbdist.errors import EXIT_FAILED_FOR_GOOD, EXIT_PREEMPTED, EnvironmentFault, FencedError, UsageError
 from wbdist.job.ending import Fenced, Preempted, exit_code_of, leave_verdict
-from wbdist.job.fence import FenceWatch
+from wbdist.job.fence import SERVER, FenceWatch
 from wbdist.job.plan import Plan, agree_on_plan, decide, position_of, seed_everything
 from wbdist.job.stopping import Stopping, reason_of, timed
 from wbdist.job.telling import PREEMPTION, going_on, in_total
@@ -33,8 +33,10 @@ from wbdist.preemption import sources
 from wbdist.preemption.budget import SaveCosts
 from wbdist.preemption.hub import NoticeHub
 from wbdist.preemption.notice import Notice
+from wbdist.run import process_end
 from wbdist.run.handle import Run
 from wbdist.run.lifecycle import RunSpec
+from wbdist.run.shipper.client import Standing
 
 if TYPE_CHECKING:
     from torch import nn
@@ -141,6 +143,7 @@ class Job:
         are watched. Raises JobAlreadyRunningError, CheckpointError, PeerLostError, UsageError; nothing is left open then.
         """
         bootstrap.check_main_guard()
+        process_end.chain_excepthook()
         try:
             self._open()
         except BaseException as error:
@@ -185,13 +188,13 @@ class Job:
         if self.rank == 0 and self.attempt > 1:
             self._runs.run.settings.say(going_on(self.attempt, self._plan.cause, self._chosen))
         if self.rank == 0 and self._copies is not None and self._directory is not None:
-            self._shipping = Shipping(self._copies, self._directory, attempt=self.attempt, keep=self._keep)
+            shipping = self._shipping = Shipping(self._copies, self._directory, attempt=self.attempt, keep=self._keep)
             self._stack.callback(self._shipping.close)
-            self._stack.callback(FenceWatch(self._shipping.fenced, self._hub.tell).close)
+            self._stack.callback(FenceWatch(lambda: Standing(shipping.fenced()), self._hub.tell).close)
             if self._chosen is not None:
                 self._shipping.offer(self._chosen, base=True)
         if self._runs.run.settings.mode == "online":
-            self._stack.callback(FenceWatch(self._runs.fenced, self._hub.tell).close)
+            self._stack.callback(FenceWatch(self._runs.standing, self._hub.tell).close)
 
     def _decide(self) -> Plan:
         return decide(self._spec, self._id, self._directory, self._copies, self._stack)
@@ -368,6 +371,10 @@ class Job:
         if problem and self._checkpoints is not None:
             what = f"the checkpoint of step {stands} stands" if stands >= 0 else "there is no checkpoint to go on from"
             reason += f"; nothing was saved now ({problem}), {what}"
+        if (
+            notice.cancelled and notice.source == SERVER
+        ):  # no launcher has heard of it: the code must tell it not to start again
+            raise Preempted(reason, EXIT_FAILED_FOR_GOOD)
         raise Preempted(reason, 143 if lost or plan.cancelled else EXIT_PREEMPTED)
 
     def _close_step(self) -> None:

@@ -288,6 +288,42 @@ def read_by_id(data: Mapping[str, Any]) -> RemoteArtifact | None:
     return _artifact(found, None, found.get("versionIndex")) if found else None
 
 
+_OF_RUN = """
+query RunArtifacts($entity: String!, $project: String!, $name: String!, $cursor: String, $perPage: Int) {
+  project(name: $project, entityName: $entity) {
+    run(name: $name) {
+      artifacts: %s(after: $cursor, first: $perPage) {
+        totalCount edges { node { ...Facts } } pageInfo { endCursor hasNextPage }
+      }
+    }
+  }
+}
+"""
+
+
+class ArtifactPage(msgspec.Struct, frozen=True):
+    artifacts: list[RemoteArtifact]
+    total: int
+    cursor: str | None
+    """Of the next page; None behind the last."""
+
+
+def of_run(run: tuple[str, str, str], *, used: bool, cursor: str | None, per_page: int) -> Operation:
+    """What a run logged, or used. `run`: entity, project, id."""
+    entity, project, name = run
+    variables = {"entity": entity, "project": project, "name": name, "cursor": cursor, "perPage": per_page}
+    return Operation("RunArtifacts", _OF_RUN % ("inputArtifacts" if used else "outputArtifacts") + _FACTS, variables)
+
+
+def read_of_run(data: Mapping[str, Any]) -> ArtifactPage:
+    found = ((data.get("project") or {}).get("run") or {}).get("artifacts") or {}
+    nodes = [edge["node"] for edge in found.get("edges") or ()]
+    info = found.get("pageInfo") or {}
+    more = info.get("endCursor") if info.get("hasNextPage") else None
+    artifacts = [_artifact(node, None, node.get("versionIndex")) for node in nodes]
+    return ArtifactPage(artifacts, int(found.get("totalCount") or len(nodes)), more)
+
+
 def _artifact(found: Mapping[str, Any], collection: str | None, version: int | None) -> RemoteArtifact:
     sequence = found.get("artifactSequence") or {}
     project = sequence.get("project") or {}

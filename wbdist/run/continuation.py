@@ -23,6 +23,7 @@ from wbdist.errors import CommError, DeadlineError, JobAlreadyRunningError, Usag
 from wbdist.protocol import operations
 from wbdist.protocol.attempts import FEATURE
 from wbdist.protocol.operations import FRESH
+from wbdist.run import process_end
 from wbdist.run.connection import RefusedError
 from wbdist.run.journal_format import begin_request
 from wbdist.run.local_history import LocalRun, Standing
@@ -78,6 +79,7 @@ def claim(root: Path, spec: RunSpec) -> Iterator[LocalRun]:
 
     Raises JobAlreadyRunningError when a process here is writing the run, DeadlineError when one takes over a minute to open it.
     """
+    process_end.chain_excepthook()
     lock = root / f".{spec.run_id}.opening"
     descriptor = _lock(lock, spec)
     try:

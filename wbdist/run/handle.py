@@ -514,6 +514,14 @@ class Run(ArtifactMethods, AbsentNames):
         )
         sampler.subscribe(self._sampling)
 
+    def interrupt_when_stopped(self) -> None:
+        """From now on the main thread gets a SIGINT when somebody asks on the server that this run stop. Nothing offline."""
+        if self._shipping is not None:
+            from wbdist.run import stopping
+
+            text = f"run {self.id}: somebody asked on the server that it stop: this script is interrupted"
+            self.on_finish(stopping.watch(self._shipping.stop_asked, lambda: self._say(text, warning=True)))
+
     def on_finish(self, callback: Callable[[], None]) -> None:
         """`callback` is called once, when the run has ended and its journal is closed, in the thread that ends it."""
         self._on_finish.append(callback)

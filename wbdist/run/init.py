@@ -134,6 +134,7 @@ def init(  # noqa: PLR0917  (W&B's order, but for `project` first, as its docume
         for run in reversed(lifecycle.active_runs()):
             run.finish(0)
     run = lifecycle.open_run(spec)
+    run.interrupt_when_stopped()
     if save_code:
         run.keep_main_script()
     if policy != "create_new":

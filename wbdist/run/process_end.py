@@ -2,7 +2,8 @@
 
 `atexit` finishes what is open, and these tell it the exit code:
 
-- `sys.excepthook` (chained) sees every uncaught exception except SystemExit: 1, KeyboardInterrupt 255 (W&B's number).
+- `sys.excepthook` (chained) sees every uncaught exception except SystemExit: 1, KeyboardInterrupt 255 (W&B's number). That
+  another job has the run is no fault of the script's: in place of a traceback there is one line, and launchers' code 69.
 - `sys.exit` (wrapped) raises a SystemExit whose `code` notes when the interpreter itself asks for it, which it does only
   when nobody has caught the exception.
 - `raise SystemExit(n)` reaches neither. The main module's frame tells that it did not run to its end; CPython has
@@ -24,12 +25,15 @@ from collections.abc import Callable
 from types import FrameType, TracebackType
 from typing import Any, NoReturn
 
+from wbdist.errors import EXIT_FENCED, Error
+
 KEYBOARD_INTERRUPT = 255
 PROBE_SECONDS = 2.0
 
 _lock = threading.Lock()
 _finishers: set[Any] = set()
 _installed_in = 0
+_chained = False
 _noted: int | None = None
 _uncaught: int | None = None
 _main_frame: FrameType | None = None
@@ -41,6 +45,8 @@ def code_of(error: BaseException | None) -> int:
         return 0
     if isinstance(error, SystemExit):
         return code_of_exit_argument(error.code)
+    if isinstance(error, Error) and error.exit_code == EXIT_FENCED:
+        return EXIT_FENCED
     return KEYBOARD_INTERRUPT if isinstance(error, KeyboardInterrupt) else 1
 
 
@@ -68,7 +74,7 @@ def finish_at_exit(run: Any) -> None:
         if not inherited:  # a fork inherits the hooks, which look at _installed_in
             atexit.register(_at_exit)
             _wrap_sys_exit()
-            _chain_excepthook()
+            chain_excepthook()
 
 
 def forget(run: Any) -> None:
@@ -126,12 +132,20 @@ def _wrap_sys_exit() -> None:
     sys.exit = noted_exit
 
 
-def _chain_excepthook() -> None:
+def chain_excepthook() -> None:
+    """From now on uncaught exceptions are noted, and those that mean that another job has the run end the process with 69."""
+    global _chained  # noqa: PLW0603
+    if _chained:
+        return
+    _chained = True
     original: Callable[[type[BaseException], BaseException, TracebackType | None], Any] = sys.excepthook
 
     def noting_excepthook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         global _uncaught  # noqa: PLW0603
         _uncaught = code_of(error)
+        if _uncaught == EXIT_FENCED:
+            sys.stderr.write(f"wbdist: {error}\n")
+            raise SystemExit(EXIT_FENCED)  # CPython takes it for the interpreter's own from here
         original(kind, error, trace)
 
     sys.excepthook = noting_excepthook

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NoReturn
-from urllib.parse import unquote, urlsplit
 
 from wbdist.errors import CommError, UsageError
 from wbdist.protocol import edits, names, operations, reads
 from wbdist.protocol.reads import RemoteRun
-from wbdist.run import backend
+from wbdist.run import backend, run_paths
 from wbdist.run.absent import MissingNameError
 from wbdist.run.connection import Connection
 from wbdist.run.lifecycle import new_run_id
@@ -21,7 +19,6 @@ from wbdist.settings import Settings, resolve
 if TYPE_CHECKING:
     from wbdist.run.artifacts_api import UsedArtifact
 
-_IMMUTABLE = re.compile(r"[^:]+:[0-9]+")
 _NOT_HERE = {
     **dict.fromkeys(("sweep", "agent"), "sweeps are not built"),
     **dict.fromkeys(("reports", "create_custom_chart"), "reports are not built; charts are on the run's page"),
@@ -89,12 +86,19 @@ class Api:
     def run(self, path: str) -> RunRecord:
         """The run at `entity/project/id` (also `project/id`, `id`, `entity/project:id`, `entity/project/runs/id`, or its URL).
 
-        `entity/project/<run>:<attempt>` is that run as that attempt had it, whatever became of it since (its immutable id).
+        `<run>:<attempt>` in place of the id is that run as that attempt had it, whatever became of it since (its immutable id).
+        Where that leaves open what is meant (`a/b:1`), a run `b` with such an attempt comes before W&B's `entity/project:id`.
 
-        Raises RunNotFoundError.
+        Raises RunNotFoundError; UsageError for what is no path.
         """
-        entity, project, run_id = self._split(path)
-        return RunRecord(self, entity, project, self.fetch(entity, project, run_id))
+        places = run_paths.places(path, self.settings.project or "")
+        for place in places:
+            entity, project, run_id = place.entity or self.default_entity, place.project, place.run_id
+            found = reads.read_run(self.execute(reads.run(entity, project, run_id)))
+            if found is not None:
+                return RunRecord(self, entity, project, found)
+        missing = " nor ".join(f"{place.entity or self.default_entity}/{place.project}/{place.run_id}" for place in places)
+        raise RunNotFoundError(f"could not find run {missing} on {self.base_url}; {run_paths.FORMS}")
 
     def fetch(self, entity: str, project: str, run_id: str) -> RemoteRun:
         """One run as the server tells it. Raises RunNotFoundError."""
@@ -181,21 +185,6 @@ class Api:
 
     def flush(self) -> None:
         """Nothing: every call asks the server. (W&B's Api keeps what it has read until it is flushed.)"""
-
-    def _split(self, path: str) -> tuple[str, str, str]:
-        if "://" in path:
-            path = unquote(urlsplit(path).path)
-        parts = [part for part in path.split("/") if part]
-        if not (len(parts) >= 3 and _IMMUTABLE.fullmatch(parts[-1])):  # else the id of one incarnation
-            parts = [part for part in path.replace(":", "/").split("/") if part]
-        if len(parts) >= 4 and parts[2] == "runs":
-            parts = [*parts[:2], parts[3]]  # what comes behind in a URL is a tab of the run's page
-        if not 1 <= len(parts) <= 3:
-            raise UsageError(f"run path {path!r} is not understood; write entity/project/id")
-        project = parts[-2] if len(parts) > 1 else self.settings.project
-        if not project:
-            raise UsageError(f"run path {path!r} has no project, and none is set: write entity/project/id")
-        return (parts[0] if len(parts) == 3 else self.default_entity), project, parts[-1]
 
     def execute(self, operation: operations.Operation) -> dict[str, Any]:
         """One GraphQL operation; for `RunRecord` and `Runs`."""

@@ -20,6 +20,7 @@ from wbdist.run.absent import MissingNameError
 if TYPE_CHECKING:
     from wbdist.run.files_api import File, Files
     from wbdist.run.reader import Api
+    from wbdist.run.run_artifacts import RunArtifacts
 
 PAGE_STEPS = 1000
 """Steps asked for at a time: what W&B's server answers at most."""
@@ -29,9 +30,8 @@ _NOT_HERE = {
     "download_history_exports": "history is not exported to parquet; read it with `scan_history()`",
     "beta_scan_history": "read it with `scan_history()`",
     "to_html": "open the page at `.url`",
-    **dict.fromkeys(
-        ("logged_artifacts", "used_artifacts", "log_artifact", "use_artifact"), "read them with `Api().artifact(...)`"
-    ),
+    "log_artifact": "log it from a run of a process: `init(...).log_artifact(...)`",
+    "use_artifact": "read it with `Api().artifact(...)`, or use it in a run of a process",
 }
 
 
@@ -336,6 +336,18 @@ class RunRecord:
         from wbdist.run import files_api
 
         return files_api.upload_file(self._api, self._address, path, root)
+
+    def logged_artifacts(self, per_page: int = 100) -> RunArtifacts:
+        """The artifacts that the run logged and still shows, fetched a page at a time as they are looked at."""
+        from wbdist.run.run_artifacts import RunArtifacts
+
+        return RunArtifacts(self._api, self._address, used=False, per_page=per_page)
+
+    def used_artifacts(self, per_page: int = 100) -> RunArtifacts:
+        """Those that it used."""
+        from wbdist.run.run_artifacts import RunArtifacts
+
+        return RunArtifacts(self._api, self._address, used=True, per_page=per_page)
 
     @property
     def _address(self) -> tuple[str, str, str]:

@@ -20,6 +20,10 @@ class Shipping:
         """Tells the shipper, starting it when there is none; a few milliseconds. Raises InitStartError."""
         client.watch(self._root, self._journal, self._base_url, self._api_key)
 
+    def stop_asked(self) -> bool:
+        """Whether somebody asked on the server that the run's process stop. At most a second; never raises."""
+        return client.standing(self._root, self._journal).stopped
+
     def flush(self, timeout: float, *, priority: bool = False, files: bool = False) -> client.FlushResult:
         """Waits until the server has acknowledged all that is in the journal now, at most `timeout` seconds.
 

@@ -89,15 +89,25 @@ def flush(
             return FlushResult(reply.acked, reply.error)
 
 
-def fenced(root: Path, journal: Path) -> str:
-    """'fenced: ...' once the server has said that another attempt has the run of `journal`, else ''. At most a second.
+class Standing(msgspec.Struct, frozen=True):
+    """What the server said about a run to whoever writes it."""
 
-    Starts nothing and raises nothing: '' also when no shipper answers.
+    fenced: str = ""
+    """'fenced: ...' once another attempt has the run."""
+    stopped: bool = False
+    """Somebody asked that its process stop."""
+
+
+def standing(root: Path, journal: Path) -> Standing:
+    """What the server has said so far about the run of `journal`. At most a second.
+
+    Starts nothing and raises nothing: nothing was said when no shipper answers.
     """
     try:
-        return call(root, Request("fenced", str(journal.resolve())), 1.0).error
+        reply = call(root, Request("standing", str(journal.resolve())), 1.0)
     except OSError:
-        return ""
+        return Standing()
+    return Standing(reply.error, reply.stopped)
 
 
 def ensure_shipper(root: Path, env: Mapping[str, str] | None = None, timeout: float = STARTUP) -> int:
@@ -156,4 +166,4 @@ def _start(root: Path, request: Request | None, env: Mapping[str, str] | None) -
             raise InitStartError(f"the shipper ended at once; see {root / 'logs' / 'shipper.log'}") from None
 
 
-__all__ = ["FlushResult", "ensure_shipper", "fenced", "flush", "watch"]
+__all__ = ["FlushResult", "Standing", "ensure_shipper", "flush", "standing", "watch"]

@@ -3,7 +3,7 @@
 {"op": "ping"}                                              -> {"ok": true, "pid": n}
 {"op": "watch", "journal", "base_url", "api_key"}           -> {"ok": true}
 {"op": "flush", "journal", "timeout", "priority", "files"}  -> {"acked": bool, "error": str}
-{"op": "fenced", "journal"}                                 -> {"ok": true, "error": "" or "fenced: ..."}
+{"op": "standing", "journal"}                               -> {"ok": true, "error": "" or "fenced: ...", "stopped": bool}
 """
 
 from __future__ import annotations
@@ -41,6 +41,8 @@ class Request(msgspec.Struct, omit_defaults=True):
 class Reply(msgspec.Struct, omit_defaults=True):
     ok: bool = False
     acked: bool = False
+    stopped: bool = False
+    """Somebody asked on the server that the run's process stop."""
     error: str = ""
     pid: int = 0
 

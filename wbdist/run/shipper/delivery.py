@@ -138,6 +138,8 @@ class Delivery:
         self._last_sent = 0.0
         self._last_look = 0.0
         self._tries = 0
+        self.stopped = False
+        """Somebody asked on the server that the run's process stop."""
         self.fenced = False
         """A newer attempt owns the run; the journal goes to the archive."""
         self._behind = True
@@ -499,6 +501,7 @@ class Delivery:
         reply = file_stream.decode_reply(answer.body)
         if answer.ok or (answer.status == 409 and reply.wbdist is not None and reply.wbdist.code in {"gap", "fenced"}):
             self.delivered += 1
+            self.stopped = self.stopped or reply.stopped
             return reply.wbdist
         raise self._problem("file_stream", answer, reply.error)
 

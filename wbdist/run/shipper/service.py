@@ -287,18 +287,19 @@ class Service:
                 return Reply(ok=True)
             if request.op == "flush":
                 return self._flush(request)
-            if request.op == "fenced":
-                return Reply(ok=True, error=self._fenced(Path(request.journal)))
+            if request.op == "standing":
+                return self._standing(Path(request.journal))
         except (JournalCorruptError, UsageError, OSError) as error:
             self._log.warning("%s %s: %s", request.op, request.journal, error)
             return Reply(error=str(error))
-        return Reply(error=f"unknown request {request.op!r}; known are ping, watch, flush, fenced")
+        return Reply(error=f"unknown request {request.op!r}; known are ping, watch, flush, standing")
 
-    def _fenced(self, path: Path) -> str:
+    def _standing(self, path: Path) -> Reply:
         with self._lock:
             lane = self._lane_of.get(path)
-        found = [] if lane is None else [one.error for one in lane.snapshot() if one.path == path and one.fenced]
-        return found[0] if found else ""
+        found = [] if lane is None else [one for one in lane.snapshot() if one.path == path]
+        fenced = [one.error for one in found if one.fenced]
+        return Reply(ok=True, error=fenced[0] if fenced else "", stopped=any(one.stopped for one in found))
 
     def _flush(self, request: Request) -> Reply:
         path = Path(request.journal)
