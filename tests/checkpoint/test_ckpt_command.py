@@ -8,10 +8,15 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from click.testing import CliRunner
 from support.ranks import alone
-from support.training import Training
+from support.training import Training, position
 
+from wbdist.checkpoint.checkpointer import Checkpointer
+from wbdist.checkpoint.claim import Attempt, JobIdentity
+from wbdist.checkpoint.copies import Copies
+from wbdist.checkpoint.manifest import committed
 from wbdist.cli.ckpt import command
 
 
@@ -34,7 +39,10 @@ def test_ls_and_verify(directory: Path) -> None:
     """Both list newest first, as text and as JSON; damage is named and is exit code 1."""
     code, output = run("ls", directory, "--json")
     assert (code, [row["step"] for row in json.loads(output)]) == (0, [4, 3, 2])
-    assert run("ls", directory)[1].startswith("step-4.a1")
+    lines = run("ls", directory)[1].splitlines()
+    assert lines[0].split()[:5] == ["checkpoint", "step", "attempt", "age", "size"]
+    assert lines[1].split()[:3] == ["step-4.a1", "4", "1"]
+    assert lines[1].split()[-4:] == ["1", "r1", "3", "whole"]
     assert run("verify", directory)[0] == 0
     (directory / "step-3.a1" / "shared" / "state.json").write_bytes(b"{}")
     (directory / "step-2.a1" / "manifest.json").write_bytes(b"{}")
@@ -45,7 +53,11 @@ def test_ls_and_verify(directory: Path) -> None:
     assert "shared/state.json has 2 bytes" in verdicts["step-3.a1"]
     assert "not a manifest" in verdicts["step-2.a1"]
     assert run("verify", directory, "step-4.a1") == (0, "step-4.a1            ok\n")
-    assert run("ls", directory)[0] == 1
+    (directory / "step-1.a1.tmp").mkdir()
+    code, output = run("ls", directory)
+    assert code == 1
+    assert "damaged: shared/state.json has 2 bytes" in output
+    assert output.endswith("unfinished: step-1.a1.tmp\n")
 
 
 def test_rm(directory: Path) -> None:
@@ -68,6 +80,40 @@ def test_diff(directory: Path) -> None:
     assert {"shared/model.0.weight", "shared/optimizer.state.0.exp_avg", "rank-0/rng.torch", "rank-0/rng.python"} <= set(parts)
     assert "shared/data.seed" not in parts
     assert run("diff", directory, "step-3.a1", "step-3.a1") == (0, "step-3.a1 and step-3.a1 hold the same\n")
+
+
+def test_diff_names_config_keys(tmp_path: Path) -> None:
+    """Config keys that changed between two attempts are named, nested ones too, by diff and by the restore."""
+    for attempt, config in ((1, {"lr": 0.1, "net": {"depth": 2}}), (2, {"lr": 0.2, "net": {"depth": 2, "width": 8}})):
+        model = torch.nn.Linear(2, 2)
+        with Checkpointer(tmp_path, alone(), attempt=attempt, config=config) as checkpoints:
+            checkpoints.track(model=model)
+            restored = checkpoints.restore(timeout=20)
+            checkpoints.save(attempt, position(attempt, attempt), block=True, timeout=20)
+    assert restored is not None
+    assert restored.notes == ("the config has changed since step-1.a1: config.lr 0.1 -> 0.2, config.net.width absent -> 8",)
+    parts = {row["part"] for row in json.loads(run("diff", tmp_path, "--json")[1]) if row["part"].startswith("config")}
+    assert parts == {"config.lr", "config.net.width"}
+
+
+def test_on_an_object_store(directory: Path) -> None:
+    """The same commands on a store's address, here a directory's; damage there is told."""
+    url = f"file://{directory.parent / 'store'}"
+    copies = Copies(url)
+    copies.begin(JobIdentity("r1", "p", "e", None, 0.0), Attempt(1, "n", 0.0, "h", 1, "start"), ())
+    for manifest in committed(directory):
+        copies.ship(manifest, Path(manifest.directory), 1)
+    here, there = (json.loads(run("ls", where, "--json")[1]) for where in (directory, url))
+    assert here == there
+    assert run("verify", url) == run("verify", directory)
+    assert run("diff", url) == run("diff", directory)
+    assert run("rm", url, "step-2.a1") == (0, "removed step-2.a1\n")
+    (directory.parent / "store" / "step-3.a1" / "shared" / "state.json").write_bytes(b"{}")
+    assert run("ls", url)[0] == 1
+    assert "shared/state.json has 2 bytes" in run("verify", url)[1]
+    code, output = run("ls", directory / "nowhere")
+    assert code == 65
+    assert "is not a directory" in output
 
 
 def test_listing_needs_no_torch(directory: Path) -> None:

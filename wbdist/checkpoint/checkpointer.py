@@ -14,10 +14,12 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
+
+import msgspec
 
 from wbdist.checkpoint import restore as restoring
 from wbdist.checkpoint.capture import Captured, capture
@@ -103,6 +105,7 @@ class Checkpointer:
         keep_every: int | None = None,
         keep_best: str | None = None,
         config_hash: str = "",
+        config: Mapping[str, Any] | None = None,
         seed: int = 0,
         layer: FileLayer | None = None,
     ) -> None:
@@ -111,7 +114,8 @@ class Checkpointer:
         `directory` must be the same, shared one on all ranks. `attempt` is this life of the job, from 1; a newer attempt
         in the directory fences this one off. The newest `keep_last` committed checkpoints stay, those of
         every `keep_every` steps, the one with the best metric (`loss`, `max:accuracy`), and the one restored from. `seed` seeds
-        the generators of ranks that a checkpoint made by fewer ranks does not know.
+        the generators of ranks that a checkpoint made by fewer ranks does not know. `config` and `config_hash` are told in
+        the manifest, and a restore says what has changed of them.
         """
         if attempt < 1:
             raise UsageError(f"attempt={attempt}: attempts are numbered from 1")
@@ -122,6 +126,7 @@ class Checkpointer:
         self._background = coordinator.clone()
         self._attempt = attempt
         self._config_hash = config_hash
+        self._config: dict[str, Any] = msgspec.to_builtins(dict(config or {}), str_keys=True, enc_hook=str)
         self._seed = seed
         self._layer = layer or FileLayer()
         self._objects = TrackedObjects()
@@ -175,6 +180,7 @@ class Checkpointer:
             self._choice,
             seed=self._seed,
             config_hash=self._config_hash,
+            config=self._config,
             timeout=max(0.0, deadline - time.monotonic()),
         )
         return self._restored
@@ -240,6 +246,7 @@ class Checkpointer:
             kept=self._kept,
             reason=reason,
             config_hash=self._config_hash,
+            config=self._config,
             keep=self._keep,
             protected=None if self._choice is None or self._choice.manifest is None else self._choice.manifest.name,
             failure=failure,

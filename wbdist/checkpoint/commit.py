@@ -79,6 +79,7 @@ class SaveRequest(msgspec.Struct, frozen=True, kw_only=True):
     """What this rank put there the last time."""
     reason: str
     config_hash: str
+    config: dict[str, Any]
     keep: Keep
     protected: str | None
     """Name of the checkpoint that this job was restored from: never removed by it."""
@@ -264,6 +265,7 @@ def _commit(layer: FileLayer, request: SaveRequest, temporary: Path, reports: li
         torch=str(torch.__version__),
         reason=request.reason,
         config_hash=request.config_hash,
+        config=request.config,
         host=socket.gethostname(),
     )
     with layer.writing(temporary / MANIFEST) as stream:

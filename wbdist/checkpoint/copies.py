@@ -219,6 +219,21 @@ class Copies:
             self._delete([marker])
             self._delete([path for path in self._list(f"{name}/") if path != marker])
 
+    def sizes(self, name: str) -> dict[str, int]:
+        """The files of a checkpoint that are here, by their path below it."""
+        with self._asking(f"list {name}"):
+            return {path.partition("/")[2]: size for path, size in self._list(f"{name}/").items()}
+
+    def put_away(self) -> list[str]:
+        """Names of the quarantined checkpoints."""
+        with self._asking("list the quarantine"):
+            return sorted(Path(path).stem for path in self._list(f"{QUARANTINE}/"))
+
+    def unfinished(self) -> list[str]:
+        """Names of what has no marker: being copied or removed, or left so."""
+        with self._asking("list what is unfinished"):
+            return sorted(name for name in self._names() if f"{name}/{MANIFEST}" not in self._list(f"{name}/"))
+
     def collect_leftovers(self, attempt: int) -> list[str]:
         """Removes what attempts before `attempt` did not finish to copy or to remove; returns the names."""
         removed = []

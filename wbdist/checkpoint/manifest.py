@@ -13,6 +13,7 @@ from __future__ import annotations
 import os
 import re
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import xxhash
@@ -60,6 +61,8 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     reason: str = ""
     """Why it was saved, for people: 'interval', 'preemption', ..."""
     config_hash: str = ""
+    config: dict[str, Any] = {}
+    """What the job was started with, as far as it told."""
     host: str = ""
     directory: str = ""
     """Where this checkpoint lies; filled on reading, not stored."""

@@ -12,6 +12,7 @@ import msgspec
 
 from wbdist.checkpoint import retention, rng, tracked, tree
 from wbdist.checkpoint.commit import SHARED, STATE, rank_directory
+from wbdist.checkpoint.difference import config_values, differing
 from wbdist.checkpoint.files import FileLayer
 from wbdist.checkpoint.manifest import Manifest, scan, verify
 from wbdist.checkpoint.storage import read_tensors
@@ -100,7 +101,14 @@ def _put_away(layer: FileLayer, path: Path, problem: str) -> str:
 
 
 def load_all(
-    coordinator: Coordinator, objects: TrackedObjects, choice: Choice, *, seed: int, config_hash: str, timeout: float
+    coordinator: Coordinator,
+    objects: TrackedObjects,
+    choice: Choice,
+    *,
+    seed: int,
+    config_hash: str,
+    config: dict[str, Any],
+    timeout: float,
 ) -> Restored:
     """Loads the chosen checkpoint into the tracked objects and the generators of this rank.
 
@@ -119,8 +127,17 @@ def load_all(
     _agree(coordinator, "ckpt/restore/loaded", failure, deadline, consequence)
     if config_hash != manifest.config_hash:
         notes.append(f"the config has changed: its hash is {config_hash!r}, that of the checkpoint {manifest.config_hash!r}")
+    notes += _config_notes(manifest, config)
     rank = coordinator.rank
     return Restored(manifest, manifest.runs[rank] if rank < len(manifest.runs) else None, tuple(notes))
+
+
+def _config_notes(manifest: Manifest, config: dict[str, Any]) -> list[str]:
+    if not manifest.config or not config:
+        return []
+    before, now = config_values(manifest.config), config_values(config)
+    changed = [f"{key} {before.get(key, 'absent')} -> {now.get(key, 'absent')}" for key in differing(before, now)]
+    return [f"the config has changed since {manifest.name}: {', '.join(changed)}"] if changed else []
 
 
 def _failure(rank: int, act: Callable[[], object]) -> Failure | None:

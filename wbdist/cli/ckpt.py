@@ -1,72 +1,76 @@
-"""`wbdist ckpt`: what lies in a checkpoint directory, and whether it is whole. Needs no torch, except for `diff`."""
+"""`wbdist ckpt`: what checkpoints there are, and whether they are whole. Needs no torch, except for `diff`."""
 
 from __future__ import annotations
 
 import json
-from datetime import UTC, datetime
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import click
+import xxhash
 
-from wbdist.checkpoint import retention
-from wbdist.checkpoint.files import FileLayer
-from wbdist.checkpoint.manifest import Manifest, scan, verify
+from wbdist.checkpoint.manifest import Broken, Manifest
+from wbdist.checkpoint.places import place
+from wbdist.cli.attempts import duration
 from wbdist.errors import CheckpointCorruptError, Error
 
-DIRECTORY = click.Path(exists=True, file_okay=False, path_type=Path)
+COLUMNS = ("checkpoint", "step", "attempt", "age", "size", "ranks", "run", "rows to step", "saved for", "verdict")
+_NUMBERS = frozenset({"step", "attempt", "size", "ranks", "rows to step"})
 
 
 @click.group()
 def command() -> None:
-    """List, verify, remove and compare the checkpoints of a job.
+    """List, verify, remove and compare the checkpoints of a job, in a directory or on an object store.
 
     \b
     Example:
       wbdist ckpt ls checkpoints/digits
+      wbdist ckpt ls s3://bucket/jobs/digits
     """
 
 
 @command.command("ls")
-@click.argument("directory", type=DIRECTORY)
+@click.argument("where", metavar="DIRECTORY|URL")
 @click.option("--json", "as_json", is_flag=True, help="One JSON array on stdout.")
-def list_checkpoints(directory: Path, as_json: bool) -> None:
-    """List the committed checkpoints in DIRECTORY, newest first.
+def list_checkpoints(where: str, as_json: bool) -> None:
+    """List the committed checkpoints, newest first.
 
-    Reads manifests only; `verify` reads the files. Exit code 1 when a manifest is damaged.
+    Reads manifests and file sizes only; `verify` reads the files. `rows to step` is where the run's history stood. Exit code
+    1 when something is missing or damaged.
 
     \b
     Example:
       wbdist ckpt ls checkpoints/digits --json
     """
-    good, broken = _scan(directory)
+    with _told():
+        found = place(where)
+        good, broken = found.scan()
+        rows = [_row(manifest, found.missing(manifest)) for manifest in good]
+        rows += [_broken_row(bad) for bad in broken]
+        beside = [("quarantined", found.put_away()), ("unfinished", found.unfinished())]
     if as_json:
-        rows = [_row(manifest) for manifest in good]
-        rows += [
-            {"name": Path(bad.directory).name, "step": bad.step, "attempt": bad.attempt, "problem": bad.problem}
-            for bad in broken
-        ]
         click.echo(json.dumps(rows, indent=2))
     else:
-        for manifest in good:
-            when = datetime.fromtimestamp(manifest.created, UTC).strftime("%Y-%m-%d %H:%M:%SZ")
-            size = f"{manifest.bytes / 1e6:.1f} MB"
-            about = f"{manifest.world_size} ranks  run {manifest.run.run_id}  {manifest.reason}"
-            click.echo(f"{manifest.name:<20} {when}  {size:>12}  {about}")
-        for bad in broken:
-            click.echo(f"{Path(bad.directory).name:<20} damaged: {bad.problem}")
-        if not good and not broken:
-            click.echo(f"no checkpoints in {directory}")
-    if broken:
+        if rows:
+            _table([COLUMNS, *(_cells(row) for row in rows)])
+        else:
+            click.echo(f"no checkpoints in {where}")
+        for what, names in beside:
+            if names:
+                click.echo(f"{what}: {', '.join(names)}")
+    if any(row["problem"] for row in rows):
         raise SystemExit(1)
 
 
 @command.command("verify")
-@click.argument("directory", type=DIRECTORY)
+@click.argument("where", metavar="DIRECTORY|URL")
 @click.argument("names", nargs=-1)
 @click.option("--json", "as_json", is_flag=True, help="One JSON array on stdout.")
-def verify_checkpoints(directory: Path, names: tuple[str, ...], as_json: bool) -> None:
-    """Read every file of the checkpoints NAMES (all when none are given) in DIRECTORY and compare sizes and digests.
+def verify_checkpoints(where: str, names: tuple[str, ...], as_json: bool) -> None:
+    """Read every file of the checkpoints NAMES (all when none are given) and compare sizes and digests.
 
     Exit code 1 when one is damaged.
 
@@ -74,105 +78,118 @@ def verify_checkpoints(directory: Path, names: tuple[str, ...], as_json: bool) -
     Example:
       wbdist ckpt verify checkpoints/digits step-100.a1
     """
-    good, broken = _scan(directory)
-    known = {manifest.name: manifest for manifest in good}
-    problems = {Path(bad.directory).name: bad.problem for bad in broken}
-    for name in names:
-        if name not in known and name not in problems:
-            raise click.UsageError(f"there is no checkpoint {name!r} in {directory}; there are {sorted({*known, *problems})}")
-    for name, manifest in known.items():
-        if not names or name in names:
-            try:
-                verify(manifest)
-            except CheckpointCorruptError as error:
-                problems[name] = str(error)
-    chosen = [name for name in [*known, *(n for n in problems if n not in known)] if not names or name in names]
+    with _told():
+        found = place(where)
+        good, broken = found.scan()
+        problems = {Path(bad.directory).name: bad.problem for bad in broken}
+        there = [*(manifest.name for manifest in good), *problems]
+        for name in names:
+            if name not in there:
+                raise click.UsageError(f"there is no checkpoint {name!r} in {where}; there are {sorted(there)}")
+        chosen = [name for name in there if not names or name in names]
+        for manifest in good:
+            if manifest.name in chosen:
+                try:
+                    found.verify(manifest)
+                except CheckpointCorruptError as error:
+                    problems[manifest.name] = str(error)
     if as_json:
-        click.echo(
-            json.dumps(
-                [{"name": name, "ok": name not in problems, "problem": problems.get(name, "")} for name in chosen], indent=2
-            )
-        )
+        verdicts = [{"name": name, "ok": name not in problems, "problem": problems.get(name, "")} for name in chosen]
+        click.echo(json.dumps(verdicts, indent=2))
     else:
         for name in chosen:
             click.echo(f"{name:<20} {problems.get(name, 'ok')}")
         if not chosen:
-            click.echo(f"no checkpoints in {directory}")
+            click.echo(f"no checkpoints in {where}")
     if any(name in problems for name in chosen):
         raise SystemExit(1)
 
 
 @command.command("rm")
-@click.argument("directory", type=DIRECTORY)
+@click.argument("where", metavar="DIRECTORY|URL")
 @click.argument("names", nargs=-1, required=True)
 @click.option("--json", "as_json", is_flag=True, help="One JSON array of the removed names on stdout.")
 @click.option("--force", is_flag=True, help="Also when no checkpoint would be left.")
-def remove_checkpoints(directory: Path, names: tuple[str, ...], as_json: bool, force: bool) -> None:
-    """Remove the checkpoints NAMES from DIRECTORY; refuses to remove the last one.
+def remove_checkpoints(where: str, names: tuple[str, ...], as_json: bool, force: bool) -> None:
+    """Remove the checkpoints NAMES; refuses to remove the last one.
 
     \b
     Example:
       wbdist ckpt rm checkpoints/digits step-50.a1
     """
-    good, _ = _scan(directory)
-    chosen = [_find(good, directory, name) for name in names]
-    if len(chosen) >= len(good) and not force:
-        raise click.UsageError(f"this would leave no checkpoint in {directory}; add --force to do it")
-    removed = [manifest.name for manifest in chosen if retention.remove(FileLayer(), manifest)]
+    with _told():
+        found = place(where)
+        good, _ = found.scan()
+        chosen = [_find(good, where, name) for name in names]
+        if len(chosen) >= len(good) and not force:
+            raise click.UsageError(f"this would leave no checkpoint in {where}; add --force to do it")
+        removed = [manifest.name for manifest in chosen if found.remove(manifest)]
     click.echo(json.dumps(removed) if as_json else "\n".join(f"removed {name}" for name in removed))
     if len(removed) < len(chosen):
         raise SystemExit(1)
 
 
 @command.command("diff")
-@click.argument("directory", type=DIRECTORY)
+@click.argument("where", metavar="DIRECTORY|URL")
 @click.argument("names", nargs=-1)
 @click.option("--json", "as_json", is_flag=True, help="One JSON array of the differing parts on stdout.")
-def compare_checkpoints(directory: Path, names: tuple[str, ...], as_json: bool) -> None:
-    """Say what differs between two checkpoints in DIRECTORY (the two newest unless NAMES are given), value by value.
+def compare_checkpoints(where: str, names: tuple[str, ...], as_json: bool) -> None:
+    """Say what differs between two checkpoints (the two newest unless NAMES are given), value by value.
 
-    Tensors are compared bit by bit. Exit code 1 when something differs.
+    Tensors are compared bit by bit, and shown by type, shape and digest; the config that the job was started with key by key.
+    Exit code 1 when something differs.
 
     \b
     Example:
       wbdist ckpt diff checkpoints/digits step-50.a1 step-100.a1
     """
-    good, _ = _scan(directory)
-    if len(names) not in {0, 2} or (not names and len(good) < 2):
-        raise click.UsageError(f"two checkpoints are compared; {directory} has {[m.name for m in good]}")
-    old, new = (_find(good, directory, name) for name in names) if names else (good[1], good[0])
-    left, right = _values(old), _values(new)
-    differing = [
-        {"part": part, old.name: _short(left.get(part, "absent")), new.name: _short(right.get(part, "absent"))}
-        for part in sorted({*left, *right})
-        if part not in left or part not in right or left[part] != right[part]
-    ]
+    from wbdist.checkpoint.difference import differing, values
+
+    with _told():
+        found = place(where)
+        good, _ = found.scan()
+        if len(names) not in {0, 2} or (not names and len(good) < 2):
+            raise click.UsageError(f"two checkpoints are compared; {where} has {[m.name for m in good]}")
+        old, new = (_find(good, where, name) for name in names) if names else (good[1], good[0])
+        with found.at_hand(old) as left_files, found.at_hand(new) as right_files:
+            left, right = values(old, left_files), values(new, right_files)
+    parts = differing(left, right)
     if as_json:
-        click.echo(json.dumps(differing, indent=2))
+        rows = [{"part": part, old.name: left.get(part, "absent"), new.name: right.get(part, "absent")} for part in parts]
+        click.echo(json.dumps(rows, indent=2))
     else:
-        for row in differing:
-            click.echo(f"{row['part']}: {row[old.name]} -> {row[new.name]}")
-        if not differing:
-            click.echo(f"{old.name} and {new.name} hold the same")
-    if differing:
+        if parts:
+            _table(
+                [
+                    ("part", old.name, new.name),
+                    *((part, _short(left.get(part, "absent")), _short(right.get(part, "absent"))) for part in parts),
+                ]
+            )
+        same = len({*left, *right}) - len(parts)
+        click.echo(
+            f"\n{len(parts)} values differ, {same} are the same" if parts else f"{old.name} and {new.name} hold the same"
+        )
+    if parts:
         raise SystemExit(1)
 
 
-def _scan(directory: Path) -> tuple[list[Manifest], list[Any]]:
+@contextmanager
+def _told() -> Iterator[None]:
     try:
-        return scan(directory)
+        yield
     except Error as error:
-        raise click.ClickException(str(error)) from error
+        click.echo(f"wbdist ckpt: {error}", err=True)
+        raise SystemExit(error.exit_code) from error
 
 
-def _find(good: list[Manifest], directory: Path, name: str) -> Manifest:
+def _find(good: list[Manifest], where: str, name: str) -> Manifest:
     for manifest in good:
         if manifest.name == name:
             return manifest
-    raise click.UsageError(f"there is no committed checkpoint {name!r} in {directory}; there are {[m.name for m in good]}")
+    raise click.UsageError(f"there is no committed checkpoint {name!r} in {where}; there are {[m.name for m in good]}")
 
 
-def _row(manifest: Manifest) -> dict[str, Any]:
+def _row(manifest: Manifest, problems: list[str]) -> dict[str, Any]:
     return {
         "name": manifest.name,
         "step": manifest.step,
@@ -183,44 +200,58 @@ def _row(manifest: Manifest) -> dict[str, Any]:
         "reason": manifest.reason,
         "run": manifest.run.run_id,
         "history_step": manifest.run.watermark.step,
+        "config": manifest.config,
         "config_hash": manifest.config_hash,
         "torch": manifest.torch,
+        "host": manifest.host,
         "shared": list(manifest.shared),
         "per_rank": list(manifest.per_rank),
+        "problem": "; ".join(problems),
     }
 
 
-def _values(manifest: Manifest) -> dict[str, str]:
-    """Every value of a checkpoint by its place: JSON of a plain value; type, shape and digest of a tensor."""
-    import torch
-    import xxhash
-
-    from wbdist.checkpoint import tree
-    from wbdist.checkpoint.commit import STATE
-    from wbdist.checkpoint.storage import read_tensors
-
-    found: dict[str, str] = {}
-    for file in manifest.files:
-        if not file.endswith("/" + STATE):
-            continue
-        directory = Path(manifest.directory) / file.removesuffix("/" + STATE)
-        structures = tree.decode((directory / STATE).read_bytes())
-        for name, tensor in read_tensors(directory, tree.template(structures)).items():
-            bits = xxhash.xxh3_64_hexdigest(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
-            found[f"{directory.name}/{name}"] = f"{tensor.dtype} {list(tensor.shape)} {bits}"
-        for name, structure in structures.items():
-            _flatten(f"{directory.name}/{name}", structure, found)
-    return found
+def _broken_row(bad: Broken) -> dict[str, Any]:
+    return {"name": Path(bad.directory).name, "step": bad.step, "attempt": bad.attempt, "problem": bad.problem}
 
 
-def _flatten(place: str, structure: Any, found: dict[str, str]) -> None:
-    items = structure.get("d", structure.get("o")) if isinstance(structure, dict) else None
-    if items is not None:
-        for key, value in items:
-            _flatten(f"{place}.{key}", value, found)
-    elif not (isinstance(structure, dict) and "T" in structure):
-        found.setdefault(place, json.dumps(structure))
+def _cells(row: dict[str, Any]) -> tuple[str, ...]:
+    if "created" not in row:
+        return (row["name"], str(row["step"]), str(row["attempt"]), "", "", "", "", "", "", f"damaged: {row['problem']}")
+    return (
+        row["name"],
+        str(row["step"]),
+        str(row["attempt"]),
+        duration(max(0.0, time.time() - row["created"])),
+        size(row["bytes"]),
+        str(row["world_size"]),
+        row["run"],
+        str(row["history_step"]),
+        row["reason"],
+        f"damaged: {row['problem']}" if row["problem"] else "whole",
+    )
+
+
+def size(count: int) -> str:
+    """`512 B`, `1.4 kB`, `2.4 GB`."""
+    amount, unit = float(count), "B"
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if amount < 1000 or unit == "TB":
+            break
+        amount /= 1000
+    return f"{count} B" if unit == "B" else f"{amount:.1f} {unit}"
+
+
+def _table(rows: list[tuple[str, ...]]) -> None:
+    # By hand: a terminal's table cuts what does not fit, and this is also read in files and through pipes.
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        cells = [
+            cell.rjust(width) if name in _NUMBERS else cell.ljust(width)
+            for name, cell, width in zip(rows[0], row, widths, strict=True)
+        ]
+        click.echo("  ".join(cells).rstrip())
 
 
 def _short(text: str) -> str:
-    return text if len(text) <= 80 else text[:77] + "..."
+    """Long values by their beginning and a digest, or two that differ at their ends would look alike."""
+    return text if len(text) <= 48 else f"{text[:36]}... #{xxhash.xxh3_64_hexdigest(text.encode())[:7]}"

@@ -173,6 +173,7 @@ class Job:
                 keep_every=self._keep.every,
                 keep_best=self._keep.best,
                 seed=self._seed,
+                config=self._spec.config,
             )
             self._chosen = self._checkpoints.choose(PEER_TIMEOUT)
             position = position_of(self._chosen, self._plan, self.rank, per_rank=self._strategy == "per_rank")
