@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import signal
-import socket
 from pathlib import Path
 
 import torch
@@ -59,17 +58,11 @@ def test_killed_in_training(tmp_path: Path) -> None:
     assert committed(tmp_path / "cut")[0].step == 9
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 def test_one_of_two_ranks_is_killed_in_a_save(tmp_path: Path) -> None:
     """Over the real store: the survivor is told which rank is missing, nothing is committed, the next attempt goes on."""
 
     def attempt(number: int) -> list[int]:
-        port = free_port()
+        port = dying.free_port()
         ranks = [dying.context().Process(target=dying.one_rank, args=(tmp_path, rank, number, port)) for rank in range(2)]
         for process in ranks:
             process.start()

@@ -6,6 +6,7 @@ from __future__ import annotations
 import multiprocessing as mp
 import os
 import signal
+import socket
 import sys
 from multiprocessing import forkserver
 from multiprocessing.context import ForkServerContext
@@ -30,9 +31,9 @@ CALLS = frozenset({"make_directory", "create", "write", "sync_file", "sync_direc
 
 
 def context() -> ForkServerContext:
-    """A fork server that has this module loaded."""
+    """A fork server that has this module loaded, and torch's part for sharding."""
     chosen = mp.get_context("forkserver")
-    chosen.set_forkserver_preload(["support.dying"])
+    chosen.set_forkserver_preload(["support.dying", "support.fsdp"])
     with pytest.MonkeyPatch.context() as patch:
         # Python 3.11 does not hand sys.path to the server, and preloading then fails without a word.
         patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
@@ -47,6 +48,12 @@ def ended(process: BaseProcess) -> int:
     assert code is not None, f"process {process.pid} still runs"
     process.close()  # type: ignore[attr-defined]  # (in every context's class)
     return code
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 class Killer(FileLayer):

@@ -12,8 +12,10 @@ import xxhash
 from wbdist.checkpoint import rng, shares, tracked, tree
 from wbdist.checkpoint.commit import SHARED, Part, rank_directory
 from wbdist.checkpoint.image import Box, Layout, lay_out
+from wbdist.checkpoint.sharded import adapted, is_sharded
 from wbdist.checkpoint.tracked import RNG, TrackedObjects
 from wbdist.checkpoint.tree import Tensors
+from wbdist.errors import UsageError
 
 
 class Captured(msgspec.Struct, frozen=True):
@@ -28,12 +30,16 @@ class Captured(msgspec.Struct, frozen=True):
 
 def capture(objects: TrackedObjects, rank: int, world_size: int) -> Captured:
     """Asks every tracked object and generator for its state. Raises UsageError for what cannot be stored."""
-    structures, tensors = _taken_apart({name: target.state_dict() for name, target in objects.shared.items()})
-    alike = frozenset[str]().union(*(tracked.alike(name, target, tensors) for name, target in objects.shared.items()))
+    shared = adapted(objects.shared)
+    structures, tensors = _taken_apart({name: target.state_dict() for name, target in shared.items()})
+    alike = frozenset[str]().union(*(tracked.alike(name, target, tensors) for name, target in shared.items()))
     samples = shares.samples(tensors, alike) if world_size > 1 else {}
     own: dict[str, Any] = {name: target.state_dict() for name, target in objects.per_rank.items()}
     own[RNG] = rng.capture()
     own_structures, own_tensors = _taken_apart(own)
+    for name, tensor in own_tensors.items():
+        if is_sharded(tensor):
+            raise UsageError(f"state {name!r} is a DTensor, which belongs to all ranks: track it without per_rank=True")
     boxes = {
         SHARED: shares.share_out(tensors, alike, rank, world_size),
         rank_directory(rank): [Box(name, tensor, (0,) * tensor.dim()) for name, tensor in own_tensors.items()],

@@ -15,7 +15,8 @@ from wbdist.checkpoint.commit import SHARED, STATE, rank_directory
 from wbdist.checkpoint.difference import config_values, differing
 from wbdist.checkpoint.files import FileLayer
 from wbdist.checkpoint.manifest import Manifest, scan, verify
-from wbdist.checkpoint.storage import read_tensors
+from wbdist.checkpoint.sharded import adapted
+from wbdist.checkpoint.storage import TensorFiles
 from wbdist.checkpoint.tracked import RNG, Stateful, TrackedObjects
 from wbdist.checkpoint.verdict import Failure, raise_failures
 from wbdist.core.coordination import Coordinator
@@ -169,7 +170,7 @@ def _check_names(objects: TrackedObjects, manifest: Manifest) -> None:
 
 def _load(coordinator: Coordinator, objects: TrackedObjects, manifest: Manifest, seed: int) -> list[str]:
     directory, rank, notes = Path(manifest.directory), coordinator.rank, []
-    _load_part(directory / SHARED, objects.shared, manifest)
+    _load_part(directory / SHARED, adapted(objects.shared), manifest)
     if coordinator.world_size != manifest.world_size:
         notes.append(f"the checkpoint was made by {manifest.world_size} ranks; this job has {coordinator.world_size}")
     if rank < manifest.world_size:
@@ -187,15 +188,15 @@ def _load(coordinator: Coordinator, objects: TrackedObjects, manifest: Manifest,
 def _load_part(directory: Path, targets: dict[str, Stateful], manifest: Manifest) -> dict[str, Any]:
     try:
         structures = tree.decode((directory / STATE).read_bytes())
-        tensors = read_tensors(directory, tree.template(structures))
+        files = TensorFiles(directory)
     except OSError as error:
         raise CheckpointError(
             f"{directory} cannot be read: {error}. All ranks must see one checkpoint directory, across hosts too."
         ) from error
-    copied = frozenset[str]().union(*(tracked.copied_on_load(name, target) for name, target in targets.items()))
-    # Views of the files are for who copies them; whatever is kept needs memory of its own.
-    tensors = {name: tensor if name in copied else tensor.clone() for name, tensor in tensors.items()}
-    states = {name: tree.join(structure, tensors) for name, structure in structures.items()}
+    states = {
+        name: tree.join(structure, tracked.tensors_for(name, targets.get(name), tree.template(structure), files))
+        for name, structure in structures.items()
+    }
     for name, target in targets.items():
         tracked.load(name, target, states[name], f"{manifest.name}/{directory.name}")
     return states

@@ -13,6 +13,7 @@ import torch
 import xxhash
 
 from wbdist.checkpoint.image import Box
+from wbdist.checkpoint.sharded import is_sharded, own_box
 from wbdist.checkpoint.tree import Tensors
 
 _SAMPLED = 16
@@ -24,13 +25,19 @@ _SAMPLE = 64
 def share_out(tensors: Tensors, alike: frozenset[str], rank: int, world_size: int) -> list[Box]:
     """What rank `rank` writes of `tensors`, of which those named in `alike` are shared out and rank 0 has the rest.
 
-    Together the boxes of all ranks hold every element once. A tensor is cut between rows of its first dimension.
+    Together the boxes of all ranks hold every element once. A tensor is cut between rows of its first dimension; of a DTensor
+    each rank writes its shard.
     """
     boxes = []
     total = sum(tensor.nbytes for name, tensor in tensors.items() if name in alike)
     first, last = total * rank // world_size, total * (rank + 1) // world_size
     start = 0
     for name, tensor in tensors.items():
+        if is_sharded(tensor):
+            box = own_box(name, tensor)
+            if box is not None:
+                boxes.append(box)
+            continue
         if name not in alike:
             if rank == 0:
                 boxes.append(Box(name, tensor, (0,) * tensor.dim()))

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, Protocol
 
 import torch
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
+from wbdist.checkpoint.sharded import ShardedModule, ShardedOptimizer, check_shape, is_sharded, like, wanted_box
+from wbdist.checkpoint.storage import TensorFiles
+from wbdist.checkpoint.tree import Spec, Tensors, split
 from wbdist.errors import Error, StateMissingError, UsageError
 
 RNG = "rng"
@@ -67,7 +70,27 @@ def alike(name: str, target: Stateful, tensors: Iterable[str]) -> frozenset[str]
     return frozenset()
 
 
-def copied_on_load(name: str, target: Stateful) -> frozenset[str]:
+def tensors_for(name: str, target: Stateful | None, wanted: Mapping[str, Spec], files: TensorFiles) -> Tensors:
+    """The tensors `wanted` of the state of `target`, placed over the ranks as the target's own are, to be loaded into it.
+
+    Raises StateMissingError, CheckpointCorruptError.
+    """
+    copied = _copied_on_load(name, target)
+    layout = split(name, target.layout())[1] if isinstance(target, (ShardedModule, ShardedOptimizer)) else {}
+    found: Tensors = {}
+    for key, spec in wanted.items():
+        here = layout.get(key)
+        if is_sharded(here):
+            check_shape(key, spec.shape, here)
+            found[key] = like(here, files.read(key, spec, wanted_box(here)).clone())
+        else:
+            tensor = files.read(key, spec)
+            # Views of the files are for who copies them; whatever is kept needs memory of its own.
+            found[key] = tensor if key in copied else tensor.clone()
+    return found
+
+
+def _copied_on_load(name: str, target: Stateful | None) -> frozenset[str]:
     """The tensors of its state, by dotted names, whose values `target` copies into its own when it is loaded."""
     if not isinstance(target, torch.nn.Module) or type(target).load_state_dict is not torch.nn.Module.load_state_dict:
         return frozenset()

@@ -16,6 +16,7 @@ from typing import Any
 import msgspec
 import torch
 
+from wbdist.checkpoint.sharded import is_sharded
 from wbdist.errors import CheckpointCorruptError, UsageError
 
 Tensors = dict[str, torch.Tensor]
@@ -84,10 +85,11 @@ def _place(path: str, tensor: torch.Tensor, tensors: Tensors) -> str:
 
 
 def _facts(path: str, tensor: torch.Tensor) -> dict[str, Any]:
-    if type(tensor) not in {torch.Tensor, torch.nn.Parameter} or tensor.layout is not torch.strided or tensor.is_quantized:
+    plain = type(tensor) in {torch.Tensor, torch.nn.Parameter} or is_sharded(tensor)
+    if not plain or tensor.layout is not torch.strided or tensor.is_quantized:
         raise UsageError(
-            f"state {path!r} is a {type(tensor).__name__} of layout {tensor.layout}; only dense, whole tensors can be saved "
-            "(sharded DTensors, sparse and quantised ones cannot, yet)"
+            f"state {path!r} is a {type(tensor).__name__} of layout {tensor.layout}; only dense tensors and DTensors can be "
+            "saved (sparse and quantised ones cannot)"
         )
     if tensor.device.type == "meta":
         raise UsageError(f"state {path!r} is on the meta device: it has no values to save; materialise it first")
