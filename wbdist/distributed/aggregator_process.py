@@ -14,15 +14,19 @@ from pathlib import Path
 
 import msgspec
 
-import wbdist.errors
 from wbdist.distributed.aggregator import Plan, Started
 from wbdist.distributed.channel import Meeting
-from wbdist.errors import Error, InitStartError
+from wbdist.distributed.opening import Opened, error_of
+from wbdist.errors import InitStartError
 from wbdist.run.lifecycle import RunSpec
 
 log = logging.getLogger("wbdist.distributed")
 
 MAX_RESTARTS = 5
+
+
+class AggregatorDownError(InitStartError):
+    """It did not come up, and did not say why."""
 
 
 class AggregatorProcess:
@@ -48,12 +52,12 @@ class AggregatorProcess:
         """The newest one's journal; None before the start."""
         return Path(self._journals[-1]) if self._journals else None
 
-    def start(self, timeout: float) -> Meeting:
+    def start(self, timeout: float) -> Opened:
         """Starts it; returns when it listens and the run is open. Blocks at most `timeout` seconds. Raises what opening the run
-        raised there, InitStartError when it does not come up."""
+        raised there, AggregatorDownError when it does not come up."""
         return self._start(0, timeout)
 
-    def restart(self, generation: int, timeout: float) -> Meeting:
+    def restart(self, generation: int, timeout: float) -> Opened:
         """Starts the next one when the one before has ended. Blocks at most `timeout` seconds a try. Raises InitStartError when
         MAX_RESTARTS are used up."""
         if self._process is not None:
@@ -77,7 +81,7 @@ class AggregatorProcess:
             except subprocess.TimeoutExpired:
                 log.warning("the aggregator (pid %d) is still at work; it ends by itself", self._process.pid)
 
-    def _start(self, generation: int, timeout: float) -> Meeting:
+    def _start(self, generation: int, timeout: float) -> Opened:
         spec = self._spec
         # One that died before it listened has a journal too, so every start is a writer of its own.
         writer = f"rank0.{self._starts}" if self._starts else "rank0"
@@ -117,19 +121,18 @@ class AggregatorProcess:
         if told is None:
             process.kill()
             process.wait()
-            raise InitStartError(f"the aggregator of run {spec.run_id} did not come up within {timeout:.0f} s")
+            raise AggregatorDownError(f"the aggregator of run {spec.run_id} did not come up within {timeout:.0f} s")
         if not told:
-            raise InitStartError(f"the aggregator of run {spec.run_id} ended with code {process.wait()} before it listened")
+            raise AggregatorDownError(
+                f"the aggregator of run {spec.run_id} ended with code {process.wait()} before it listened"
+            )
         started = msgspec.json.decode(told, type=Started)
         if started.error:
             process.wait()
-            kind = getattr(wbdist.errors, started.error_class, Error)
-            raise kind(started.error)
+            raise error_of(started.error_class)(started.error)
         self._journals.append(started.journal)
-        return Meeting(
-            address=started.address,
-            key=self._key,
-            generation=generation,
+        return Opened(
+            meeting=Meeting(address=started.address, key=self._key, generation=generation),
             url=started.url,
             name=started.name,
             entity=started.entity,

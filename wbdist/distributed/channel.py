@@ -72,10 +72,6 @@ class Meeting(msgspec.Struct, frozen=True):
     key: bytes
     generation: int
     """Counts restarts of the aggregator."""
-    url: str | None = None
-    name: str | None = None
-    entity: str = ""
-    project: str = ""
 
 
 def dial(meeting: Meeting) -> Connection:

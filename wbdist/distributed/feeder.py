@@ -45,7 +45,10 @@ class Feeder:
     and again until it returns a Meeting; it raises EnvironmentFault to give up.
     """
 
-    def __init__(self, journal: Path, rank: int, meeting: Meeting, next_meeting: Callable[[int], Meeting | None]) -> None:
+    def __init__(
+        self, journal: Path, rank: int, meeting: Meeting | None, next_meeting: Callable[[int], Meeting | None]
+    ) -> None:
+        """`meeting` None: there is no aggregator yet; `next_meeting` is asked for the first one, too."""
         self.rank = rank
         self.passed = 0
         """The rank adds nothing below this step. Set by the rank after the rows below are journalled; sent after them."""
@@ -62,8 +65,9 @@ class Feeder:
         self._offset = self._reader.first
         self._thread = threading.Thread(target=self._run, name="wbdist-feeder", daemon=True)
         self._thread.start()
-        # Known from the start: whose journal the aggregator has never heard of, nobody can miss when it dies.
-        self._ready.wait(HANDSHAKE)
+        if meeting is not None:
+            # Known from the start: whose journal the aggregator has never heard of, nobody can miss when it dies.
+            self._ready.wait(HANDSHAKE)
 
     def drain(self, step: int, timeout: float) -> tuple[RunPosition, list[tuple[Path, int]]]:
         """Rank 0, any thread: the run's position after `step`, once all ranks' rows up to it are fsynced in the run's journal;
@@ -113,6 +117,9 @@ class Feeder:
     # The thread -----------------------------------------------------------------------------------------
 
     def _run(self) -> None:
+        while self._meeting is None:
+            if not self._find_next():
+                return
         while not self._abandoned:
             try:
                 connection = channel.dial(self._meeting)
@@ -133,7 +140,7 @@ class Feeder:
         """A meeting with the next aggregator; False when there will be none."""
         while not self._abandoned:
             try:
-                found = self._next_meeting(self._meeting.generation + 1)
+                found = self._next_meeting(0 if self._meeting is None else self._meeting.generation + 1)
             except EnvironmentFault as error:
                 log.error("rank %d: %s", self.rank, error)
                 self._fault = str(error)

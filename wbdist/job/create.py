@@ -63,10 +63,10 @@ def job(
     `checkpoint_copy` is an object store's address ("s3://bucket/jobs/digits", extra `s3`): committed checkpoints are copied
     there in the background, and a job whose disk is gone, or that starts on another machine, continues from there.
 
-    `strategy`: `rank0` is one run with the ranks' means, `per_rank` a run a rank in one group, `auto` is rank0 with several
-    ranks. `seed` seeds Python, NumPy and torch on every rank (differently) and orders the data. `notices`: besides signals,
-    what may say that the job must stop, as the setting of that name ("auto", "off", "aws,file=/shared/stop"). The rest as in
-    `init`.
+    `strategy`: `rank0` is one run with the ranks' means, `per_rank` a run a rank in one group, `shared` one run that every rank
+    writes rows of its own into, `rank_zero_only` rank 0's run (docs/strategies.md); `auto` is rank0 with several ranks. `seed`
+    seeds Python, NumPy and torch on every rank (differently) and orders the data. `notices`: besides signals, what may say that
+    the job must stop, as the setting of that name ("auto", "off", "aws,file=/shared/stop"). The rest as in `init`.
 
     Raises UsageError for arguments that cannot be right; nothing is started or written before `with`.
     """

@@ -82,6 +82,10 @@ class RunSpec(msgspec.Struct, frozen=True, kw_only=True):
     """System metrics: of this process alone, or of the machine too; where `Settings.x_disable_stats` does not forbid it."""
     url: str | None = None
     """The run's page, when somebody else has registered the run (a feed's)."""
+    away: bool = False
+    """The server did not answer another rank just now: it is not asked again, the shipper will find it."""
+    announce: bool = True
+    """Say in one line where the run is; of several ranks one says it."""
 
     @property
     def is_fork(self) -> bool:
@@ -130,7 +134,9 @@ def open_run(spec: RunSpec) -> Run:
         quiet = msgspec.structs.replace(spec, name=name, capture_console=False)
         base = spec.base
         nothing = NoJournal(base.watermark.step + 1 if base else 0, base.summary if base else {})
-        return _enlist(Run(quiet, journal=nothing, shipping=None, directory=None, opened_at=opened_at))
+        silent = Run(quiet, journal=nothing, shipping=None, directory=None, opened_at=opened_at)
+        silent.config.update(spec.config)
+        return _enlist(silent)
 
     online = spec.settings.mode in {"online", "shared"} and spec.role == "run"
     root = journal_root(spec.settings)
@@ -170,7 +176,7 @@ def open_run(spec: RunSpec) -> Run:
         run.finish(1, cause="init")
         raise
     run.url = placed.url or spec.url
-    if spec.role == "run":
+    if spec.role == "run" and spec.announce:
         _announce(run, placed)
     if spec.capture_console:
         run.capture_console()
@@ -241,12 +247,17 @@ def _register(spec: RunSpec, local: LocalRun | None) -> _Placed:
     """Finds the server and makes it know the run, so that name and page are there when `init` returns."""
     from wbdist.run import backend, registration
 
-    server, problem = backend.try_server(spec.settings)
+    if spec.away and not spec.settings.base_url:
+        server, problem = None, "the embedded server is not up"
+    else:
+        server, problem = backend.try_server(spec.settings)
     if server is None:
         if spec.force:
             raise InitStartError(problem)
         return _Placed(_alone(spec, local, problem), problem=problem)
     data_dir = spec.settings.data_dir if server.embedded else ""
+    if spec.away:
+        return _Placed(_alone(spec, local), server.base_url, server.api_key, data_dir)
     try:
         known, spec = registration.register(server, spec, local, REGISTER_SECONDS)
     except registration.AwayError as error:

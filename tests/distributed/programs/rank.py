@@ -2,7 +2,8 @@
 
 orders: strategy, steps; gate: {rank: step}: before that step wait for ROOT/open; kill_self: {rank: step}; silent: ranks that
 log nothing; prints: print a line at the start of each step, and keep what is printed; drain: step to drain at the end (rank
-order: all); base: a position to continue from; id.
+order: all); base: a position to continue from; settings: more of them; config0: rank 0's config; refuse: ranks that cannot open
+their run; no_aggregator: it does not come up at the start; junk: log what cannot be logged.
 """
 
 from __future__ import annotations
@@ -13,14 +14,18 @@ import signal
 import sys
 import time
 from pathlib import Path
+from typing import Never
 
 import msgspec
 from file_coordinator import FileCoordinator
 
 from wbdist.core.position import RunPosition
 from wbdist.distributed import strategies
+from wbdist.distributed.aggregator_process import AggregatorDownError, AggregatorProcess
 from wbdist.distributed.identity import RankIdentity
+from wbdist.errors import CommError, UsageError
 from wbdist.run.init import make_spec
+from wbdist.run.lifecycle import active_runs
 from wbdist.settings import resolve
 
 
@@ -33,6 +38,14 @@ def wait_for(path: Path) -> None:
     while not path.exists():
         assert time.monotonic() < deadline, f"{path} did not appear"
         time.sleep(0.005)
+
+
+def refuse(*_: object) -> Never:
+    raise CommError("this rank is refused")
+
+
+def no_aggregator(*_: object) -> Never:
+    raise AggregatorDownError("it did not come up")
 
 
 def main() -> None:
@@ -48,8 +61,9 @@ def main() -> None:
             "console": "wrap" if orders.get("prints") else "off",
             "quiet": True,
         }
+        | orders.get("settings", {})
     )
-    spec = make_spec(settings, config={"lr": 0.5})
+    spec = make_spec(settings, config=orders["config0"] if rank == 0 and "config0" in orders else {"lr": 0.5})
     base = orders.get("base")
     spec = msgspec.structs.replace(
         spec,
@@ -58,7 +72,15 @@ def main() -> None:
         attempt=orders.get("attempt", 1),
         base=None if base is None else msgspec.convert(base, RunPosition),
     )
-    runs = strategies.open_runs(orders["strategy"], identity, peers, spec)
+    if rank in orders.get("refuse", []):
+        strategies.open_run = refuse
+    if orders.get("no_aggregator"):
+        AggregatorProcess.start = no_aggregator
+    try:
+        runs = strategies.open_runs(orders["strategy"], identity, peers, spec)
+    except CommError as error:
+        say(event="refused", rank=rank, error=str(error), open=len(active_runs()))
+        return
     aggregator = getattr(runs, "_aggregator", None)
     say(
         event="open",
@@ -66,7 +88,20 @@ def main() -> None:
         run=runs.run.id,
         journal=str(runs.run.journal_path),
         aggregator=aggregator.pid if aggregator else 0,
+        strategy=runs.strategy,
+        lr=runs.run.config.lr,
+        reason=runs.reason,
     )
+    if orders.get("junk"):
+        for given in ({"x": object()}, {1: 2.0}):
+            try:
+                runs.log(given, step=0)
+            except TypeError as error:
+                say(event="junk", rank=rank, error=str(error))
+        try:
+            runs.log({"x": 1}, step=0, reduce="median")
+        except UsageError as error:
+            say(event="junk", rank=rank, error=str(error))
     if rank == 0:
         runs.run.summary["early"] = 1
     first = runs.run.starting_step

@@ -132,7 +132,7 @@ class Delivery:
         below the newest, adds lines only; the order in which segments arrive then makes no difference."""
         self._facts_sent = 0
         self._summary_sent = 0
-        self._sums_up = self.header.nonce != SHARED
+        self._sums_up = not self.header.nonce.startswith(SHARED)
         """Whether this writer knows the whole summary; that of a shared run is the server's to make, of all writers' rows."""
         self._preempting_sent = False
         self._last_sent = 0.0
