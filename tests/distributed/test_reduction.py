@@ -5,14 +5,21 @@ from __future__ import annotations
 import math
 import random
 from fractions import Fraction
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from wbdist.core.reducers import NAMES, mean, reduce_rows, total
+from wbdist.core.reducers import NAMES, is_known, mean, reduce_rows, total
 from wbdist.distributed.alignment import StepAligner
+from wbdist.distributed.intake import FeedOps, FeedRow, FeedRows, Layouts
+from wbdist.distributed.intake import reduced as reduced_rows
+from wbdist.run.journal import Schema
+
+
+class Row(NamedTuple):
+    rank: int
 
 
 def reduced(op: str, *values: Any) -> Any:
@@ -42,6 +49,15 @@ def reduced(op: str, *values: Any) -> Any:
         ("sum", (1e308, 1e308, -1e308), 1e308),
         ("sum", (-1e308, -1e308), -math.inf),
         ("sum", (1e308, 1e308, -math.inf), -math.inf),
+        ("p50", (3, 1, 2), 2.0),
+        ("p50", (4.0, 1.0, 2.0, 3.0), 2.5),
+        ("p0", (3, 1.0, 2), 1.0),
+        ("p100", (3, 1, 2), 3.0),
+        ("p90", (0, 10), 9.0),
+        ("p99.9", (5.0,), 5.0),
+        ("p50", (-math.inf, 1.0), -math.inf),
+        ("p25", (1e308, -1e308), -5e307),
+        ("p50", ("a", "b"), "a"),
     ],
 )
 def test_ops(op: str, values: tuple[Any, ...], expected: Any) -> None:
@@ -58,6 +74,66 @@ def test_nan_propagates(op: str) -> None:
         assert math.isnan(reduced(op, *values)["k"])
     if op in ("mean", "sum"):
         assert math.isnan(reduced(op, math.inf, -math.inf)["k"])
+
+
+def test_weights_and_the_spread_band() -> None:
+    """Proves the mean by another key's weight (exact where floats are not), whoever lacks it, and the band the ranks lie in."""
+    ops = {"loss": "weighted:n", "n": "sum", "t": "spread"}
+    rows = [(0, {"loss": 1.0, "n": 1, "t": 1.0}, ops), (1, {"loss": 4.0, "n": 3, "t": 4.0}, ops)]
+    assert reduce_rows(rows) == {"loss": 3.25, "n": 4, "t": 2.5, "t/min": 1.0, "t/max": 4.0}
+    assert reduce_rows([*rows, (2, {"loss": 99.0, "n": None}, ops)])["loss"] == 3.25
+    assert math.isnan(reduce_rows([(0, {"loss": 1.0, "n": 0}, ops)])["loss"])
+    assert math.isnan(reduce_rows([*rows, (2, {"loss": math.nan, "n": 1}, ops)])["loss"])
+    large = [(rank, {"loss": value, "n": 1e300}, ops) for rank, value in enumerate((1e300, -1e300, 3.0))]
+    assert reduce_rows(large)["loss"] == 1.0
+    assert reduce_rows([(0, {"t": "text"}, ops)]) == {"t": "text"}
+
+
+def test_what_an_op_may_be() -> None:
+    """Proves that what is no op is refused before it is journaled."""
+    for op in (*NAMES[:7], "per_rank", "spread", "p0", "p99.9", "p100", "weighted:batch_size"):
+        assert is_known(op), op
+    for op in ("median", "p101", "p-1", "p", "p5x", "weighted", "weighted:", "", None, 3):
+        assert not is_known(op), op
+
+
+VALUES = st.one_of(st.floats(), st.integers(-(2**70), 2**70), st.booleans(), st.none(), st.sampled_from(["a", "b"]))
+OPS = st.sampled_from(["mean", "sum", "min", "max", "first", "last", "p75", "sum53", "spread", "per_rank", "weighted:a"])
+
+
+@given(
+    st.lists(st.dictionaries(st.sampled_from("abc"), VALUES, min_size=1), min_size=1, max_size=4),
+    st.dictionaries(st.sampled_from("abc"), OPS),
+)
+@settings(max_examples=200, deadline=None)
+def test_columns_are_as_rows(rows: list[dict[str, Any]], ops: dict[str, str]) -> None:
+    """Proves that rows kept as columns give bit for bit what rows as dicts give, whatever the layouts and the ops."""
+    layouts, kept = Layouts(), FeedOps(ops)
+    codes = [("".join("d" if type(value) is float else "x" for value in row.values())) for row in rows]
+    entries = [
+        FeedRow(rank, layouts._get(tuple(row), code), tuple(row.values()), kept, 0.0)
+        for rank, (row, code) in enumerate(zip(rows, codes, strict=True))
+    ]
+    asked = reduce_rows([(rank, row, ops) for rank, row in enumerate(rows)])
+    got = reduced_rows(entries)
+    assert list(map(repr, got.items())) == list(map(repr, asked.items()))
+
+
+def test_calls_of_one_step_are_one_row() -> None:
+    """Proves that calls of a step add up, also when they repeat a key, and that a row keeps the ops it was logged with."""
+    rows = FeedRows(0, layouts := Layouts())
+    a, b = (layouts.of(Schema(number, (key,), "d")) for number, key in enumerate("ab"))
+    assert rows.add(a, (1.0,), 5, 1.0) is None
+    assert rows.add(b, (2.0,), 5, 2.0) is None
+    rows.ops = rows.ops.after({"a": "sum"})
+    row = rows.add(a, (3.0,), 6, 3.0)
+    assert row is not None
+    assert (row.as_dict(), row.ops.of, row.time) == ({"a": 1.0, "b": 2.0}, {}, 2.0)
+    assert rows.add(a, (4.0,), 6, 4.0) is None
+    assert rows.add(None, {"n": {"x": [1]}}, 6, 5.0) is None
+    row = rows.close()
+    assert row is not None
+    assert (row.as_dict(), row.ops.of, rows.step) == ({"a": 4.0, "n": {"x": [1]}}, {"a": "sum"}, None)
 
 
 def test_per_rank_and_keys_of_some_ranks() -> None:
@@ -98,8 +174,8 @@ def test_alignment_gives_each_step_once_complete_and_in_order(events: list[tuple
     def collect() -> None:
         for step, entries in aligner.complete():
             out.append(step)
-            assert {rank for rank, _, _ in entries} == logged[step]
-            assert [rank for rank, _, _ in entries] == sorted(logged[step])
+            assert {row.rank for row in entries} == logged[step]
+            assert [row.rank for row in entries] == sorted(logged[step])
             assert all(at[rank] > step for rank in range(size)), "a rank could still have added to it"
 
     for rank, skip in events:
@@ -107,7 +183,7 @@ def test_alignment_gives_each_step_once_complete_and_in_order(events: list[tuple
         step = at[rank] + skip
         logged.setdefault(step, set()).add(rank)
         at[rank] = step + 1
-        aligner.add(rank, step, {"v": rank}, {})
+        aligner.add(step, Row(rank))
         collect()
     at = [1 << 40] * size
     for rank in range(size):

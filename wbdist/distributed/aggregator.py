@@ -27,13 +27,12 @@ from typing import Any
 
 import msgspec
 
-from wbdist.core.reducers import reduce_rows
-from wbdist.core.rows import RowAssembler
 from wbdist.distributed import channel
 from wbdist.distributed.alignment import StepAligner
 from wbdist.distributed.channel import Address, Drained, Hello, Message
 from wbdist.distributed.coordination import name_ranks
 from wbdist.distributed.cut import PositionCursor
+from wbdist.distributed.intake import FeedRow, FeedRows, Layout, Layouts, reduced
 from wbdist.errors import EXIT_RETRYABLE, Error, JournalCorruptError
 from wbdist.run.handle import Run
 from wbdist.run.journal import FrameDecoder, JournalReader, JournalWriter, Kind, Record, writer_alive
@@ -91,12 +90,14 @@ class Rank:
     def __init__(self, number: int) -> None:
         self.number = number
         self.decoder = FrameDecoder()
-        self.rows: RowAssembler | None = None
+        self.rows: FeedRows | None = None
+        """None: it has not said hello yet."""
+        self.layouts: dict[int, Layout] = {}
+        """By the numbers of its journal's schemas."""
         self.received = 0
         """Bytes of its journal taken, counted from the first frame."""
         self.promise = (0, 0)
         """(offset, step): with the journal taken up to `offset`, the rank adds nothing below `step`."""
-        self.ops: dict[str, str] = {}
         self.sampled = 0.0
         """Unix time of its last sample of system metrics that the run has."""
         self.connection: Connection | None = None
@@ -123,7 +124,8 @@ class Aggregator:
         self._listener = listener
         self._key = plan.key
         self._ranks = [Rank(number) for number in range(plan.world_size)]
-        self._aligner = StepAligner(plan.world_size, journal.header.starting_step)
+        self._aligner: StepAligner[FeedRow] = StepAligner(plan.world_size, journal.header.starting_step)
+        self._layouts = Layouts()
         self._own_records = journal.seq + 1
         self._passed_on = 0
         """Records of rank 0, from its first, that the predecessors passed on."""
@@ -238,10 +240,9 @@ class Aggregator:
 
     def _greet(self, connection: Connection, hello: Hello) -> None:
         rank = self._ranks[hello.rank]
-        header = hello.header
         rank.connection = connection
         if rank.rows is None:
-            rank.rows = RowAssembler(starting_step=header.starting_step, created=header.created, runtime=header.runtime)
+            rank.rows = FeedRows(rank.number, self._layouts)
             if hello.machine == self._machine and Path(hello.path).exists():
                 rank.local = Path(hello.path)
         self._tell(rank, Message.NEXT, rank.received)
@@ -266,13 +267,28 @@ class Aggregator:
             return
         if skip >= len(frames) or rank.rows is None or rank.gone:
             return
-        records, end = rank.decoder.decode(frames, skip)
+        found, end = rank.decoder.decode_rows(frames, skip)
         rank.received = offset + end
         if end < len(frames):  # not a boundary of our frames: let the feeder slice anew
             self._tell(rank, Message.NEXT, rank.received)
-        for record in records:
-            self._take_record(rank, rank.rows, record)
-
+        rows, layouts, aligner, number = rank.rows, rank.layouts, self._aligner, rank.number
+        for item in found:
+            if type(item) is not tuple:
+                assert isinstance(item, Record)
+                self._take_record(rank, rows, item)
+                continue
+            schema, values, step, time, commits = item
+            layout = layouts.get(schema.number)
+            if layout is None:
+                layout = layouts[schema.number] = self._layouts.of(schema)
+            before = rows.step
+            if (row := rows.add(layout, values, step, time)) is not None:
+                assert before is not None
+                aligner.add(before, row)
+            if commits:
+                self._close_row(rows)
+            else:
+                aligner.passed(number, step)
         self._keep_promise(rank)
 
     def _keep_promise(self, rank: Rank) -> None:
@@ -281,19 +297,24 @@ class Aggregator:
         if rank.received >= offset:
             self._aligner.passed(rank.number, step)
 
-    def _take_record(self, rank: Rank, rows: RowAssembler, record: Record) -> None:
+    def _take_record(self, rank: Rank, rows: FeedRows, record: Record) -> None:
         if record.kind is Kind.ROW:
-            self._add_rows(rank, rows.add(record.data, record.step, record.commit, record.time))
-            if record.step is not None:
-                self._aligner.passed(rank.number, record.step)
+            assert record.step is not None  # what `log` writes names it
+            before = rows.step
+            if (row := rows.add(None, record.data, record.step, record.time)) is not None:
+                assert before is not None
+                self._aligner.add(before, row)
+            self._aligner.passed(rank.number, record.step)
+            if record.commit:
+                self._close_row(rows)
         elif record.kind is Kind.COMMIT:
-            self._add_rows(rank, rows.close())
+            self._close_row(rows)
         elif record.kind is Kind.END:
-            self._add_rows(rank, rows.close())
+            self._close_row(rows)
             self._leave(rank, record.data)
             self._tell(rank, Message.RECEIVED)
         elif record.kind is Kind.DEFINE and "reduce" in record.data:
-            rank.ops = {**rank.ops, **record.data["reduce"]}  # a new dict: rows that wait keep the old one
+            rows.ops = rows.ops.after(record.data["reduce"])
         elif record.kind is Kind.STATS:
             if record.time > rank.sampled:  # else a predecessor has passed it on
                 rank.sampled = record.time
@@ -301,11 +322,11 @@ class Aggregator:
         elif rank.number == 0:
             self._pass_on(record)
 
-    def _add_rows(self, rank: Rank, finished: list[dict[str, Any]]) -> None:
-        for row in finished:
-            step = row.pop("_step")
-            del row["_runtime"]
-            self._aligner.add(rank.number, step, row, rank.ops)
+    def _close_row(self, rows: FeedRows) -> None:
+        step = rows.step
+        if (row := rows.close()) is not None:
+            assert step is not None
+            self._aligner.add(step, row)
 
     def _pass_on(self, record: Record) -> None:
         if record.kind is Kind.PREEMPTING:  # at once, also when a predecessor said it: saying it twice changes nothing
@@ -320,8 +341,7 @@ class Aggregator:
         for step, entries in self._aligner.complete():
             if self._held:
                 self._write_held(step)
-            times = [row.pop("_timestamp") for _, row, _ in entries]
-            append_row(reduce_rows(entries), step=step, commit=True, time=times[0])
+            append_row(reduced(entries), step=step, commit=True, time=entries[0].time)
         self._write_held(self._aligner.frontier)
 
     def _write_held(self, step: int) -> None:

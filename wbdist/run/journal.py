@@ -30,6 +30,7 @@ from wbdist.run.journal_format import (
     JournalHeader,
     Kind,
     Record,
+    Schema,
     encode_frame,
     encode_header,
     encode_record,
@@ -47,6 +48,7 @@ __all__ = [
     "JournalWriter",
     "Kind",
     "Record",
+    "Schema",
     "find_journals",
     "journal_name",
     "lock_path",
@@ -236,9 +238,16 @@ class JournalWriter:
         `time`: Unix seconds, becomes `_timestamp`.
         """
         with self.lock:
-            row = data if self._shapes.find(data) else flat_row(data)
+            shape = self._shapes.find(data)
+            row = data if shape else flat_row(data)
             while True:
                 seq = self._seq
+                if shape and step is not None and commit is not None:
+                    with suppress(struct.error):  # a number too large for its place
+                        body = shape.schema.encode(seq, _COMMIT if commit else _OPEN, step, time, tuple(row.values()))
+                        if self._store(encode_frame(body), seq, self.rule, row):
+                            return
+                        continue
                 if self._store(self._row_frame(row, seq, step, commit, time), seq, self.rule, row):
                     return
 

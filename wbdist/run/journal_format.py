@@ -274,6 +274,10 @@ def verified_end(data: bytes | memoryview, at: int, seq: int) -> Iterator[tuple[
         seq += 1
 
 
+PackedRow = tuple[Schema, tuple[Any, ...], int, float, bool]
+"""Schema, values, step, time, and whether it closes its step."""
+
+
 class FrameDecoder:
     """Frames to records, in order; remembers the schemas it has seen. For readers, and for whoever is sent frames."""
 
@@ -298,6 +302,31 @@ class FrameDecoder:
             self.seq += 1
             at = end
         return records, at
+
+    def decode_rows(self, frames: bytes | memoryview, at: int = 0) -> tuple[list[Record | PackedRow], int]:
+        """As `decode`, with packed rows of fixed size left as they are."""
+        found: list[Record | PackedRow] = []
+        others: list[Record] = []
+        view = memoryview(frames)
+        schemas = self._schemas
+        values_at = PACKED_HEAD.size
+        for start, end in verified_end(view, at, self.seq):
+            number = view[start + 4]
+            if number == _COMMITTED or number == _OPEN:  # noqa: SIM109, PLR1714
+                seq, _, of, step, time = PACKED_HEAD.unpack_from(view, start)
+                schema = schemas[of]
+                if schema.plain:
+                    found.append((schema, schema.unpack.unpack_from(view, start + values_at), step, time, number == _COMMITTED))
+                else:
+                    data = schema.decode(view, start + values_at)
+                    found.append(Record(seq, Kind.ROW, time, step, number == _COMMITTED, data))
+            else:
+                self._add(view[start:end], others)
+                found += others
+                others.clear()
+            self.seq += 1
+            at = end
+        return found, at
 
     def _add(self, body: memoryview, records: list[Record]) -> None:
         """A record of any kind but a packed row."""
