@@ -28,14 +28,23 @@ def chaos(cwd: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("cloud", ["aws", "gcp", "azure"])
-def test_job_on_a_cloud_that_takes_the_machine(cloud: str, tmp_path: Path) -> None:
-    """Proves the whole way: a supervised job of two ranks hears the cloud's notice, both stop and save, exit code 75."""
+@pytest.mark.parametrize("where", ["aws", "gcp", "azure", "slurm", "kubernetes", "pbs"])
+def test_job_on_a_machine_that_is_taken_away(where: str, tmp_path: Path) -> None:
+    """Proves the whole way: a supervised job of two ranks hears the provider's notice, both stop and save, exit code 75."""
     launch = [sys.executable, "-m", "wbdist", "launch", "--nproc", "2", str(JOB)]
     job = [*launch, "--checkpoint-dir", "ckpt", "--epochs", "100000", "--step-seconds", "0.01", "--save-every", "1000 steps"]
-    ended = chaos(tmp_path, cloud, "--after", "12s", "--lead", "90s", "--", *job)
+    ended = chaos(tmp_path, where, "--after", "12s", "--lead", "90s", "--", *job)
     assert ended.returncode == 75, ended.stderr[-3000:]
     assert "to spare (exit code 75)" in ended.stderr
+    assert committed(tmp_path / "ckpt")[0].reason == "preemption"
+
+
+@pytest.mark.slow
+def test_cancelled_job_is_saved_and_not_to_be_started_again(tmp_path: Path) -> None:
+    """Proves scancel from a job's view: saved, and not the exit code that asks for a requeue."""
+    job = [sys.executable, str(JOB), "--nproc", "1", "--checkpoint-dir", "ckpt", "--epochs", "100000", "--step-seconds", "0.01"]
+    ended = chaos(tmp_path, "slurm", "--ending", "cancel", "--after", "12s", "--lead", "60s", "--", *job)
+    assert ended.returncode == 143, ended.stderr[-3000:]
     assert committed(tmp_path / "ckpt")[0].reason == "preemption"
 
 

@@ -334,5 +334,5 @@ def test_the_setting_chooses_the_sources(monkeypatch: pytest.MonkeyPatch, tmp_pa
     for wrong, says in (("asw", "known are: auto, off, aws"), ("file", "path of a file"), ("off,aws", "alone")):
         with pytest.raises(UsageError, match=says):
             sources.parse(wrong)
-    with pytest.raises(UsageError, match="number of seconds"):
+    with pytest.raises(UsageError, match="length of time"):
         sources.choose("gcp=soon", for_host=True, env={})

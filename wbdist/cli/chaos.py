@@ -7,13 +7,18 @@ import os
 import re
 import signal
 import sys
+import tempfile
 from collections.abc import Callable, Sequence
-from typing import Any, NoReturn
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 import msgspec
 
 from wbdist.preemption.rehearsal.runner import Event, rehearse
+
+if TYPE_CHECKING:
+    from wbdist.preemption.rehearsal.batch import Ending
 
 
 class Duration(click.ParamType[float]):
@@ -141,3 +146,64 @@ def send_signal(plan: Plan, name: str) -> None:
     """A signal to the command, as schedulers and container runtimes send it."""
     number = signal.Signals[f"SIG{name}"]
     plan.run([Event(plan.after, f"{number.name} to the command", lambda pid: os.kill(pid, number))])
+
+
+@command.command(context_settings=_CONTEXT)
+@click.option(
+    "--ending",
+    default="preempt",
+    show_default=True,
+    type=click.Choice(["preempt", "cancel", "timeout"]),
+    help="Preempted within GraceTime, scancel, or the time limit with --signal=USR2.",
+)
+@_planned("30s")
+def slurm(plan: Plan, ending: Ending) -> None:
+    """A Slurm job's end; `scontrol` is replaced by one that says what the real one would."""
+    from wbdist.preemption.rehearsal.batch import SlurmRehearsal
+
+    # A time limit ends with the rehearsal; otherwise it is far away.
+    limit = plan.after + plan.lead + (0.0 if ending == "timeout" else 86400.0)
+    with tempfile.TemporaryDirectory(prefix="wbdist-chaos-") as directory:
+        job = SlurmRehearsal(Path(directory), limit)
+        plan.run(job.events(ending, plan.after), {"WBDIST_NOTICES": "slurm", **job.environment})
+
+
+@command.command(context_settings=_CONTEXT)
+@click.option("--reason", default="PreemptionByScheduler", show_default=True, help="Of the pod's DisruptionTarget condition.")
+@click.option("--forbidden", is_flag=True, help="The service account may not ask for the pod.")
+@_planned("30s")
+def kubernetes(plan: Plan, reason: str, forbidden: bool) -> None:
+    """A deleted pod: SIGTERM, its grace (--lead), SIGKILL; the API server says when."""
+    from wbdist.preemption.rehearsal.kubernetes import KubernetesApi
+
+    with (
+        tempfile.TemporaryDirectory(prefix="wbdist-chaos-") as mounts,
+        KubernetesApi(Path(mounts), allowed=not forbidden) as api,
+    ):
+
+        def happen(pid: int) -> None:
+            api.delete(plan.lead, reason)
+            os.kill(pid, signal.SIGTERM)
+
+        event = Event(plan.after, f"Kubernetes: pod deleted, SIGTERM, {plan.lead:g} s of grace", happen)
+        plan.run([event], {"WBDIST_NOTICES": "kubernetes", **api.environment})
+
+
+@command.command(context_settings=_CONTEXT)
+@_planned("20s")
+def lsf(plan: Plan) -> None:
+    """LSF's bkill: SIGINT, 10 s later SIGTERM, 10 s later SIGKILL (--lead is not looked at)."""
+    from wbdist.preemption.rehearsal import batch
+
+    environment, events, end = batch.lsf(plan.after)
+    msgspec.structs.replace(plan, lead=end - plan.after).run(events, {"WBDIST_NOTICES": "lsf", **environment})
+
+
+@command.command(context_settings=_CONTEXT)
+@_planned("10s")
+def pbs(plan: Plan) -> None:
+    """PBS's qdel or qrerun: SIGTERM, kill_delay (--lead) later SIGKILL."""
+    from wbdist.preemption.rehearsal import batch
+
+    environment, events, _ = batch.pbs(plan.after, plan.lead)
+    plan.run(events, {"WBDIST_NOTICES": "pbs", **environment})

@@ -30,7 +30,7 @@ from wbdist.job.stopping import Stopping, reason_of, timed
 from wbdist.job.telling import PREEMPTION, going_on, in_total
 from wbdist.launch import intent
 from wbdist.preemption import sources
-from wbdist.preemption.budget import SaveCosts
+from wbdist.preemption.budget import SaveCosts, lead
 from wbdist.preemption.hub import NoticeHub
 from wbdist.preemption.notice import Notice
 from wbdist.run import process_end
@@ -180,7 +180,7 @@ class Job:
 
         # Signals are watched before the run is announced: whoever sees the run may preempt the job.
         for_host = self._identity.local_rank == 0
-        self._hub = NoticeHub(sources.choose(self._spec.settings.notices, for_host=for_host))
+        self._hub = NoticeHub(sources.choose(self._spec.settings.notices, for_host=for_host, lead=lambda: lead(self._costs)))
         self._hub.start()
         self._stack.callback(self._hub.close)
         self._stopping = Stopping(self._peers, self._hub)

@@ -21,6 +21,8 @@ log = logging.getLogger("wbdist.job")
 
 STOP_TIMEOUT = 20.0
 """Seconds for all ranks to say where they are after a notice; one that does not is taken for dead. Below torchrun's 30 s."""
+SETTLE = 2.0
+"""Seconds that a stop waits for what its scheduler says about it (cancelled, or preempted?), where there is one to ask."""
 APPROVAL = 5.0
 """Seconds that the ranks wait at least for each other before a provider is told to go ahead."""
 
@@ -73,7 +75,9 @@ class Stopping:
                 f"rank {self._peers.rank} was told to stop ({reason_of(notice)}), but not all ranks answered within "
                 f"{STOP_TIMEOUT:.0f} s: {self._agreement.missing}. Nothing was saved now; the last committed checkpoint stands."
             )
-        return notice
+        self._hub.settle(SETTLE)
+        own = self._hub.notice
+        return notice if own is None or not own.cancelled else msgspec.structs.replace(notice, cancelled=True)
 
     def agree(self, costs: budget.SaveCosts, *, saving: bool, committed: int, timeout: float) -> budget.StopPlan:
         """All ranks, in step, once, after `check`: what all of them do now. Blocks until all are here, at most `timeout`

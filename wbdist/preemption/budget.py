@@ -16,6 +16,8 @@ LEAVE = 1.5
 """Seconds kept for leaving: closing the run and handing over its last rows."""
 UNMEASURED = 3.0
 """Seconds that must be left for a first save, of which nobody knows how long it takes; it is begun, and bounded."""
+MIN_LEAD = 60.0
+"""Seconds before a known end (a time limit) at which to stop, when saves take less than that."""
 SAFETY = 1.3
 """How much longer than the slowest of the last saves the next one may take: at such a moment every machine may be saving."""
 
@@ -34,6 +36,11 @@ class SaveCosts:
     def seconds(self) -> float | None:
         """What the next one may take: the slowest of the last five. None before the first."""
         return max(self._last, default=None)
+
+
+def lead(costs: SaveCosts) -> float:
+    """Seconds before a known end at which to stop: three saves and the rest, at least MIN_LEAD."""
+    return max(MIN_LEAD, 3 * (costs.seconds or 0.0) * SAFETY + 2 * LEAVE)
 
 
 class Facts(msgspec.Struct, frozen=True, kw_only=True):

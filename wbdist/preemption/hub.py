@@ -45,6 +45,15 @@ class Approver(Protocol):
         ...
 
 
+@runtime_checkable
+class Explainer(Protocol):
+    """A source that finds out more about a notice after it was given."""
+
+    def settle(self, timeout: float) -> None:
+        """Returns once it has, at most after `timeout` seconds."""
+        ...
+
+
 class NoticeHub:
     """Collects the notices of its sources. Any thread may ask; `start` and `close` on the main thread."""
 
@@ -115,6 +124,12 @@ class NoticeHub:
         must not block."""
         with self._lock:
             self._advice_listeners.append(listener)
+
+    def settle(self, timeout: float) -> None:
+        """Any thread: returns once the sources know all about the notice, at most after `timeout` seconds each."""
+        for source in self._sources:
+            if isinstance(source, Explainer):
+                source.settle(timeout)
 
     @property
     def approvable(self) -> bool:

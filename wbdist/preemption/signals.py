@@ -14,16 +14,19 @@ the last steps before the save still need.
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import FrameType
 from typing import Any
 
 from wbdist.errors import UsageError
 from wbdist.preemption.notice import Notice
+
+log = logging.getLogger("wbdist.preemption")
 
 DEFAULT_SIGNALS = (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT)
 """SIGUSR2 rather than SIGUSR1: NCCL may catch USR1 (submitit's experience). SIGINT: Ctrl-C is one clean stop."""
@@ -40,8 +43,17 @@ class SignalSource:
     should leave these signals out here.
     """
 
-    def __init__(self, signals: Sequence[signal.Signals] = DEFAULT_SIGNALS, grace: float | None = None) -> None:
-        """`grace`: seconds from the signal until the process is killed, when whoever sends it says so."""
+    def __init__(
+        self,
+        signals: Sequence[signal.Signals] = DEFAULT_SIGNALS,
+        grace: float | Mapping[int, float] | None = None,
+        explain: Callable[[int], Notice | None] | None = None,
+    ) -> None:
+        """`grace`: seconds from a signal until the process is killed, when whoever sends it says so; one for all, or by signal.
+
+        `explain` is called with a signal's number after its notice was given, on a thread of its own, and may take seconds
+        to find out what stands behind it; what it returns is told as well.
+        """
         for number in signals:
             if number == signal.SIGUSR1:
                 raise UsageError(
@@ -51,7 +63,12 @@ class SignalSource:
             if number in UNCATCHABLE:
                 raise UsageError(f"{signal.Signals(number).name} cannot be caught; use SIGTERM or SIGUSR2")
         self._signals = tuple(signals)
-        self._grace = grace
+        every = {} if grace is None or isinstance(grace, Mapping) else {int(number): grace for number in signals}
+        self._graces: Mapping[int, float] = grace if isinstance(grace, Mapping) else every
+        self._explain = explain
+        self._explained = threading.Event()
+        self._explained.set()
+        self._asked = False
         self._previous: dict[int, Any] = {}
         self._read = self._write = -1
         self._old_wakeup = -1
@@ -101,9 +118,33 @@ class SignalSource:
                     self._repeat(self._old_wakeup, number)  # whoever had the descriptor before us (asyncio) still hears
                 if number not in self._signals:
                     continue
-                deadline = None if self._grace is None else time.time() + self._grace
+                grace = self._graces.get(number)
+                deadline = None if grace is None else time.time() + grace
+                self._start_explaining(number)
                 taken = self._tell(Notice("signal", signal.Signals(number).name, time.monotonic(), deadline))
                 (self._taken if taken else self._untaken).add(number)
+
+    def _start_explaining(self, number: int) -> None:
+        if self._explain is not None and not self._asked:
+            self._asked = True
+            self._explained.clear()
+            threading.Thread(target=self._find_out, args=(number,), name="wbdist-explain", daemon=True).start()
+
+    def _find_out(self, number: int) -> None:
+        assert self._explain is not None
+        assert self._tell is not None
+        try:
+            found = self._explain(number)
+            if found is not None:
+                self._tell(found)
+        except Exception:
+            log.exception("what stands behind %s could not be found out", signal.Signals(number).name)
+        finally:
+            self._explained.set()
+
+    def settle(self, timeout: float) -> None:
+        """Any thread: returns once nothing is being explained, at most after `timeout` seconds."""
+        self._explained.wait(timeout)
 
     @staticmethod
     def _repeat(descriptor: int, number: int) -> None:

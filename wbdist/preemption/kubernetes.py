@@ -1,0 +1,116 @@
+"""Kubernetes: what stands behind a pod's SIGTERM, and a stop asked for by an annotation.
+
+The downward API does not tell when a pod will be killed, so the API server is asked once the signal has come, where the pod's
+service account may `get` pods; else WBDIST_GRACE is what we know. Annotations do come through the downward API, as a file:
+
+    kubectl annotate pod trainer-0 wbdist/stop="node is drained tonight"
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable, Mapping
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from wbdist.errors import UsageError
+from wbdist.preemption.metadata import direct_session
+from wbdist.preemption.notice import Notice
+
+log = logging.getLogger("wbdist.preemption")
+
+ACCOUNT = Path("/var/run/secrets/kubernetes.io/serviceaccount")
+ANNOTATIONS = "/etc/podinfo/annotations"
+"""Where the downward API's volume is by convention; WBDIST_PODINFO names another file."""
+ANNOTATION = "wbdist/stop"
+INTERVAL = 1.0
+TIMEOUT = 3.0
+
+
+class Pod:
+    """The pod that this process runs in."""
+
+    def __init__(self, env: Mapping[str, str] | None = None) -> None:
+        self._env = os.environ if env is None else env
+
+    def explain(self, number: int) -> Notice | None:
+        """When the pod will be killed and why it is deleted, as far as the API server says; may take some seconds."""
+        del number
+        import requests
+
+        account = Path(self._env.get("WBDIST_SERVICE_ACCOUNT") or ACCOUNT)
+        host, port = self._env.get("KUBERNETES_SERVICE_HOST", ""), self._env.get("KUBERNETES_SERVICE_PORT", "443")
+        base = self._env.get("WBDIST_KUBERNETES_API") or f"https://{host}:{port}"
+        name = self._env.get("WBDIST_POD_NAME") or self._env.get("HOSTNAME", "")
+        try:
+            token, namespace = ((account / file).read_text().strip() for file in ("token", "namespace"))
+            with direct_session() as session:
+                answer = session.get(
+                    f"{base}/api/v1/namespaces/{namespace}/pods/{name}",
+                    headers={"Authorization": f"Bearer {token}"},
+                    verify=str(account / "ca.crt"),
+                    timeout=TIMEOUT,
+                )
+            answer.raise_for_status()
+            return _notice_of(answer.json())
+        except (OSError, requests.RequestException) as error:
+            log.info("kubernetes: the pod's end is not known (%s); WBDIST_GRACE says how long it may take", error)
+            return None
+
+
+def _notice_of(pod: dict[str, Any]) -> Notice | None:
+    deletion = pod.get("metadata", {}).get("deletionTimestamp")
+    if not deletion:
+        return None
+    why = "the pod is deleted"
+    for condition in pod.get("status", {}).get("conditions", []):
+        if condition.get("type") == "DisruptionTarget" and condition.get("status") == "True":
+            why = f"{condition.get('reason')}: {condition.get('message', '')}".rstrip(": ")
+    # The time of deletion with the grace already added.
+    return Notice("kubernetes", why, time.monotonic(), datetime.fromisoformat(deletion).timestamp())
+
+
+class AnnotationSource:
+    """A notice when the pod is annotated with `wbdist/stop`; the value is the reason."""
+
+    def __init__(self, path: str | os.PathLike[str], interval: float = INTERVAL) -> None:
+        self._path = Path(path)
+        self._interval = interval
+        self._closing = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def start(self, tell: Callable[[Notice], bool]) -> None:
+        """Any thread. Raises UsageError when the source was started before."""
+        if self._thread is not None:
+            raise UsageError("this AnnotationSource was started before; make another")
+        self._thread = threading.Thread(target=self._watch, args=(tell,), name="wbdist-annotations", daemon=True)
+        self._thread.start()
+
+    def _watch(self, tell: Callable[[Notice], bool]) -> None:
+        while not self._closing.is_set():
+            reason = self._reason()
+            if reason is not None:
+                tell(Notice("kubernetes", reason, time.monotonic()))
+                return
+            self._closing.wait(self._interval)
+
+    def _reason(self) -> str | None:
+        try:
+            lines = self._path.read_text(errors="replace").splitlines()
+        except OSError:
+            return None  # being replaced, as the volume is at each change; or there is none
+        for line in lines:
+            name, _, value = line.partition("=")
+            if name == ANNOTATION:
+                return value.strip('"') or f"annotated with {ANNOTATION}"
+        return None
+
+    def close(self) -> None:
+        """Any thread. Idempotent."""
+        self._closing.set()
+        if self._thread is not None:
+            self._thread.join(1.0)
