@@ -43,8 +43,8 @@ def test_killed_launcher_leaves_nothing(launch: Launch, tmp_path: Path, mode: st
     even ranks and helpers that ignore every signal."""
     job = launch(mode)
     job.pids()
-    # The launcher, two ranks, a stubborn helper each; the sentinel has no environment.
-    assert len(job.family()) == {"saves": 3, "stubborn": 5}[mode]
+    # The launcher, two ranks, the standby, a stubborn helper each; the sentinel has no environment.
+    assert len(job.family()) == {"saves": 4, "stubborn": 6}[mode]
     began = time.monotonic()
     job.process.kill()
     assert job.process.wait(5) == -S.SIGKILL
@@ -56,8 +56,8 @@ def test_killed_launcher_leaves_nothing(launch: Launch, tmp_path: Path, mode: st
 def test_launcher_and_sentinel_killed_together(launch: Launch) -> None:
     """Proves the second line of defence: without the sentinel too, ranks that do not ignore SIGTERM end with their parent."""
     job = launch("plain")
-    ranks = job.pids()
-    sentinel = next(p for p in psutil.Process(job.process.pid).children() if p.pid not in ranks)
+    job.pids()
+    sentinel = next(p for p in psutil.Process(job.process.pid).children() if "sentinel" in " ".join(p.cmdline()))
     sentinel.kill()
     job.process.kill()
     job.process.wait(5)

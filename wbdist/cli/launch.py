@@ -36,6 +36,14 @@ PER_START = ("MASTER_PORT", "WBDIST_CAUSE", "WBDIST_INCARNATION", "WBDIST_INTENT
 @click.option(
     "--log-dir", type=click.Path(path_type=Path, file_okay=False), help="Also write each rank's output to files here."
 )
+@click.option(
+    "--standby-after",
+    default=20.0,
+    show_default=True,
+    type=click.FloatRange(0),
+    help="Seconds after which a process is kept that has torch imported; restarts are forked from it.",
+)
+@click.option("--no-standby", is_flag=True, help="Keep none: every restart imports everything anew.")
 @click.option("--dry-run", is_flag=True, help="Print what each rank would run, and stop.")
 @click.option("-m", "as_module", is_flag=True, help="SCRIPT is a module's name, as in python -m.")
 @click.argument("script")
@@ -47,6 +55,8 @@ def command(  # noqa: PLR0917  (click passes by name)
     grace: float,
     on_preempt: Literal["exit", "relaunch", "requeue"],
     log_dir: Path | None,
+    standby_after: float,
+    no_standby: bool,
     dry_run: bool,
     as_module: bool,
     script: str,
@@ -79,15 +89,19 @@ def command(  # noqa: PLR0917  (click passes by name)
         except UsageError as error:
             raise click.UsageError(f"--on-preempt requeue: {error}") from error
     spec = LaunchSpec(nprocs=nproc, name=Path(script).name, max_restarts=max_restarts, grace=grace, on_preempt=on_preempt)
-    ranks = CommandRanks([script, *args], module=as_module, log_dir=log_dir)
+    ranks = CommandRanks(
+        [script, *args], module=as_module, log_dir=log_dir, standby_after=None if no_standby else standby_after
+    )
     if dry_run:
         for extra in environments(spec, number=0, cause="", intents="DIRECTORY", port=0):
             known = {name: value for name, value in extra.items() if name not in PER_START}
             click.echo(shlex.join([*(f"{name}={value}" for name, value in sorted(known.items())), *ranks.command]))
         click.echo(f"# and, new for each start: {', '.join(PER_START)}")
         return
-    code = supervise(spec, ranks.start, last_lines=ranks.last_lines)
-    ranks.close()
+    try:
+        code = supervise(spec, ranks.start, last_lines=ranks.last_lines)
+    finally:
+        ranks.close()
     sys.exit(code)
 
 

@@ -9,11 +9,16 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import IO
 
+from wbdist.launch.standby import ForkedRank, Standby, StandbyError
 from wbdist.launch.worker import command_for
+
+StartOne = Callable[[Mapping[str, str], int, int], "subprocess.Popen[bytes] | ForkedRank"]
+"""An environment and the descriptors of both outputs -> a started rank."""
 
 COLOURS = (36, 33, 35, 32, 34, 31)
 """ANSI colours of the rank labels, on a terminal."""
@@ -82,59 +87,100 @@ class CommandRanks:
     which one thread copies. A reader of ours that goes away (`| head`), or a full disk, costs the output, never the job.
     """
 
-    def __init__(self, arguments: Sequence[str], *, module: bool = False, log_dir: Path | None = None) -> None:
-        """`arguments`: the script (or, with `module`, the module's name) and what it gets."""
+    def __init__(
+        self,
+        arguments: Sequence[str],
+        *,
+        module: bool = False,
+        log_dir: Path | None = None,
+        standby_after: float | None = None,
+    ) -> None:
+        """`arguments`: the script (or, with `module`, the module's name) and what it gets. `standby_after`: seconds after which
+        a standby process is made that restarted ranks are forked from (not for a module), None for none."""
         self.command = command_for(list(arguments), module=module)
+        self._standby = None if standby_after is None or module else Standby(arguments, after=standby_after)
         self._log_dir = log_dir
         self._streams: dict[tuple[int, str], _Stream] = {}
         self._copying: threading.Thread | None = None
         self._deaf: set[int] = set()
 
-    def start(self, environments: Sequence[Mapping[str, str]]) -> list[subprocess.Popen[bytes]]:
+    def start(self, environments: Sequence[Mapping[str, str]]) -> list[subprocess.Popen[bytes] | ForkedRank]:
         """Main thread, when no rank of an earlier attempt is alive. Raises OSError when a process cannot be started, or
         `log_dir` not be written; none is left then."""
-        self.close()
-        self._streams = {}
         piped = len(environments) > 1 or self._log_dir is not None
-        started: list[subprocess.Popen[bytes]] = []
-        try:
-            for extra in environments:
-                process = subprocess.Popen(
-                    self.command,
-                    # Unbuffered: what a rank printed must not be lost when it is killed.
-                    env={"PYTHONUNBUFFERED": "1", **os.environ, **extra},
-                    stdin=subprocess.DEVNULL,
-                    stdout=subprocess.PIPE if piped else None,
-                    stderr=subprocess.PIPE if piped else None,
-                    process_group=0,
-                )
-                started.append(process)
-                self._connect(process, int(extra["RANK"]), int(extra["WBDIST_RESTART"]))
-        except BaseException:
-            for process in started:
-                process.kill()
-                process.wait()
-            raise
+        started: list[subprocess.Popen[bytes] | ForkedRank] = []
+        if self._standby is not None and self._standby.ready():
+            with suppress(StandbyError):
+                started = self._start_all(environments, piped, self._fork)
+        if not started:
+            started = self._start_all(environments, piped, self._execute)
+        if self._standby is not None:
+            self._standby.begin(environments[0], started[0].pid)
         if piped:
             self._copying = threading.Thread(target=self._copy, args=(list(self._streams.values()),), daemon=True)
             self._copying.start()
         return started
 
+    def _start_all(
+        self, environments: Sequence[Mapping[str, str]], piped: bool, start_one: StartOne
+    ) -> list[subprocess.Popen[bytes] | ForkedRank]:
+        self.join()
+        self._streams = {}
+        started: list[subprocess.Popen[bytes] | ForkedRank] = []
+        try:
+            for extra in environments:
+                # Unbuffered: what a rank printed must not be lost when it is killed.
+                environment = {"PYTHONUNBUFFERED": "1", **os.environ, **extra}
+                if not piped:
+                    started.append(start_one(environment, 1, 2))
+                    continue
+                ends = [*os.pipe(), *os.pipe()]
+                try:
+                    started.append(start_one(environment, ends[1], ends[3]))
+                except BaseException:
+                    os.close(ends[0])
+                    os.close(ends[2])
+                    raise
+                finally:
+                    os.close(ends[1])
+                    os.close(ends[3])
+                self._connect(ends[0], ends[2], int(extra["RANK"]), int(extra["WBDIST_RESTART"]))
+        except BaseException:
+            for process in started:
+                process.kill()
+                process.wait()
+            raise
+        return started
+
+    def _execute(self, environment: Mapping[str, str], out: int, err: int) -> subprocess.Popen[bytes]:
+        return subprocess.Popen(
+            self.command, env=environment, stdin=subprocess.DEVNULL, stdout=out, stderr=err, process_group=0
+        )
+
+    def _fork(self, environment: Mapping[str, str], out: int, err: int) -> ForkedRank:
+        assert self._standby is not None
+        return self._standby.fork(environment, out, err)
+
     def last_lines(self, rank: int) -> list[str]:
         """The end of what `rank` of the last attempt, which has ended, wrote to its standard error. Waits at most a second."""
-        self.close()
+        self.join()
         stream = self._streams.get((rank, "err"))
         return [] if stream is None else [line.decode(errors="replace") for line in stream.last]
 
-    def close(self) -> None:
+    def join(self) -> None:
         """After an attempt: returns when its output is out; after a second also when some process still holds a pipe."""
         if self._copying is not None:
             self._copying.join(1.0)
 
-    def _connect(self, process: subprocess.Popen[bytes], rank: int, restart: int) -> None:
-        for name, source, sink in (("out", process.stdout, sys.stdout), ("err", process.stderr, sys.stderr)):
-            if source is None:
-                continue
+    def close(self) -> None:
+        """After the last attempt: its output is out (as `join`), and nothing of ours is left running."""
+        if self._standby is not None:
+            self._standby.close()
+        self.join()
+
+    def _connect(self, out: int, err: int, rank: int, restart: int) -> None:
+        for name, descriptor, sink in (("out", out, sys.stdout), ("err", err, sys.stderr)):
+            source = os.fdopen(descriptor, "rb", buffering=0)
             copy = None
             if self._log_dir is not None:
                 self._log_dir.mkdir(parents=True, exist_ok=True)
