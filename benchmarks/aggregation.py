@@ -1,13 +1,20 @@
-"""N ranks into one run: what `log` costs a rank, and how many rows a second get through, against a plain multiprocessing.Queue.
+"""What N ranks' rows cost the ranks, and how fast they become one run (or N), beside the usual ways to do it.
 
-    python benchmarks/aggregation.py [--ranks 2 4 8] [--rows 10000] [--repeat 3] [--pace MICROSECONDS] [--json]
+    python benchmarks/aggregation.py [--ranks 2 4 8] [--rows 10000] [--repeat 3] [--pace MICROSECONDS] [--only NAME ...]
+    python benchmarks/aggregation.py --step [--ranks 4] [--rows 2000] [--repeat 3] [--json]
 
 Contenders, interleaved, each in fresh processes, 10 floats a row:
 
-- `wbdist rank0`: rows reduced over the ranks into one run's journal, durable against SIGKILL when `log` returns; the time
+- `rank0`: rows reduced over the ranks into one run's journal, durable against SIGKILL when `log` returns; the time
   includes `finish` on all ranks, so END is fsynced.
-- `queue`: the documented pattern: ranks `put` into one multiprocessing.Queue, the parent writes each row (msgpack) to a
-  file. Nothing is reduced; rows in a killed rank's feeder are lost, and a rank killed at the wrong moment blocks all others.
+- `per_rank`: a run a rank, the same otherwise.
+- `queue`: ranks `put` into one multiprocessing.Queue, the parent writes each row (msgpack) to a file. Nothing is reduced; rows
+  in a killed rank's feeder are lost, and a rank killed at the wrong moment blocks all others.
+- `queue + wandb`: the documented pattern: the parent logs the rows of the queue to its W&B run, offline.
+- `wandb per rank`: an offline W&B run a rank, grouped.
+
+`--step` is what a training step is longer by: 20 metrics a step, 1 ms of work between. In one run, in turns of steps: `log`
+under rank0, `log` while the aggregator is stopped (SIGSTOP), and one packed all-reduce (gloo) of the same 20 numbers.
 
 Rows are counted over all ranks. Ratios within one table are what to look at; the machine may be shared.
 """
@@ -15,6 +22,7 @@ Rows are counted over all ranks. Ratios within one table are what to look at; th
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import multiprocessing
 import os
@@ -56,7 +64,7 @@ def digest(took: list[int]) -> dict[str, float]:
 # wbdist -------------------------------------------------------------------------------------------------
 
 
-def rank_of_wbdist(directory: str, rows: int, pace: float) -> None:
+def rank_of_wbdist(directory: str, rows: int, pace: float, strategy: str) -> None:
     from wbdist.distributed import coordination, identity, strategies
     from wbdist.run.init import make_spec
     from wbdist.settings import resolve
@@ -64,7 +72,7 @@ def rank_of_wbdist(directory: str, rows: int, pace: float) -> None:
     me = identity.detect()
     peers = coordination.connect(me, timeout=60)
     settings = resolve({"mode": "offline", "root_dir": directory, "project": "bench", "run_id": "bench", "silent": True})
-    runs = strategies.open_runs("rank0", me, peers, msgspec.structs.replace(make_spec(settings), nonce="bench"))
+    runs = strategies.open_runs(strategy, me, peers, msgspec.structs.replace(make_spec(settings), nonce="bench"))
     peers.barrier("ready", 60)
     began = time.perf_counter()
     took = loop(runs.log, rows, pace)
@@ -87,14 +95,15 @@ def count_rows(directory: Path) -> int:
     return rows
 
 
-def run_wbdist(ranks: int, rows: int, pace: float) -> dict[str, Any]:
+def run_wbdist(ranks: int, rows: int, pace: float, strategy: str = "rank0") -> dict[str, Any]:
     from wbdist.distributed.bootstrap import launch
 
     with tempfile.TemporaryDirectory() as name:
-        launch(rank_of_wbdist, nprocs=ranks, args=(name, rows, pace))
+        launch(rank_of_wbdist, nprocs=ranks, args=(name, rows, pace, strategy))
         results = [json.loads((Path(name) / f"{rank}.json").read_text()) for rank in range(ranks)]
         kept = count_rows(Path(name))
-    assert kept == rows, f"{kept} rows of {rows} steps are in the run"
+    expected = rows if strategy == "rank0" else ranks * rows
+    assert kept == expected, f"{kept} rows of {expected} are in the journals"
     return summary(results, ranks * rows)
 
 
@@ -111,7 +120,7 @@ def rank_of_queue(queue: Any, start: Any, rows: int, pace: float, result: Any) -
     result.send({"calls": digest(took), "loop": looped})
 
 
-def run_queue(ranks: int, rows: int, pace: float) -> dict[str, Any]:
+def run_queue(ranks: int, rows: int, pace: float, *, wandb: bool = False) -> dict[str, Any]:
     context = multiprocessing.get_context("fork")
     queue, start = context.Queue(), context.Barrier(ranks + 1)
     pipes = [context.Pipe(duplex=False) for _ in range(ranks)]
@@ -119,7 +128,8 @@ def run_queue(ranks: int, rows: int, pace: float) -> dict[str, Any]:
     for child in children:
         child.start()
     encoder = msgspec.msgpack.Encoder()
-    with tempfile.TemporaryFile() as file:
+    with tempfile.TemporaryFile() as file, tempfile.TemporaryDirectory() as name:
+        run = wandb_run(name) if wandb else None
         start.wait()
         began = time.perf_counter()
         ended = count = 0
@@ -127,9 +137,14 @@ def run_queue(ranks: int, rows: int, pace: float) -> dict[str, Any]:
             message = queue.get()
             if message is None:
                 ended += 1
-            else:
+                continue
+            count += 1
+            if run is None:
                 file.write(encoder.encode(message))
-                count += 1
+            else:
+                run.log({f"rank{message[0]}/{key}": value for key, value in message[2].items()})
+        if run is not None:
+            run.finish()
         file.flush()
         os.fsync(file.fileno())
         wall = time.perf_counter() - began
@@ -140,6 +155,123 @@ def run_queue(ranks: int, rows: int, pace: float) -> dict[str, Any]:
     return summary(results, ranks * rows)
 
 
+# wandb --------------------------------------------------------------------------------------------------
+
+
+def wandb_run(directory: str) -> Any:
+    import wandb
+
+    settings = wandb.Settings(silent=True, console="off", x_disable_stats=True, disable_git=True)
+    return wandb.init(project="bench", mode="offline", dir=directory, group="bench", settings=settings)
+
+
+def rank_of_wandb(directory: str, start: Any, rows: int, pace: float, result: Any) -> None:
+    run = wandb_run(directory)
+    start.wait()
+    began = time.perf_counter()
+    took = loop(lambda row, step: run.log(row, step=step), rows, pace)
+    looped = time.perf_counter() - began
+    run.finish()
+    result.send({"calls": digest(took), "loop": looped, "wall": time.perf_counter() - began})
+
+
+def run_wandb(ranks: int, rows: int, pace: float) -> dict[str, Any]:
+    context = multiprocessing.get_context("spawn")
+    start = context.Barrier(ranks)
+    pipes = [context.Pipe(duplex=False) for _ in range(ranks)]
+    with tempfile.TemporaryDirectory() as name:
+        children = [context.Process(target=rank_of_wandb, args=(name, start, rows, pace, send)) for _, send in pipes]
+        for child in children:
+            child.start()
+        results = [receive.recv() for receive, _ in pipes]
+        for child in children:
+            child.join()
+    return summary(results, ranks * rows)
+
+
+# A training step ------------------------------------------------------------------------------------------
+
+STEP_KEYS = [f"train/metric_{number}" for number in range(20)]
+KIND = "20 metrics a step"
+TURN = 50
+"""Steps of one kind before the next kind's turn."""
+
+
+def rank_of_steps(directory: str, steps: int) -> None:
+    import signal
+
+    import torch
+    import torch.distributed as dist
+
+    from wbdist.distributed import coordination, identity, strategies
+    from wbdist.run.init import make_spec
+    from wbdist.settings import resolve
+
+    torch.set_num_threads(1)
+    me = identity.detect()
+    peers = coordination.connect(me, timeout=60)
+    coordination.init_process_group(me, "gloo")
+    settings = resolve({"mode": "offline", "root_dir": directory, "project": "bench", "run_id": "bench", "silent": True})
+    runs = strategies.open_runs("rank0", me, peers, msgspec.structs.replace(make_spec(settings), nonce="bench"))
+    aggregator = getattr(runs, "_aggregator", None)
+    took: dict[str, list[int]] = {"log": [], "log, aggregator stopped": [], "packed all-reduce": []}
+    clock = time.perf_counter_ns
+    step = 0
+    for turn in range(steps * len(took) // TURN):
+        kind = list(took)[turn % len(took)]
+        dist.barrier()
+        if aggregator is not None:
+            os.kill(aggregator.pid, signal.SIGSTOP if kind == "log, aggregator stopped" else signal.SIGCONT)
+        dist.barrier()
+        for _ in range(TURN):
+            due = clock() + 1_000_000
+            row = dict.fromkeys(STEP_KEYS, step * 0.5)
+            packed = torch.tensor(list(row.values()), dtype=torch.float64)
+            while clock() < due:
+                pass
+            began = clock()
+            if kind == "packed all-reduce":
+                dist.all_reduce(packed)
+            else:
+                runs.log(row, step=step)
+            took[kind].append(clock() - began)
+            step += 1
+    if aggregator is not None:
+        os.kill(aggregator.pid, signal.SIGCONT)
+    runs.finish(0)
+    (Path(directory) / f"{me.rank}.json").write_text(json.dumps({kind: digest(calls) for kind, calls in took.items()}))
+    dist.destroy_process_group()
+    peers.close()
+
+
+def run_steps(ranks: int, steps: int) -> dict[str, dict[str, float]]:
+    from wbdist.distributed.bootstrap import launch
+
+    with tempfile.TemporaryDirectory() as name:
+        launch(rank_of_steps, nprocs=ranks, args=(name, steps))
+        results = [json.loads((Path(name) / f"{rank}.json").read_text()) for rank in range(ranks)]
+    return {
+        kind: {at: statistics.median(result[kind][at] for result in results) for at in ("p50", "p99", "max")}
+        for kind in results[0]
+    }
+
+
+def show_steps(args: argparse.Namespace) -> None:
+    table = []
+    for ranks in args.ranks:
+        seen = [run_steps(ranks, args.rows) for _ in range(args.repeat)]
+        for kind in seen[0]:
+            row = {at: statistics.median(run[kind][at] for run in seen) for at in ("p50", "p99", "max")}
+            table.append({"ranks": ranks, KIND: kind, **row})
+    if args.json:
+        json.dump(table, sys.stdout, indent=1)
+        return
+    print("| ranks | 20 metrics a step | p50 us | p99 us | max us |")
+    print("|" + "---|" * 5)
+    for row in table:
+        print(f"| {row['ranks']} | {row[KIND]} | {row['p50']:.3g} | {row['p99']:.3g} | {row['max']:.3g} |")
+
+
 def summary(results: list[dict[str, Any]], rows: int) -> dict[str, Any]:
     """The ranks' calls: medians over ranks, the worst `max`."""
     calls = {name: statistics.median(result["calls"][name] for result in results) for name in ("p50", "p99", "p999")}
@@ -148,7 +280,13 @@ def summary(results: list[dict[str, Any]], rows: int) -> dict[str, Any]:
     return {"wall": wall, "krows": rows / wall / 1000, "loop": max(result["loop"] for result in results), **calls}
 
 
-CONTENDERS: dict[str, Callable[[int, int, float], dict[str, Any]]] = {"wbdist rank0": run_wbdist, "queue": run_queue}
+CONTENDERS: dict[str, Callable[[int, int, float], dict[str, Any]]] = {
+    "rank0": run_wbdist,
+    "per_rank": functools.partial(run_wbdist, strategy="per_rank"),
+    "queue": run_queue,
+    "queue + wandb": functools.partial(run_queue, wandb=True),
+    "wandb per rank": run_wandb,
+}
 
 
 def main() -> None:
@@ -159,14 +297,19 @@ def main() -> None:
     parser.add_argument(
         "--pace", type=float, default=0.0, help="microseconds between two rows of a rank; 0: as fast as it goes"
     )
+    parser.add_argument("--only", nargs="+", choices=CONTENDERS, default=list(CONTENDERS))
+    parser.add_argument("--step", action="store_true")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
+    if args.step:
+        show_steps(args)
+        return
     table = []
     for ranks in args.ranks:
-        seen: dict[str, list[dict[str, Any]]] = {name: [] for name in CONTENDERS}
+        seen: dict[str, list[dict[str, Any]]] = {name: [] for name in args.only}
         for _ in range(args.repeat):
-            for name, contender in CONTENDERS.items():
-                seen[name].append(contender(ranks, args.rows, args.pace / 1e6))
+            for name in args.only:
+                seen[name].append(CONTENDERS[name](ranks, args.rows, args.pace / 1e6))
         for name, runs in seen.items():
             row = {key: statistics.median(run[key] for run in runs) for key in runs[0]}
             row["max"] = max(run["max"] for run in runs)

@@ -1,6 +1,6 @@
 """Strategy rank0, on every rank: this rank's journal, forwarded to the aggregator.
 
-One light thread a rank slices verified raw frames off the journal file and sends them. Nothing is decoded or encoded,
+One light thread a rank slices raw frames off the journal file and sends them. Nothing is decoded or encoded,
 nothing is queued: the journal is the queue. When the aggregator is slow or away, the cursor lags and `log` does not notice;
 when it is back, or a new one came, the cursor goes to where that one wants to go on.
 """
@@ -31,8 +31,8 @@ BUSY = 0.02
 """Seconds between two looks at the journal while rows come in."""
 IDLE = 0.1
 """The same after a second without rows."""
-SMALL, LARGE = 1 << 14, 1 << 18
-"""Bytes asked of the journal at once: small while the cursor keeps up, large when it lags."""
+SMALL, LARGE = 1 << 13, 1 << 19
+"""Bytes: of fewer than SMALL the rest waits for the next look; a cursor lags by more than LARGE."""
 HANDSHAKE = 20.0
 """Seconds for the aggregator to answer HELLO; it may be reading a long journal of its predecessor."""
 RETRY = 0.1
@@ -46,15 +46,22 @@ class Feeder:
     """
 
     def __init__(
-        self, journal: Path, rank: int, meeting: Meeting | None, next_meeting: Callable[[int], Meeting | None]
+        self,
+        journal: Path,
+        rank: int,
+        meeting: Meeting | None,
+        next_meeting: Callable[[int], Meeting | None],
+        written: Callable[[], int],
     ) -> None:
-        """`meeting` None: there is no aggregator yet; `next_meeting` is asked for the first one, too."""
+        """`meeting` None: there is no aggregator yet; `next_meeting` is asked for the first one, too. `written`: where the
+        journal's last whole frame ends, as its writer in this process knows it."""
         self.rank = rank
         self.passed = 0
         """The rank adds nothing below this step. Set by the rank after the rows below are journalled; sent after them."""
         self._reader = JournalReader.open(journal)
         self._meeting = meeting
         self._next_meeting = next_meeting
+        self._written = written
         self._lock = threading.Lock()
         self._drains: dict[int, _Drain] = {}
         self._fault = ""
@@ -187,17 +194,22 @@ class Feeder:
         return False
 
     def _send_frames(self, connection: Connection) -> int:
-        sent, size = 0, SMALL
+        """Everything there is. A cursor that keeps up looks at nothing on the way: the writer says where its frames end,
+        and the aggregator verifies them. A cursor that lags slices whole frames."""
+        sent = 0
         while not self._abandoned:
-            frames, end = self._reader.frames(self._offset, size)
+            end = self._written()
+            if end - self._offset > LARGE:
+                frames, end = self._reader.frames(self._offset, LARGE)
+            else:
+                frames = self._reader.raw(self._offset, end)
             if not frames:
                 break
             channel.send_numbered(connection, Message.FRAMES, self._offset - self._reader.first, frames)
-            self._offset = end
+            self._offset += len(frames)
             sent += len(frames)
-            if len(frames) < SMALL // 2:
+            if len(frames) < SMALL:
                 break
-            size = LARGE
         return sent
 
     def _ask(self, connection: Connection) -> None:

@@ -22,6 +22,7 @@ from wbdist.distributed.opening import OPEN_TIMEOUT, Opened, refusal_of, told_by
 from wbdist.distributed.own_runs import standing_of, tail_of
 from wbdist.distributed.rank_run import RankRun, check_reduce
 from wbdist.errors import EnvironmentFault, Error
+from wbdist.run.journal import JournalWriter
 from wbdist.run.lifecycle import REGISTER_SECONDS, RunSpec, open_run
 from wbdist.run.shipper.client import Standing
 from wbdist.run.values import flat_row
@@ -70,9 +71,9 @@ class FeedRun(RankRun):
         self._cut_step = -1
         self._declared: set[tuple[str, ...]] = set()
         self._ops: dict[str, str] = {}
-        journal = self.run.journal_path
-        assert journal is not None
-        self._feeder = Feeder(journal, identity.rank, meeting, self._next_meeting)
+        journal = self.run.journal
+        assert isinstance(journal, JournalWriter)
+        self._feeder = Feeder(journal.path, identity.rank, meeting, self._next_meeting, lambda: journal.size)
         self._feeder.passed = self.run.starting_step
         # Also when the process ends without finish(): the rest is still handed over.
         self.run.on_finish(self._complete)
