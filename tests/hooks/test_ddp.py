@@ -122,3 +122,12 @@ def test_with_one_rank_there_is_nothing_to_watch(tmp_path: Path) -> None:
     (rows,) = runs_of(tmp_path).values()
     assert len(rows) == 8
     assert not any(key.startswith("ddp/") for row in rows for key in row)
+
+
+def test_a_step_sums_in_the_same_order_first_or_not(tmp_path: Path) -> None:
+    """Proves that three ranks whose DDP was made anew before any step, as after a kill, reach the very weights of those that
+    went straight on: plain, partly frozen with two types, with unused parameters looked for, accumulating, and watched."""
+    torchrun(3, "ddp_settled.py", tmp_path / "report.json", cwd=tmp_path)
+    differing = json.loads((tmp_path / "report.json").read_text())
+    assert len(differing) == 5
+    assert not any(differing.values()), differing

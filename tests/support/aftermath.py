@@ -125,13 +125,16 @@ def _no_orphans(trial: Trial) -> None:
 
 
 def _delivered(trial: Trial) -> None:
-    """The shipper brings everything and leaves by itself; only where a blow killed the last one may `wbdist sync` be needed."""
+    """The shipper brings everything and leaves by itself; only where a blow or an aim killed the last one, after which nobody
+    is left to start another, may `wbdist sync` be needed."""
     if not _within(40.0, lambda: not trial.family().shippers):
         raise trial.fail(f"40 s after the end a shipper is still there: {_shipper_log(trial)}")
     kept = kept_journals(trial.directory)
     unsent = [str(one.path) for one in kept if not one.path.with_name(one.path.name + ".shipped").exists()]
     late = [blow for blow in trial.plan.blows[-2:] if blow.target in {"shipper", "all", "some"}]
-    if unsent and not late and not trial.sync_needed:
+    begun = re.findall(r"shipper (\d+) of .* begins", _shipper_log(trial))
+    last_was_shot = bool(begun) and any(hit.startswith(f"shipper {begun[-1]} ") for hit in trial.hits())
+    if unsent and not late and not last_was_shot and not trial.sync_needed:
         raise trial.fail(f"the shipper left without having sent {unsent}: {_shipper_log(trial)}")
     if unsent:
         _sync(trial, trial.directory / "wandb")

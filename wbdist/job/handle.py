@@ -205,14 +205,20 @@ class Job:
     def ddp(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         """All ranks, in step, before `track`: the model wrapped in DistributedDataParallel; with one rank, the model itself.
 
-        `kwargs` go to DistributedDataParallel. It broadcasts rank 0's parameters, so all ranks start alike.
+        `kwargs` go to DistributedDataParallel. It broadcasts rank 0's parameters, so all ranks start alike. Its buckets are laid
+        out at once (`hooks.buckets`), so that a step sums gradients in one order, whether it is the first of an attempt or not.
+        With `static_graph=True` or sparse gradients that cannot be: with three ranks or more, last bits may then differ.
         """
         if self.world_size == 1:
             self._unwrapped = model
             return model
         from torch.nn.parallel import DistributedDataParallel
 
-        return DistributedDataParallel(model, **kwargs)
+        from wbdist.hooks.buckets import settle
+
+        wrapped = DistributedDataParallel(model, **kwargs)
+        settle(wrapped)
+        return wrapped
 
     def watch_ddp(self, model: nn.Module, *, hook: Any = None, state: Any = None, norm_every: int = 10) -> None:
         """All ranks, once, before the first backward pass: what reducing this model's gradients costs and brings goes into the

@@ -16,6 +16,8 @@ from wbdist.run.shipper.control import Request, call
 
 STARTUP = 10.0
 """Seconds a shipper that was just started may take to answer."""
+_STARTS = 3
+"""Times a flush starts a shipper that is killed again and again."""
 _MARGIN = 2.0
 """Seconds on top of a flush's own timeout for its answer to arrive."""
 
@@ -63,11 +65,11 @@ def flush(
 
     `files`: also the contents of the run's files.
 
-    A dead shipper is started again once. `priority`: before other journals (the run is being preempted). Never raises for
-    an absent server: the result then is not acked.
+    A dead shipper is started again, a few times, and goes on when this returns. `priority`: before other journals (the run is
+    being preempted). Never raises for an absent server: the result then is not acked.
     """
     deadline = monotonic() + timeout
-    restarted = False
+    starts = 0
     told = _watched.get(journal)
     request = Request("flush", str(journal.resolve()), priority=priority, files=files)
     if told is not None:
@@ -79,9 +81,9 @@ def flush(
         except TimeoutError:
             return FlushResult(False, "the shipper does not answer")
         except OSError as error:
-            if not restarted:
+            if starts == 0 or (_ended(root) and starts < _STARTS):
                 _start(root, told, env)
-                restarted = True
+                starts += 1
             elif rest <= 0 or _ended(root):
                 return FlushResult(False, f"no shipper answers ({error}); see {root / 'logs' / 'shipper.log'}")
             sleep(min(0.02, rest))
