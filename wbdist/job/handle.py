@@ -205,7 +205,7 @@ class Job:
     def ddp(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         """All ranks, in step, before `track`: the model wrapped in DistributedDataParallel; with one rank, the model itself.
 
-        `kwargs` go to DistributedDataParallel. It broadcasts rank 0's parameters, so all ranks start alike. Its buckets are laid
+        `kwargs` go to DistributedDataParallel. It broadcasts rank 0's parameters, so all ranks start alike. Buckets are laid
         out at once (`hooks.buckets`), so that a step sums gradients in one order, whether it is the first of an attempt or not.
         With `static_graph=True` or sparse gradients that cannot be: with three ranks or more, last bits may then differ.
         """
