@@ -20,13 +20,14 @@ import msgspec
 from wbdist.core.branch import BranchPoint, split_immutable
 from wbdist.core.position import Counts, RunPosition, Watermark
 from wbdist.errors import CommError, DeadlineError, JobAlreadyRunningError, UsageError
-from wbdist.protocol import operations
+from wbdist.protocol import operations, reads
 from wbdist.protocol.attempts import FEATURE
 from wbdist.protocol.operations import FRESH
 from wbdist.run import process_end
 from wbdist.run.connection import RefusedError
 from wbdist.run.journal_format import begin_request
 from wbdist.run.local_history import LocalRun, Standing
+from wbdist.run.shipper.placing import first_step
 
 if TYPE_CHECKING:
     from wbdist.run.connection import Connection
@@ -159,7 +160,9 @@ def without_server(spec: RunSpec, local: LocalRun | None, problem: str = "") -> 
             f"{problem}; whether run {spec.run_id!r} exists cannot be asked, and {spec.settings.root_dir}/wandb has no journal "
             f'of it, so resume={spec.resume!r} cannot be decided: try again later, leave `resume` out, or use mode="offline"'
         )
-    return _missing(spec, f"{spec.settings.root_dir}/wandb, which is all that is known {'offline' if not problem else 'here'}")
+    found = _missing(spec, f"{spec.settings.root_dir}/wandb, which is all that is known {'offline' if not problem else 'here'}")
+    # Some server may have it: what is logged now then goes behind that.
+    return msgspec.structs.replace(found, behind=0) if spec.resume == "allow" else found
 
 
 def must_be_new_refusal(spec: RunSpec, where: str) -> str:
@@ -188,6 +191,12 @@ def _missing(spec: RunSpec, where: str) -> RunSpec:
 
 def _local_is_newer(connection: Connection, spec: RunSpec, local: LocalRun, known: ServerRun) -> bool:
     """Whether this machine's journals go beyond what the server has of the run."""
+    first = local.journals[0].header
+    if first.behind is not None:
+        # Begun without knowing what the server has: only where it is the server's first attempt, too, do numbers compare.
+        there_too = reads.read_attempts(connection.execute(reads.attempts(known.position.entity, spec.project, spec.run_id)))
+        if not any(one.attempt == 1 and one.nonce == (first.root or first.nonce) for one in there_too):
+            return False
     if local.attempt != known.attempt:
         return local.attempt > known.attempt
     below = known.position.watermark
@@ -218,7 +227,15 @@ def _resumed_locally(spec: RunSpec, local: LocalRun, known: ServerRun | None) ->
             position = msgspec.structs.replace(position, watermark=mark)
         config, facts = {**there.config, **here.config}, {**here.facts, **there.facts}
         here = Standing(position, config, facts, here.metrics or there.metrics)
-    return _continued(spec, local.attempt + 1, here, cause="resume")
+    continued = _continued(spec, local.attempt + 1, here, cause="resume")
+    first = local.journals[0]
+    if first.header.behind is None:
+        return continued
+    return msgspec.structs.replace(
+        continued,
+        behind=first.header.behind if first.header.root else first_step(first.path) or 0,
+        root=first.header.root or first.header.nonce,
+    )
 
 
 def _larger(one: Counts, other: Counts) -> Counts:

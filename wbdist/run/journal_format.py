@@ -102,6 +102,11 @@ class JournalHeader(msgspec.Struct, frozen=True, kw_only=True):
     """Build upon the rows up to this step, inclusive; for a history that only the server knows."""
     fresh: tuple[str, ...] = ()
     """Streams that start empty although history continues."""
+    behind: int | None = None
+    """The first step of a run that was to go on where nobody could tell what there is of it: whoever sends it begins an attempt
+    behind what the server has then, and later segments behind that one (`shipper/placing.py`)."""
+    root: str = ""
+    """Of such a later segment: the nonce of the first one."""
     primary: bool = True
     """Whether this writer says what the run is; False: one of several, whose rows alone count."""
     cause: str = ""

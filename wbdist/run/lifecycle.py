@@ -53,6 +53,9 @@ class RunSpec(msgspec.Struct, frozen=True, kw_only=True):
     at_step: int | None = None
     fresh: tuple[str, ...] = ()
     """As in JournalHeader."""
+    behind: int | None = None
+    root: str = ""
+    """As in JournalHeader."""
     resume: Literal["", "allow", "must", "never"] = ""
     """Whether this goes on with the run of this id; attempt and base are then found when it is opened."""
     auto_resume: bool = False
@@ -199,6 +202,8 @@ def _header(spec: RunSpec, placed: _Placed, opened_at: float) -> JournalHeader:
         base_run=spec.base_run,
         at_step=spec.at_step,
         fresh=spec.fresh,
+        behind=spec.behind,
+        root=spec.root,
         primary=spec.settings.x_primary,
         cause=spec.cause,
         rank=spec.rank,

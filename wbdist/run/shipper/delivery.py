@@ -20,12 +20,13 @@ import msgspec
 
 from wbdist.core.position import ALERTS, CONSOLE, FILES, HISTORY, SUMMARY
 from wbdist.errors import JournalCorruptError
-from wbdist.protocol import file_stream, operations
+from wbdist.protocol import file_stream, operations, reads
 from wbdist.protocol.attempts import FEATURE, Ended, StreamAnswer, StreamStamp
 from wbdist.run.journal import JournalReader
 from wbdist.run.journal_format import SHARED, begin_request
 from wbdist.run.shipper.foreign_memory import ForeignMemory
 from wbdist.run.shipper.lines import Translator
+from wbdist.run.shipper.placing import NotNowError, place
 from wbdist.run.shipper.remote import Answer, Remote, UnreachableError
 from wbdist.run.shipper.uploads import Uploads
 
@@ -117,6 +118,8 @@ class Delivery:
         self.header = msgspec.structs.replace(self._reader.header, **(names or {}))
         self._console = console
         self._translator = Translator(self.header)
+        self._shift = 0
+        """What this journal's steps grow by on the server."""
         self._memory = ForeignMemory(path, remote.base_url)
         self.uploads = Uploads(self.header, path.parent, log)
         """The run's files: on their way beside the lines, and beyond their end."""
@@ -265,6 +268,9 @@ class Delivery:
         )
         if self._ours:
             self._make_known()
+            if header.behind is not None:
+                self._find_place()
+                header = self.header
             if header.at_step is not None:
                 self._learn_base(header.at_step)
             begin = begin_request(header)
@@ -273,6 +279,8 @@ class Delivery:
             )
             self._base = dict(begun.lines)
             self.uploads.begin(self._entity, self._project, ours=True, have=begun.next.get(FILES, {}))
+            if header.behind is not None and not header.root and not begun.accepted and not any(begun.next.values()):
+                raise RetryLaterError(f"another attempt of run {header.run_id} has just begun")
             self._speaks = begun.attempt == header.attempt and header.primary
             if not begun.accepted:
                 self._fence(begun.attempt)
@@ -292,6 +300,18 @@ class Delivery:
             upserted = self._ask_for(operations.upsert_run(**self._names(), **facts), operations.read_upserted)
             names = upserted.entity, upserted.project
         self._entity, self._project = names
+
+    def _find_place(self) -> None:
+        """Of a journal that goes behind whatever there is: attempt and base. Raises RefusedError while the run is written."""
+        where = (self._entity, self._project, self.header.run_id)
+        attempts = self._ask_for(reads.attempts(*where), reads.read_attempts)
+        found = self._ask_for(operations.run_position(*where), operations.read_position)
+        try:
+            placed = place(self.header, self.path, attempts, None if found is None else found[1])
+        except NotNowError as error:
+            raise RefusedError(str(error)) from error
+        self.header, self._shift = placed.header, placed.shift
+        self.uploads = Uploads(self.header, self.path.parent, self._log)  # their stamps name the attempt
 
     def _learn_base(self, step: int) -> None:
         """What a branch off a run that was only known here takes over from it: its config, and the summary at the step.
@@ -352,7 +372,7 @@ class Delivery:
         """Reads the journal again from its start, making lines from `expected` on."""
         self._behind = True
         self._reader.rewind()
-        self._translator = Translator(self.header)
+        self._translator = Translator(self.header, self._shift)
         self._translator.skip = expected if self._console else {**expected, CONSOLE: _NEVER}
         self._translator.feed(self._reader.read())
         self._offer_files()

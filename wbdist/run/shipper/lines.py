@@ -22,7 +22,9 @@ TELEMETRY: dict[str, Any] = {"5": "0.31.0", "12": "wbdist"}
 class Translator:
     """Follows one journal from its first record."""
 
-    def __init__(self, header: JournalHeader) -> None:
+    def __init__(self, header: JournalHeader, shift: int = 0) -> None:
+        """`shift`: what steps that the journal names grow by."""
+        self._shift = shift
         self._assembler = RowAssembler(
             starting_step=header.starting_step, created=header.created, runtime=header.runtime, summary=header.summary
         )
@@ -72,7 +74,8 @@ class Translator:
             kind = record.kind
             self.last_time = record.time
             if kind is Kind.ROW:
-                for row in self._assembler.add(record.data, record.step, record.commit, record.time):
+                step = None if record.step is None else record.step + self._shift
+                for row in self._assembler.add(record.data, step, record.commit, record.time):
                     self._row(row)
             elif kind is Kind.COMMIT:
                 self.close_row()
@@ -81,7 +84,7 @@ class Translator:
             elif kind is Kind.STATS:
                 self._line(EVENTS, self._event_line, record)
             elif kind is Kind.ALERT:
-                self._line(ALERTS, _alert_line, record)
+                self._line(ALERTS, self._alert_line, record)
             elif kind is Kind.FILE:
                 self.files.append((self.produced[FILES], record.data))
                 self.produced[FILES] += 1
@@ -141,6 +144,9 @@ class Translator:
         if seq >= self.skip.get(stream, 0):
             self.lines[stream].append(make(source))
 
+    def _alert_line(self, record: Record) -> str:
+        return json_line({**record.data, "_step": record.data["_step"] + self._shift, "_timestamp": record.time})
+
     def _event_line(self, record: Record) -> str:
         return json_line({**record.data, "_timestamp": record.time, "_runtime": record.time - self._began, "_wandb": True})
 
@@ -150,10 +156,6 @@ def json_line(value: dict[str, Any]) -> str:
     text = _encode(value)
     # The fast encoder writes NaN as null; so do real Nones, and then the slow way gives the same.
     return jsonvalues.dumps(value) if b"null" in text else text.decode()
-
-
-def _alert_line(record: Record) -> str:
-    return json_line({**record.data, "_timestamp": record.time})
 
 
 def _console_line(record: Record) -> str:
