@@ -71,7 +71,7 @@ def test_forked_script_ends_as_a_script(start: Start, tmp_path: Path, end: str, 
     assert job.wait(110) == code, job.output
     assert told(tmp_path, 1, 1)["comm"] == "wbdist-rank-1"
     assert text in job.output
-    assert "launch/standby" not in job.output
+    assert "standby_main" not in job.output
     if end == "raises":
         assert f'Traceback (most recent call last):\n[rank 0]   File "{SCRIPT}"' in job.output
 
