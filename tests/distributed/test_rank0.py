@@ -199,6 +199,44 @@ def test_stopped_rank_does_not_stop_the_others(ranks: Ranks) -> None:
     assert ranks.rows() == expected(range(200), range(2))
 
 
+def test_late_policy_lets_go_of_a_slow_rank(ranks: Ranks) -> None:
+    """Proves that with 2 of 3 and no patience steps are written without a rank that hangs, that what it logs for them later is
+    counted and changes nothing, and that it takes part again in what comes after."""
+    ranks.start(3, strategy="rank0", steps=50, gate={"0": 49, "1": 49, "2": 20}, late={"quorum": 2, "patience": 0.0})
+    ranks.until("gate", 3)
+    journal = ranks.journals()[0]
+    wait_until(lambda: len(rows_of(journal)) == 49, "the steps that two ranks passed")
+    assert [row["count"] for row in rows_of(journal)[20:]] == [3] * 29
+    ranks.open_gate()
+    assert ranks.wait() == [0, 0, 0], ranks.errors()
+    rows = ranks.rows()
+    assert [row["_step"] for row in rows] == list(range(50))
+    assert rows[20:49] == _of_two_ranks(range(20, 49))
+    told = [line for line in ranks.errors().splitlines() if "too late" in line]
+    assert told, "rows of rank 2 that are not in the run"
+    assert "of rank 2" in told[-1]
+    assert "of rank 0" not in told[-1]
+
+
+def _of_two_ranks(steps: range) -> list[dict[str, Any]]:
+    return expected(steps, range(2))
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_stopped_aggregator_stops_nobody(ranks: Ranks, size: int) -> None:
+    """Proves that ranks log on to their ends while the aggregator is stopped (SIGSTOP), and that it has all rows in the end."""
+    ranks.start(size, strategy="rank0", steps=200, gate={str(rank): 50 for rank in range(size)})
+    ranks.until("gate", size)
+    aggregator = ranks.aggregator()
+    aggregator.suspend()
+    ranks.open_gate()
+    feeds = [path for path in find_journals(ranks.root / "wandb") if path.name.startswith("feed")]
+    wait_until(lambda: all(len(rows_of(path)) == 200 for path in feeds), "all rows in the ranks' journals")
+    aggregator.resume()
+    assert ranks.wait() == [0] * size, ranks.errors()
+    assert ranks.rows() == expected(range(200), range(size))
+
+
 def test_failing_rank_decides_the_exit_code(ranks: Ranks) -> None:
     """Proves that the run ends with the code of the rank that failed, not with rank 0's."""
     ranks.start(2, strategy="rank0", steps=5, exit={"1": 3})

@@ -15,6 +15,8 @@ from wbdist.core.reducers import NAMES, is_known, mean, reduce_rows, total
 from wbdist.distributed.alignment import StepAligner
 from wbdist.distributed.intake import FeedOps, FeedRow, FeedRows, Layouts
 from wbdist.distributed.intake import reduced as reduced_rows
+from wbdist.distributed.lateness import LatePolicy
+from wbdist.errors import UsageError
 from wbdist.run.journal import Schema
 
 
@@ -190,3 +192,21 @@ def test_alignment_gives_each_step_once_complete_and_in_order(events: list[tuple
         aligner.leave(rank)
     collect()
     assert out == sorted(logged)
+
+
+@pytest.mark.parametrize("given", [{"quorum": 0}, {"quorum": True}, {"quorum": 1.5}, {"quorum": 2, "patience": -1.0}])
+def test_late_policies_that_cannot_be(given: dict[str, Any]) -> None:
+    with pytest.raises(UsageError, match=r"(quorum|patience)="):
+        LatePolicy(**{"patience": 1.0} | given)
+
+
+def test_quorum_of_the_ranks_that_are_left() -> None:
+    """Proves how many ranks a quorum is, and that ranks that are gone do not count for it."""
+    assert [LatePolicy(0.75, 0).ranks(size) for size in (1, 2, 4, 8)] == [1, 2, 3, 6]
+    assert [LatePolicy(3, 0).ranks(size) for size in (1, 4)] == [1, 3]
+    aligner: StepAligner[Row] = StepAligner(4, 0)
+    for rank, step in enumerate((9, 7, 5, 3)):
+        aligner.passed(rank, step)
+    assert aligner.passed_by(LatePolicy(0.75, 0).ranks) == 5
+    aligner.leave(0)
+    assert aligner.passed_by(LatePolicy(2, 0).ranks) == 5

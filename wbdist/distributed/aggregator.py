@@ -33,6 +33,7 @@ from wbdist.distributed.channel import Address, Drained, Hello, Message
 from wbdist.distributed.coordination import name_ranks
 from wbdist.distributed.cut import PositionCursor
 from wbdist.distributed.intake import FeedRow, FeedRows, Layout, Layouts, reduced
+from wbdist.distributed.lateness import LatePolicy
 from wbdist.errors import EXIT_RETRYABLE, Error, JournalCorruptError
 from wbdist.run.handle import Run
 from wbdist.run.journal import FrameDecoder, JournalReader, JournalWriter, Kind, Record, writer_alive
@@ -67,6 +68,7 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     key: bytes
     host: str
     """To listen on."""
+    late: LatePolicy | None = None
     earlier: tuple[str, ...] = ()
     """Journals of this attempt's earlier aggregators, oldest first."""
 
@@ -126,6 +128,10 @@ class Aggregator:
         self._ranks = [Rank(number) for number in range(plan.world_size)]
         self._aligner: StepAligner[FeedRow] = StepAligner(plan.world_size, journal.header.starting_step)
         self._layouts = Layouts()
+        self._late = plan.late
+        self._quorum_at: deque[tuple[float, int]] = deque()
+        """When the quorum had passed which step, of steps that are still waited for."""
+        self._late_told = 0
         self._own_records = journal.seq + 1
         self._passed_on = 0
         """Records of rank 0, from its first, that the predecessors passed on."""
@@ -166,11 +172,14 @@ class Aggregator:
         looked = time.monotonic()
         while True:
             self._take_messages()
-            self._write_complete_steps()
             now = time.monotonic()
+            if self._late is not None:
+                self._wait_no_longer(self._late, now)
+            self._write_complete_steps()
             if now - looked >= TICK:
                 looked = now
                 self._look_for_dead(now)
+                self._tell_late()
             self._answer_drains()
             if all(rank.gone for rank in self._ranks) or (
                 self._rank0_gone_at is not None and now - self._rank0_gone_at > self._patience()
@@ -350,6 +359,25 @@ class Aggregator:
             record = self._held.popleft()[1]
             self._journal.append(record.kind, record.data, record.time)
 
+    def _wait_no_longer(self, policy: LatePolicy, now: float) -> None:
+        """Lets go of steps that the quorum passed long enough ago."""
+        waiting = self._quorum_at
+        passed = self._aligner.passed_by(policy.ranks)
+        if passed > (waiting[-1][1] if waiting else self._aligner.frontier):
+            waiting.append((now, passed))
+        while waiting and now - waiting[0][0] >= policy.patience:
+            self._aligner.close_below(waiting.popleft()[1])
+
+    def _tell_late(self) -> None:
+        late = self._aligner.late
+        if sum(late) > max(2 * self._late_told, 0):  # at once, then when it has doubled
+            self._late_told = sum(late)
+            by = ", ".join(f"{count} of rank {rank}" for rank, count in enumerate(late) if count)
+            self._run.settings.say(
+                f"run {self._run.id}: rows that came too late for their step, and are in their ranks' journals only: {by}",
+                warning=True,
+            )
+
     # Ranks that leave -----------------------------------------------------------------------------------
 
     def _leave(self, rank: Rank, end: dict[str, Any] | None) -> None:
@@ -417,6 +445,7 @@ class Aggregator:
                 self._bury(rank)
         self._write_complete_steps()
         self._answer_drains()
+        self._tell_late()
         first = self._ranks[0]
         if first.ended is None:
             # No END: the shipper sees the lock freed without one, and reports the run lost.

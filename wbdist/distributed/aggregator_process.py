@@ -16,6 +16,7 @@ import msgspec
 
 from wbdist.distributed.aggregator import Plan, Started
 from wbdist.distributed.channel import Meeting
+from wbdist.distributed.lateness import LatePolicy
 from wbdist.distributed.opening import Opened, error_of
 from wbdist.errors import InitStartError
 from wbdist.run.lifecycle import RunSpec
@@ -32,10 +33,11 @@ class AggregatorDownError(InitStartError):
 class AggregatorProcess:
     """On rank 0 only. One thread at a time."""
 
-    def __init__(self, spec: RunSpec, world_size: int, *, alone_on_host: bool) -> None:
+    def __init__(self, spec: RunSpec, world_size: int, *, alone_on_host: bool, late: LatePolicy | None = None) -> None:
         """`spec`: of the one run. `alone_on_host`: all ranks are on this machine, so nobody else needs to reach it."""
         self._spec = spec
         self._world_size = world_size
+        self._late = late
         self._key = secrets.token_bytes(32)
         self._host = "127.0.0.1" if alone_on_host else reachable_address()
         self._journals: list[str] = []
@@ -98,6 +100,7 @@ class AggregatorProcess:
             parent=os.getpid(),
             key=self._key,
             host=self._host,
+            late=self._late,
             earlier=tuple(self._journals),
         )
         # A session of its own: Ctrl-C and signals to the job's process group are for the ranks; it takes their last rows.

@@ -4,14 +4,15 @@ A rank has *passed* step s when it can add nothing more to s: it closed a row of
 complete when every rank that is still with us passed it. Ranks may be apart by any number of steps; what is held is the
 skew between them. A rank that ended or was lost holds nobody up.
 
-Rejected: closing a step after some time. The row would then depend on how busy a machine was, and a job that was
-killed and resumed would not have the history of one that was not.
+Rejected as what everybody gets: closing a step after some time. The row then depends on how busy a machine was, and a job
+that was killed and resumed does not have the history of one that was not. Who asks for it (`distributed/lateness.py`) has it by
+`close_below`.
 """
 
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from operator import attrgetter
 from typing import Generic, Protocol, TypeVar
 
@@ -36,11 +37,16 @@ class StepAligner(Generic[R]):
         self._steps: list[int] = []
         """Heap of the keys of `_rows`."""
         self._closed = starting_step
+        self._forced = starting_step
+        """Steps below this do not wait for anybody."""
+        self._replayed = starting_step
+        self.late = [0] * world_size
+        """For each rank the rows that came when their step had been given out without them."""
 
     @property
     def frontier(self) -> int:
-        """Every step below this is complete."""
-        return min(self._next)
+        """Every step below this is complete, or is not waited for."""
+        return max(min(self._next), self._forced)
 
     def next_of(self, rank: int) -> int:
         """The lowest step that `rank` may still add to."""
@@ -55,6 +61,8 @@ class StepAligner(Generic[R]):
                 heapq.heappush(self._steps, step)
             else:
                 entries.append(row)
+        elif step >= self._replayed:
+            self.late[row.rank] += 1
         if step >= self._next[row.rank]:
             self._next[row.rank] = step + 1
 
@@ -69,7 +77,16 @@ class StepAligner(Generic[R]):
 
     def skip_to(self, step: int) -> None:
         """Steps below `step` were given out before (by a predecessor)."""
-        self._closed = max(self._closed, step)
+        self._closed = self._replayed = max(self._closed, step)
+
+    def passed_by(self, count: Callable[[int], int]) -> int:
+        """The step below which so many of the ranks that are still with us have passed all; `count` says how many, of all."""
+        here = sorted((step for step in self._next if step != FOREVER), reverse=True)
+        return here[count(len(here)) - 1] if here else 0
+
+    def close_below(self, step: int) -> None:
+        """Steps below `step` wait for nobody any more."""
+        self._forced = max(self._forced, step)
 
     def complete(self) -> Iterator[tuple[int, list[R]]]:
         """Steps that became complete, lowest first, each with its rows in rank order."""

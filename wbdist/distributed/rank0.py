@@ -18,6 +18,7 @@ from wbdist.distributed.aggregator_process import AggregatorDownError, Aggregato
 from wbdist.distributed.channel import Meeting
 from wbdist.distributed.feeder import Feeder
 from wbdist.distributed.identity import RankIdentity
+from wbdist.distributed.lateness import LatePolicy
 from wbdist.distributed.opening import OPEN_TIMEOUT, Opened, refusal_of, told_by_rank0
 from wbdist.distributed.own_runs import standing_of, tail_of
 from wbdist.distributed.rank_run import RankRun, check_reduce
@@ -36,7 +37,16 @@ class FeedRun(RankRun):
 
     strategy = "rank0"
 
-    def __init__(self, identity: RankIdentity, coordinator: Coordinator, spec: RunSpec, name: str, reason: str) -> None:
+    def __init__(
+        self,
+        identity: RankIdentity,
+        coordinator: Coordinator,
+        spec: RunSpec,
+        name: str,
+        reason: str,
+        *,
+        late: LatePolicy | None,
+    ) -> None:
         """`name`: of this opening, the same on all ranks. Raises what opening the run raised beside rank 0, on all ranks."""
         self.reason = reason
         self._rank = identity.rank
@@ -45,7 +55,7 @@ class FeedRun(RankRun):
         self._name = name
         self._aggregator: AggregatorProcess | None = None
         if identity.rank == 0:
-            self._aggregator = AggregatorProcess(spec, identity.world_size, alone_on_host=_on_one_host(identity))
+            self._aggregator = AggregatorProcess(spec, identity.world_size, alone_on_host=_on_one_host(identity), late=late)
         told = self._meet(spec)
         meeting = told.meeting
         self.run = open_run(

@@ -21,6 +21,7 @@ import msgspec
 from wbdist.core.coordination import Coordinator
 from wbdist.distributed import opening, own_runs
 from wbdist.distributed.identity import RankIdentity
+from wbdist.distributed.lateness import LatePolicy
 from wbdist.distributed.own_runs import OnlyRank0, OwnRun, SharedWriter
 from wbdist.distributed.rank0 import FeedRun
 from wbdist.distributed.rank_run import RankRun
@@ -54,12 +55,16 @@ def choose(strategy: str, identity: RankIdentity, mode: str) -> tuple[str, str]:
     return "rank0", f"{size} ranks ({of}): one run, in which a value is the mean over the ranks unless log() says otherwise"
 
 
-def open_runs(strategy: str, identity: RankIdentity, coordinator: Coordinator, spec: RunSpec) -> RankRun:
+def open_runs(
+    strategy: str, identity: RankIdentity, coordinator: Coordinator, spec: RunSpec, late: LatePolicy | None = None
+) -> RankRun:
     """All ranks, in step: opens this rank's part of the job's run or runs.
 
     `spec` is the job's: its `run_id` the job's, its `base` this rank's position in the checkpoint it continues from (or
     None); writer, role and rank are filled in here. Rank 0's config is every rank's (under per_rank what a rank has of its own
     stays). A server that is away is found out by rank 0, said in one line, and no error: all ranks go on with their journals.
+
+    `late`: under rank0, which ranks a step waits for; None: all that live.
 
     Blocks at most twice OPEN_TIMEOUT seconds, in practice as long as rank 0 waits for its server. Raises UsageError for an
     unknown strategy; whatever opening a run raises on any rank is raised on all, and no run stays open then.
@@ -70,7 +75,7 @@ def open_runs(strategy: str, identity: RankIdentity, coordinator: Coordinator, s
         return OwnRun(open_run(spec), spec.earlier, strategy, reason)
     name = f"runs/{next(_opened)}"
     if strategy == "rank0":
-        return FeedRun(identity, coordinator, spec, name, reason)
+        return FeedRun(identity, coordinator, spec, name, reason, late=late)
     place = f"{name}/open"
     if strategy == "per_rank":
         own = opening.lead(

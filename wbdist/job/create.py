@@ -10,6 +10,7 @@ from typing import Any, Literal, get_args
 
 from wbdist.checkpoint.copies import Copies
 from wbdist.checkpoint.retention import Keep
+from wbdist.distributed.lateness import LatePolicy
 from wbdist.distributed.strategies import Strategy
 from wbdist.errors import UsageError
 from wbdist.job.handle import Job
@@ -44,6 +45,7 @@ def job(
     keep_every: str | int | None = None,
     keep_best: str | None = None,
     strategy: Strategy = "auto",
+    late: LatePolicy | None = None,
     seed: int = 0,
     group: str | None = None,
     job_type: str | None = None,
@@ -64,9 +66,10 @@ def job(
     there in the background, and a job whose disk is gone, or that starts on another machine, continues from there.
 
     `strategy`: `rank0` is one run with the ranks' means, `per_rank` a run a rank in one group, `shared` one run that every rank
-    writes rows of its own into, `rank_zero_only` rank 0's run (docs/strategies.md); `auto` is rank0 with several ranks. `seed`
-    seeds Python, NumPy and torch on every rank (differently) and orders the data. `notices`: besides signals, what may say that
-    the job must stop, as the setting of that name ("auto", "off", "aws,file=/shared/stop"). The rest as in `init`.
+    writes rows of its own into, `rank_zero_only` rank 0's run (docs/strategies.md); `late` says when a step's row no longer
+    waits for slow ranks; `auto` is rank0 with several ranks. `seed` seeds Python, NumPy and torch on every rank (differently)
+    and orders the data. `notices`: besides signals, what may say that the job must stop, as the setting of that name ("auto",
+    "off", "aws,file=/shared/stop"). The rest as in `init`.
 
     Raises UsageError for arguments that cannot be right; nothing is started or written before `with`.
     """
@@ -103,5 +106,6 @@ def job(
         save_every=steps_between_saves(save_every),
         keep=keep,
         strategy=strategy,
+        late=late,
         seed=seed,
     )

@@ -22,6 +22,7 @@ from wbdist.checkpoint.retention import Keep
 from wbdist.core.position import RunPosition
 from wbdist.distributed import bootstrap, coordination, strategies
 from wbdist.distributed.identity import detect
+from wbdist.distributed.lateness import LatePolicy
 from wbdist.errors import EXIT_FAILED_FOR_GOOD, EXIT_PREEMPTED, EnvironmentFault, FencedError, UsageError
 from wbdist.job.ending import Fenced, Preempted, exit_code_of, leave_verdict
 from wbdist.job.fence import SERVER, FenceWatch
@@ -70,6 +71,7 @@ class Job:
         save_every: int | None,
         keep: Keep,
         strategy: strategies.Strategy,
+        late: LatePolicy | None = None,
         seed: int,
     ) -> None:
         """Use `job()`. `spec` is the run's; its id counts only when `run_id` asked for it."""
@@ -81,6 +83,7 @@ class Job:
         self._save_every = save_every
         self._keep = keep
         self._strategy = strategy
+        self._late = late
         self._seed = seed
         self._step = 0
         self._saved_step = -1
@@ -185,7 +188,7 @@ class Job:
         self._stack.callback(self._hub.close)
         self._stopping = Stopping(self._peers, self._hub)
         self._stack.callback(self._stopping.close)
-        self._runs = strategies.open_runs(self._strategy, self._identity, self._peers, self._run_spec(position))
+        self._runs = strategies.open_runs(self._strategy, self._identity, self._peers, self._run_spec(position), self._late)
         if self.rank == 0 and self.attempt > 1:
             self._runs.run.settings.say(going_on(self.attempt, self._plan.cause, self._chosen))
         if self.rank == 0 and self._copies is not None and self._directory is not None:

@@ -3,7 +3,7 @@
 orders: strategy, steps; gate: {rank: step}: before that step wait for ROOT/open; kill_self: {rank: step}; silent: ranks that
 log nothing; prints: print a line at the start of each step, and keep what is printed; drain: step to drain at the end (rank
 order: all); base: a position to continue from; settings: more of them; config0: rank 0's config; refuse: ranks that cannot open
-their run; no_aggregator: it does not come up at the start; junk: log what cannot be logged.
+their run; late: a LatePolicy; no_aggregator: it does not come up at the start; junk: log what cannot be logged.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from wbdist.core.position import RunPosition
 from wbdist.distributed import strategies
 from wbdist.distributed.aggregator_process import AggregatorDownError, AggregatorProcess
 from wbdist.distributed.identity import RankIdentity
+from wbdist.distributed.lateness import LatePolicy
 from wbdist.errors import CommError, UsageError
 from wbdist.run.init import make_spec
 from wbdist.run.lifecycle import active_runs
@@ -77,7 +78,9 @@ def main() -> None:
     if orders.get("no_aggregator"):
         AggregatorProcess.start = no_aggregator
     try:
-        runs = strategies.open_runs(orders["strategy"], identity, peers, spec)
+        runs = strategies.open_runs(
+            orders["strategy"], identity, peers, spec, LatePolicy(**orders["late"]) if "late" in orders else None
+        )
     except CommError as error:
         say(event="refused", rank=rank, error=str(error), open=len(active_runs()))
         return
