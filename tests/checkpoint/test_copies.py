@@ -271,7 +271,7 @@ def test_shipping_in_the_background(url: str, tmp_path: Path) -> None:
     claim, notes = life(url, tmp_path / "a")
     assert notes == ()
     copies = Copies(url)
-    shipping = copying.Shipping(copies, tmp_path / "a", attempt=1, keep=Keep(2))
+    shipping = copying.Shipping(copying.OnStore(copies), tmp_path / "a", attempt=1, keep=Keep(2))
     manifests = save(tmp_path / "a", 1, 2, 3, 4)[::-1]
     shipping.offer(manifests[0], base=True)
     assert shipping.settle(60) == ""
@@ -293,7 +293,7 @@ def test_shipping_in_the_background(url: str, tmp_path: Path) -> None:
     shipping.close()
     # A base that is on this disk only (its machine was killed before it could ship) is brought there by who goes on from it.
     copies.remove("step-4.a1")
-    shipping = copying.Shipping(copies, tmp_path / "b", attempt=2, keep=Keep(2))
+    shipping = copying.Shipping(copying.OnStore(copies), tmp_path / "b", attempt=2, keep=Keep(2))
     shipping.offer(committed(tmp_path / "b")[0], base=True)
     assert shipping.settle(60) == ""
     assert names(copies)[0] == "step-4.a1"
@@ -308,7 +308,7 @@ def test_a_store_that_is_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     begin(copies, 1)
     (newest,) = save(tmp_path / "here", 1)
     monkeypatch.setattr(copying, "RETRY", 0.05)
-    shipping = copying.Shipping(copies, tmp_path / "here", attempt=1, keep=Keep(2))
+    shipping = copying.Shipping(copying.OnStore(copies), tmp_path / "here", attempt=1, keep=Keep(2))
     away = place.rename(tmp_path / "away")
     place.write_text("not a directory")
     shipping.offer(newest)

@@ -9,9 +9,12 @@ import pytest
 from support.jobs import Machine, Server, poll, the_run
 from support.s3 import BUCKET, S3Server
 
+import wbdist
 from wbdist.checkpoint.copies import Copies
+from wbdist.errors import CommError
 
 
+@pytest.mark.slow
 def test_the_disk_is_gone(
     server: Server, machines: Callable[[str], Machine], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -38,3 +41,37 @@ def test_the_disk_is_gone(
         assert Copies(url).scan()[0][0].step == 40
     finally:
         s3.stop()
+
+
+@pytest.mark.parametrize(("how", "nproc"), [("python", 1), pytest.param("launch", 2, marks=pytest.mark.slow)])
+def test_the_disk_is_gone_and_the_server_has_the_files(
+    server: Server, machines: Callable[[str], Machine], monkeypatch: pytest.MonkeyPatch, how: str, nproc: int
+) -> None:
+    """The same with nothing but the run's own server: the id is all that the new machine is told."""
+    monkeypatch.setenv("WANDB_RUN_ID", "lost1")
+    arguments = ("--name", "tested", "--checkpoint-dir", "ckpt", "--checkpoint-copy", "run", "--epochs", "2")
+    first = machines("first")
+    job = first.jobs.start(*arguments, "--step-seconds", "0.1", how=how, nproc=nproc)
+    poll(lambda: "step-10.a1" in kept_by_the_server(), f"step 10 on the server; {job.output()[-2000:]}")
+    first.lose()
+    second = machines("second")
+    job = second.jobs.start(*arguments, how=how, nproc=nproc)
+    assert job.wait() == 0, job.output()
+    assert "was fetched from the run's server" in job.output()
+    run = the_run("tested")
+    assert [row["_step"] for row in run.scan_history(keys=["_step", "loss"])] == list(range(40 // nproc))
+    assert run.attempts()[1].base_step >= 9
+    audit = second.jobs.command("audit", f"tiny/{run.id}")
+    assert audit.returncode == 0, audit.stdout
+    poll(lambda: f"step-{40 // nproc}.a2" in kept_by_the_server(), "the last checkpoint on the server")
+
+
+def kept_by_the_server() -> list[str]:
+    """The checkpoints that the run has on the server."""
+    found = []
+    for number in range(20):
+        try:
+            found.append(wbdist.Api().artifact(f"tiny/checkpoint-lost1:v{number}").metadata["checkpoint"])
+        except CommError:
+            continue
+    return found

@@ -159,6 +159,16 @@ def _next_attempt(directory: Path, cause: str) -> Attempt:
     return attempt
 
 
+def run_of(directory: Path) -> str | None:
+    """The run that `directory` belongs to; None when it is not a job's yet. Raises CheckpointError."""
+    try:
+        return msgspec.json.decode((directory / "job.json").read_bytes(), type=JobIdentity).run_id
+    except FileNotFoundError:
+        return None
+    except (OSError, msgspec.MsgspecError) as error:
+        raise CheckpointError(f"{directory / 'job.json'} does not say which run the directory belongs to: {error}") from error
+
+
 def adopt(directory: Path, job: JobIdentity, known: list[Attempt]) -> None:
     """Makes `directory` the job's: on a machine that has not seen it, or has missed some of its attempts. Before `take`.
 

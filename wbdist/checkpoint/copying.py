@@ -11,7 +11,9 @@ import logging
 import shutil
 import threading
 import time
+from collections.abc import Callable, Collection
 from pathlib import Path
+from typing import Protocol
 
 from wbdist.checkpoint import claim, retention
 from wbdist.checkpoint.claim import Claim
@@ -19,7 +21,7 @@ from wbdist.checkpoint.copies import Copies
 from wbdist.checkpoint.files import FileLayer
 from wbdist.checkpoint.manifest import MANIFEST, Manifest, committed, newest_first, scan, verify
 from wbdist.checkpoint.retention import Keep
-from wbdist.errors import CheckpointCorruptError, Error, FencedError
+from wbdist.errors import CheckpointCorruptError, FencedError
 
 log = logging.getLogger("wbdist.checkpoint")
 
@@ -27,6 +29,51 @@ OUTBOX = "outbox"
 """Links to the checkpoint being copied: retention may remove it from the directory meanwhile."""
 RETRY = 15.0
 """Seconds after which a copy that failed is tried again."""
+
+
+class Elsewhere(Protocol):
+    """Where a job's checkpoints outlive its machine. Rank 0 only; methods may block for requests, and raise CheckpointError."""
+
+    url: str
+    """For people."""
+    through_run: bool
+    """What is shipped leaves by the run's own way, before the run is finished."""
+
+    def adopt(self, directory: Path) -> None:
+        """Before the claim: what is known there of the job becomes known in `directory`."""
+
+    def take_over(self, layer: FileLayer, held: Claim) -> tuple[str, ...]:
+        """After the claim: the attempt begins there, and the newest checkpoint that verifies is brought into the directory."""
+
+    def ship(self, manifest: Manifest, source: Path, attempt: int) -> None:
+        """Copies a committed checkpoint there. Raises FencedError."""
+
+    def prune(self, keep: Keep, protected: Collection[str | None]) -> None:
+        """Removes what `keep` and `protected` do not hold."""
+
+
+class OnStore:
+    """`Elsewhere`: an object store."""
+
+    through_run = False
+
+    def __init__(self, copies: Copies) -> None:
+        self.copies = copies
+        self.url = copies.url
+
+    def adopt(self, directory: Path) -> None:
+        adopt(self.copies, directory)
+
+    def take_over(self, layer: FileLayer, held: Claim) -> tuple[str, ...]:
+        return take_over(self.copies, layer, held)
+
+    def ship(self, manifest: Manifest, source: Path, attempt: int) -> None:
+        self.copies.ship(manifest, source, attempt)
+
+    def prune(self, keep: Keep, protected: Collection[str | None]) -> None:
+        for old in keep.doomed(self.copies.scan()[0]):
+            if old.name not in protected:
+                self.copies.remove(old.name)
 
 
 def adopt(copies: Copies, directory: Path) -> None:
@@ -58,29 +105,41 @@ def take_over(copies: Copies, layer: FileLayer, held: Claim) -> tuple[str, ...]:
     copies.begin(held.job, held.attempt, names)
     notes += [f"{bad.problem}; noted in {copies.quarantine(Path(bad.directory).name, bad.problem)}" for bad in broken]
     copies.collect_leftovers(held.attempt.number)
-    notes += _bring_newest(copies, layer, directory, remote, local)
+    notes += bring_newest(
+        layer,
+        local,
+        remote,
+        fetch=lambda manifest: copies.fetch(manifest, layer, directory),
+        put_away=lambda manifest, problem: copies.quarantine(manifest.name, problem),
+        url=copies.url,
+    )
     for note in notes:
         log.warning("%s", note)
     return tuple(notes)
 
 
-def _bring_newest(
-    copies: Copies, layer: FileLayer, directory: Path, remote: list[Manifest], local: list[Manifest]
+def bring_newest(
+    layer: FileLayer,
+    local: list[Manifest],
+    remote: list[Manifest],
+    *,
+    fetch: Callable[[Manifest], object],
+    put_away: Callable[[Manifest, str], str],
+    url: str,
 ) -> list[str]:
+    """Makes the newest checkpoint that verifies, here or elsewhere, lie here; what is bad is put away. Notes for people."""
     notes = []
     for manifest in sorted([*local, *remote], key=newest_first):  # stable: of one that is on both, the local comes first
         try:
             if manifest in local:
                 verify(manifest)
             else:
-                copies.fetch(manifest, layer, directory)
-                notes.append(f"{manifest.name} was fetched from {copies.url}")
+                fetch(manifest)
+                notes.append(f"{manifest.name} was fetched from {url}")
         except CheckpointCorruptError as error:
-            if manifest in local:
-                put_away = retention.quarantine(layer, Path(manifest.directory))
-            else:
-                put_away = Path(copies.quarantine(manifest.name, str(error)))
-            notes.append(f"{error}; see {put_away}")
+            here = manifest in local
+            ward = retention.quarantine(layer, Path(manifest.directory)) if here else put_away(manifest, str(error))
+            notes.append(f"{error}; see {ward}")
         else:
             break
     return notes
@@ -89,7 +148,7 @@ def _bring_newest(
 class Shipping:
     """Copies committed checkpoints to the store, the newest first, on a thread of its own. Made on rank 0; `close` it."""
 
-    def __init__(self, copies: Copies, directory: Path, *, attempt: int, keep: Keep) -> None:
+    def __init__(self, copies: Elsewhere, directory: Path, *, attempt: int, keep: Keep) -> None:
         """What `keep` holds stays at the store, and the one that this attempt started from."""
         self._copies = copies
         self._outbox = directory / OUTBOX
@@ -162,7 +221,7 @@ class Shipping:
                 self.problem = ""
             except FencedError as error:
                 self._fenced = str(error)
-            except Error as error:
+            except Exception as error:  # noqa: BLE001  (whatever it is, the job goes on, and is told at its end)
                 if str(error) != self.problem:
                     log.warning("%s; it is tried again every %g s", error, RETRY)
                 self.problem, failed = str(error), True
@@ -188,6 +247,4 @@ class Shipping:
         self._copies.ship(manifest, kept if (kept / MANIFEST).exists() else Path(manifest.directory), self._attempt)
         self.shipped = manifest.name
         log.info("%s is at %s after %.1f s", manifest.name, self._copies.url, time.monotonic() - started)
-        for old in self._keep.doomed(self._copies.scan()[0]):
-            if old.name not in {self._base, manifest.name}:
-                self._copies.remove(old.name)
+        self._copies.prune(self._keep, {self._base, manifest.name})

@@ -9,14 +9,17 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from wbdist.checkpoint.copies import Copies
+from wbdist.checkpoint.copying import Elsewhere, OnStore
 from wbdist.checkpoint.retention import Keep
 from wbdist.distributed.lateness import LatePolicy
 from wbdist.distributed.strategies import Strategy
 from wbdist.errors import UsageError
 from wbdist.job.handle import Job
+from wbdist.job.run_copies import RunCopies
 from wbdist.preemption import sources
 from wbdist.run.init import make_spec
-from wbdist.settings import resolve
+from wbdist.run.lifecycle import RunSpec
+from wbdist.settings import Settings, resolve
 
 
 def steps_between_saves(value: str | int | None, what: str = "save_every") -> int | None:
@@ -63,7 +66,8 @@ def job(
     ("max:accuracy").
 
     `checkpoint_copy` is an object store's address ("s3://bucket/jobs/digits", extra `s3`): committed checkpoints are copied
-    there in the background, and a job whose disk is gone, or that starts on another machine, continues from there.
+    there in the background, and a job whose disk is gone, or that starts on another machine, continues from there. "run" keeps
+    them with the run on its server; then give `id` (or WANDB_RUN_ID), by which an empty directory finds its run.
 
     `strategy`: `rank0` is one run with the ranks' means, `per_rank` a run a rank in one group, `shared` one run that every rank
     writes rows of its own into, `rank_zero_only` rank 0's run (docs/strategies.md); `late` says when a step's row no longer
@@ -98,14 +102,25 @@ def job(
     }
     settings = resolve(None, {key: value for key, value in arguments.items() if value is not None})
     sources.parse(settings.notices)
+    spec = make_spec(settings, config=config)
     return Job(
-        make_spec(settings, config=config),
+        spec,
         run_id=settings.run_id,
         checkpoint_dir=None if checkpoint_dir is None else Path(checkpoint_dir).absolute(),
-        copies=None if checkpoint_copy is None else Copies(checkpoint_copy),
+        copies=_elsewhere(checkpoint_copy, spec, settings, strategy),
         save_every=steps_between_saves(save_every),
         keep=keep,
         strategy=strategy,
         late=late,
         seed=seed,
     )
+
+
+def _elsewhere(copy: str | None, spec: RunSpec, settings: Settings, strategy: Strategy) -> Elsewhere | None:
+    if copy is None:
+        return None
+    if copy != "run":
+        return OnStore(Copies(copy))
+    if settings.mode != "online":
+        raise UsageError(f"checkpoint_copy='run' means the run's server, and the mode is {settings.mode!r}; use online")
+    return RunCopies(spec, settings.run_id, per_rank=strategy == "per_rank")

@@ -14,8 +14,7 @@ import msgspec
 
 from wbdist.checkpoint import manifest
 from wbdist.checkpoint.checkpointer import Checkpointer, PendingSave
-from wbdist.checkpoint.copies import Copies
-from wbdist.checkpoint.copying import Shipping
+from wbdist.checkpoint.copying import Elsewhere, Shipping
 from wbdist.checkpoint.history import share
 from wbdist.checkpoint.manifest import Manifest
 from wbdist.checkpoint.retention import Keep
@@ -27,6 +26,7 @@ from wbdist.errors import EXIT_FAILED_FOR_GOOD, EXIT_PREEMPTED, EnvironmentFault
 from wbdist.job.ending import Fenced, Preempted, exit_code_of, leave_verdict
 from wbdist.job.fence import SERVER, FenceWatch
 from wbdist.job.plan import Plan, agree_on_plan, decide, position_of, seed_everything
+from wbdist.job.run_copies import RunCopies
 from wbdist.job.stopping import Stopping, reason_of, timed
 from wbdist.job.telling import PREEMPTION, going_on, in_total
 from wbdist.launch import intent
@@ -67,7 +67,7 @@ class Job:
         *,
         run_id: str | None,
         checkpoint_dir: Path | None,
-        copies: Copies | None,
+        copies: Elsewhere | None,
         save_every: int | None,
         keep: Keep,
         strategy: strategies.Strategy,
@@ -192,6 +192,8 @@ class Job:
         if self.rank == 0 and self.attempt > 1:
             self._runs.run.settings.say(going_on(self.attempt, self._plan.cause, self._chosen))
         if self.rank == 0 and self._copies is not None and self._directory is not None:
+            if isinstance(self._copies, RunCopies):
+                self._copies.bind(self.run, self._plan.run_id)
             shipping = self._shipping = Shipping(self._copies, self._directory, attempt=self.attempt, keep=self._keep)
             self._stack.callback(self._shipping.close)
             self._stack.callback(FenceWatch(lambda: Standing(shipping.fenced()), self._hub.tell).close)
@@ -481,6 +483,7 @@ class Job:
         if self._checkpoints is not None:
             self._checkpoints.close(PEER_TIMEOUT)
         self._report_progress()
+        self._settle_copies(through_run=True)
         self._runs.finish(0)
         if self.rank == 0 and self.attempt > 1:
             self._runs.run.settings.say(in_total(self._runs.run, self.attempt))
@@ -494,14 +497,20 @@ class Job:
         if left is not None:
             self._runs.run.hurry(left)
         self._report_progress()
+        self._settle_copies(COPY_TIMEOUT if left is None else max(0.0, left), through_run=True)
         self._runs.finish(exit_code_of(error))
         self._leave_group()
         self._settle_copies(COPY_TIMEOUT if self._stopping.left is None else max(0.0, self._stopping.left))
         self._stopping.let_go()
 
-    def _settle_copies(self, timeout: float = COPY_TIMEOUT) -> None:
-        """Rank 0, last of all: its peers have left, and what is not copied is lost with this machine's disk."""
-        if self._shipping is not None and (said := self._shipping.settle(timeout)):
+    def _settle_copies(self, timeout: float = COPY_TIMEOUT, *, through_run: bool = False) -> None:
+        """Rank 0, last of all: its peers have left, and what is not copied is lost with this machine's disk.
+
+        What leaves by the run's own way is handed over before the run is finished, which then waits for it.
+        """
+        if self._shipping is None or self._copies is None or self._copies.through_run != through_run:
+            return
+        if said := self._shipping.settle(timeout):
             self._runs.run.settings.say(said, warning=True)
 
     def _leave_group(self) -> None:

@@ -14,9 +14,8 @@ from typing import Any
 
 import msgspec
 
-from wbdist.checkpoint import copying
 from wbdist.checkpoint.claim import Claim
-from wbdist.checkpoint.copies import Copies
+from wbdist.checkpoint.copying import Elsewhere
 from wbdist.checkpoint.files import FileLayer
 from wbdist.checkpoint.manifest import Manifest
 from wbdist.core.coordination import Coordinator
@@ -38,7 +37,7 @@ class Plan(msgspec.Struct, frozen=True):
     cause: str
 
 
-def decide(spec: RunSpec, run_id: str | None, directory: Path | None, copies: Copies | None, stack: ExitStack) -> Plan:
+def decide(spec: RunSpec, run_id: str | None, directory: Path | None, copies: Elsewhere | None, stack: ExitStack) -> Plan:
     """Rank 0: the plan of this attempt. With a directory it is claimed, and released by `stack`.
 
     With `copies` the attempt begins there too, and the newest checkpoint is brought here. `run_id` is the id asked for, None
@@ -49,7 +48,7 @@ def decide(spec: RunSpec, run_id: str | None, directory: Path | None, copies: Co
     if directory is None:
         return Plan(spec.run_id, 1, secrets.token_hex(8), cause or "start")
     if copies is not None:
-        copying.adopt(copies, directory)
+        copies.adopt(directory)
     cause = cause or cause_of_restart(directory)
     claim = Claim.take(
         directory,
@@ -62,7 +61,7 @@ def decide(spec: RunSpec, run_id: str | None, directory: Path | None, copies: Co
     )
     stack.callback(claim.release)
     if copies is not None:
-        copying.take_over(copies, FileLayer(), claim)
+        copies.take_over(FileLayer(), claim)
     return Plan(claim.job.run_id, claim.attempt.number, claim.attempt.nonce, claim.attempt.cause)
 
 

@@ -186,6 +186,14 @@ def use(run: tuple[str, str, str], artifact: str) -> Operation:
     return Operation("UseArtifact", _USE, {"input": fields})
 
 
+_DELETE = "mutation DeleteArtifact($input: DeleteArtifactInput!) { deleteArtifact(input: $input) { artifact { id } } }"
+
+
+def delete(artifact: str) -> Operation:
+    """With the aliases that name it."""
+    return Operation("DeleteArtifact", _DELETE, {"input": {"artifactID": artifact, "deleteAliases": True}})
+
+
 _LINK = "mutation LinkArtifact($input: LinkArtifactInput!) { linkArtifact(input: $input) { versionIndex } }"
 
 
