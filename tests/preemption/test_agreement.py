@@ -212,6 +212,23 @@ def test_dead_peer_is_bounded_and_named() -> None:
     assert time.monotonic() - began < 2.0
 
 
+def test_advice_that_a_silent_peer_has_not_heard_stops_nobody() -> None:
+    """Proves that advice without everybody's answer is dropped, and that the next round counts on, so that a notice after it
+    still finds the largest count, whichever ranks had gone on meanwhile."""
+    rank = Rank(Board(), 0, 2, timeout=0.3)
+    for _ in range(5):
+        assert rank.agreement.begin_unit()
+    rank.hub.tell(Notice("test", "maybe", time.monotonic(), advice=True))
+    while rank.agreement.begin_unit():
+        time.sleep(0.001)
+    assert not rank.agreement.agreed
+    before = rank.agreement.units
+    again = rank.agreement.next_round()
+    assert again.begin_unit()
+    assert again.units == before + 1 > 5
+    again.close()
+
+
 def test_near_deadline_shortens_the_wait() -> None:
     """Proves that nobody waits for a dead peer longer than the notice leaves time for."""
     rank = Rank(Board(), 0, 2, timeout=60.0)

@@ -148,7 +148,8 @@ def test_gce_preemption_by_a_hanging_request(hear: Callable[..., Heard], monkeyp
         heard = hear(gcp.GcpSource(service.url, lead=120.0))
         hanging = lambda: [r for r in service.requests if r.query.get("wait_for_change") == "true"]  # noqa: E731
         poll(lambda: len(hanging()) == 2, "both hanging requests")
-        assert all(request.query["last_etag"] and request.query["timeout_sec"] == "60" for request in hanging())
+        assert {request.query["last_etag"] for request in hanging()} == set(service._etags.values())
+        assert {request.query["timeout_sec"] for request in hanging()} == {"60"}
         service.be_unavailable()
         poll(lambda: len(hanging()) > 3, "another try")
         service.be_unavailable(False)

@@ -77,11 +77,19 @@ def test_slurm_end_of_time_and_its_extension(
     """Proves that the job stops ahead of its limit as Slurm knows it now, not as it was at the start."""
     monkeypatch.setattr(clock, "LOOK", 0.02)
     monkeypatch.setattr(clock, "SHARE", 2.0)
-    job = SlurmRehearsal(tmp_path, limit=3)
+    job = SlurmRehearsal(tmp_path, limit=500)
+    leads, looks = [100.0], [0]
+
+    def lead() -> float:
+        looks[0] += 1
+        return leads[-1]
+
+    hub = listening("slurm", job.environment, lead=lead)
+    poll(lambda: looks[0] > 3, "some looks")
     job.extend(5000)
-    hub = listening("slurm", job.environment, lead=lambda: 100.0)
-    marks = [time.monotonic()]
-    poll(lambda: time.monotonic() > marks[0] + 0.3, "some looks")  # nothing else to poll for: that nothing happens is the proof
+    leads.append(900.0)  # too late by what Slurm said at the start
+    seen = looks[0]
+    poll(lambda: looks[0] > seen + 5, "more looks")
     assert hub.notice is None
     hub.close()
     job.extend(99)
