@@ -2,8 +2,9 @@
 
 orders: strategy, steps; gate: {rank: step}: before that step wait for ROOT/open; kill_self: {rank: step}; silent: ranks that
 log nothing; prints: print a line at the start of each step, and keep what is printed; drain: step to drain at the end (rank
-order: all); base: a position to continue from; settings: more of them; config0: rank 0's config; refuse: ranks that cannot open
-their run; late: a LatePolicy; no_aggregator: it does not come up at the start; junk: log what cannot be logged.
+order: all); base: a position to continue from; settings: more of them; config0: rank 0's config; refuse: ranks that cannot
+open their run; late: a LatePolicy; hosts: each rank is on a host of its own; no_aggregator: it does not come up at the start;
+junk: log what cannot be logged.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import msgspec
 from file_coordinator import FileCoordinator
 
 from wbdist.core.position import RunPosition
-from wbdist.distributed import strategies
+from wbdist.distributed import channel, strategies
 from wbdist.distributed.aggregator_process import AggregatorDownError, AggregatorProcess
 from wbdist.distributed.identity import RankIdentity
 from wbdist.distributed.lateness import LatePolicy
@@ -52,6 +53,9 @@ def no_aggregator(*_: object) -> Never:
 def main() -> None:
     root, rank, size, orders = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), json.loads(sys.argv[4])
     identity = RankIdentity(rank=rank, world_size=size, local_rank=rank, local_world_size=size, source="test")
+    if orders.get("hosts"):
+        identity = RankIdentity(rank=rank, world_size=size, node_rank=rank, source="test")
+        channel.this_machine = lambda: f"host{rank}"
     peers = FileCoordinator(root / "keys", rank, size)
     settings = resolve(
         {
