@@ -14,7 +14,7 @@ from pathlib import Path
 
 import click
 
-from wbdist.cli import server_users
+from wbdist.cli import server_gc, server_users
 from wbdist.errors import DeadlineError, Error, UsageError
 
 _STOP_TIMEOUT = 15.0
@@ -179,6 +179,25 @@ def stop(data_dir: Path | None, as_json: bool) -> None:
         click.echo(json.dumps({"stopped": pid is not None, "pid": pid, "data_dir": str(folder)}))
     else:
         click.echo(f"stopped the server (pid {pid}) on {folder}" if pid else f"no server runs on {folder}")
+
+
+@command.command(epilog="Example: wbdist server gc --dry-run")
+@_data_dir
+@click.option("--database", metavar="URL", help="As the server's.")
+@click.option("--files", metavar="URL", help="As the server's.")
+@click.option(
+    "--older-than",
+    "hours",
+    default=24.0,
+    show_default=True,
+    help="Hours since a content was last received; 0 only without a server.",
+)
+@click.option("--dry-run", is_flag=True, help="Remove nothing, say what would go.")
+@_as_json
+def gc(*, data_dir: Path | None, database: str | None, files: str | None, hours: float, dry_run: bool, as_json: bool) -> None:
+    """Free the space of files that no run and no artifact refers to, as those of deleted runs. Safe while the server works."""
+    folder = (data_dir or default_data_dir()).absolute()
+    server_gc.run(folder, database, files, hours, dry_run=dry_run, as_json=as_json)
 
 
 def _login_url(folder: Path, url: str) -> str | None:

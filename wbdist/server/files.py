@@ -10,6 +10,7 @@ from __future__ import annotations
 import base64
 import contextlib
 import errno
+import fcntl
 import hashlib
 import os
 import secrets
@@ -63,6 +64,45 @@ class FileStore:
         """Where a content lies."""
         return self._root / "blobs" / sha256[:2] / sha256
 
+    def touch(self, sha256: str) -> bool:
+        """Whether a content is there; it then counts as received now."""
+        with self._locked(fcntl.LOCK_SH):
+            try:
+                os.utime(self.path(sha256))
+            except FileNotFoundError:
+                return False
+        return True
+
+    def contents(self) -> Iterator[str]:
+        """The SHA-256 of every content, in no order."""
+        for folder in sorted((self._root / "blobs").glob("??")):
+            for path in folder.iterdir():
+                yield path.name
+
+    def remove(self, sha256: str, before: float, *, dry_run: bool = False) -> int | None:
+        """Removes a content that was last received before `before` (Unix seconds): its size; None when it stays."""
+        path = self.path(sha256)
+        with self._locked(fcntl.LOCK_EX):  # nobody is told meanwhile that it is there
+            try:
+                facts = path.stat()
+            except FileNotFoundError:
+                return None
+            if facts.st_mtime >= before:
+                return None
+            if not dry_run:
+                path.unlink()
+        return facts.st_size
+
+    @contextlib.contextmanager
+    def _locked(self, how: int) -> Iterator[None]:
+        """Between those that find a content there and those that remove it, of any process; microseconds."""
+        descriptor = os.open(self._root / "contents.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(descriptor, how)
+            yield
+        finally:
+            os.close(descriptor)
+
     def writer(self) -> ContentWriter:
         """Receives a content. Raises FullDiskError."""
         with _full_disk():
@@ -91,9 +131,9 @@ class ContentWriter:
     def keep(self) -> Content:
         """The bytes are on disk, also after a power cut, when this returns. Raises FullDiskError."""
         content = Content(self._sha256.hexdigest(), base64.b64encode(self._md5.digest()).decode(), self.size)
-        place = self._store.path(content.sha256)
-        if place.exists():
+        if self._store.touch(content.sha256):
             return content
+        place = self._store.path(content.sha256)
         with _full_disk():
             self._file.flush()
             os.fsync(self._file.fileno())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import logging
 import os
 import signal
 import socket
@@ -26,8 +27,12 @@ from wbdist.server.files import FileStore
 from wbdist.server.keys import open_key_ring
 from wbdist.server.settings import ServerSettings
 from wbdist.server.store import open_store
+from wbdist.server.unfinished import Unfinished
 
+_log = logging.getLogger(__name__)
 _PORTS_TO_TRY = 100
+HEAD_SECONDS = 20.0
+"""How long the head of a request may take to come."""
 _GRACE = 3
 """Seconds that requests in flight get after SIGTERM."""
 
@@ -63,7 +68,7 @@ def serve(options: ServeOptions, announce: Callable[[Announcement], None]) -> No
     `announce` is called once, when connections are accepted and server.json and the port file are written. Raises
     DataDirInUseError, UsageError or EnvironmentFault before anything is served.
     """
-    files = _files_folder(options)
+    files = files_folder(options.data_dir, options.files)
     with _handling_stops(_exit_quietly):
         _serve_locked(options, files, announce)
 
@@ -120,7 +125,7 @@ def _run(
     )
     # uvicorn stops on SIGTERM and SIGINT and then raises them again: being told to stop is no failure of a server.
     with _handling_stops(lambda *_: None):
-        _AnnouncingServer(config, listening, ctx.on_stop).run(sockets=[listener])
+        AnnouncingServer(config, listening, ctx.on_stop).run(sockets=[listener])
 
 
 @contextlib.contextmanager
@@ -137,11 +142,19 @@ def _exit_quietly(_number: int, _frame: FrameType | None) -> None:
     sys.exit(0)
 
 
-class _AnnouncingServer(uvicorn.Server):
-    """Tells when it really accepts connections; uvicorn's lifespan events come before that."""
+class AnnouncingServer(uvicorn.Server):
+    """Tells when it really accepts connections (uvicorn's lifespan events come before that), and closes those on which the head
+    of a request does not come within `head_seconds`."""
 
-    def __init__(self, config: uvicorn.Config, listening: Callable[[], None], on_stop: Sequence[Callable[[], None]]) -> None:
+    def __init__(
+        self,
+        config: uvicorn.Config,
+        listening: Callable[[], None],
+        on_stop: Sequence[Callable[[], None]],
+        head_seconds: float = HEAD_SECONDS,
+    ) -> None:
         super().__init__(config)
+        self._unfinished = Unfinished(head_seconds)
         self._listening = listening
         self._on_stop = on_stop
 
@@ -149,6 +162,13 @@ class _AnnouncingServer(uvicorn.Server):
         await super().startup(sockets)
         if self.started:
             self._listening()
+
+    async def on_tick(self, counter: int) -> bool:
+        if counter % 10 == 0:  # a tick is a tenth of a second
+            closed = self._unfinished.close_stale(self.server_state.connections, time.monotonic())
+            if closed:
+                _log.info("%d connections closed on which no request came to the end of its head", closed)
+        return await super().on_tick(counter)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         for stop in self._on_stop:
@@ -185,10 +205,11 @@ def _url(host: str, port: int) -> str:
     return f"http://[{reachable}]:{port}" if ":" in reachable else f"http://{reachable}:{port}"
 
 
-def _files_folder(options: ServeOptions) -> Path:
-    if options.files is None:
-        return options.data_dir / "files"
-    parts = urlsplit(options.files)
+def files_folder(data_dir: Path, files: str | None) -> Path:
+    """Where the contents of runs' files lie; `files` as in ServeOptions. Raises UsageError."""
+    if files is None:
+        return data_dir / "files"
+    parts = urlsplit(files)
     if parts.scheme in {"", "file"} and not parts.netloc:
-        return Path(unquote(parts.path)) if parts.scheme else Path(options.files)
-    raise UsageError(f"--files {options.files}: object stores are not built yet; give a local folder, or leave it out")
+        return Path(unquote(parts.path)) if parts.scheme else Path(files)
+    raise UsageError(f"--files {files}: object stores are not built yet; give a local folder, or leave it out")

@@ -12,6 +12,8 @@ from wbdist.core.position import FILES
 from wbdist.errors import UsageError
 from wbdist.protocol.attempts import FileStamp
 from wbdist.server.store.appending import NO_NONCE
+from wbdist.server.store.artifact_schema import artifacts
+from wbdist.server.store.artifact_schema import contents as artifact_contents
 from wbdist.server.store.attempts import attempt_of
 from wbdist.server.store.chunks import Key
 from wbdist.server.store.engine import Connections
@@ -72,6 +74,12 @@ class FileTable:
             view = view_of(db, run.pk, run.attempt if run.view is None else run.view)
             found = _newest(db, view)
         return sorted((version for version in found.values() if version.sha256), key=lambda version: version.name)
+
+    def contents(self) -> set[str]:
+        """SHA-256 of everything that a version of a file or an artifact refers to, seen or not."""
+        columns = (file_versions.c.sha256, artifacts.c.manifest, artifact_contents.c.sha256)
+        with self._db.read() as db:
+            return {sha256 for column in columns for sha256 in db.execute(sa.select(column).distinct()).scalars() if sha256}
 
     def get(self, run: RunRow, name: str) -> FileVersion | None:
         """The newest visible version of one file; None when there is none, or it was deleted."""
