@@ -2,7 +2,7 @@
 
 The directory is where checkpoints are made and the store is where they outlive the machine: training waits for the disk
 alone. Copies go out by a thread that sleeps in the store's client, which works outside Python's lock; of saves that come faster
-than they can be copied, the newest goes next. See docs/adr/0004.
+than they can be copied, the newest goes next. See docs/adr/0005.
 """
 
 from __future__ import annotations
