@@ -32,6 +32,14 @@ def run(directory: Path, ranks: int, attempt: int, until: int) -> tuple[dict[str
     return found
 
 
+def test_two_ranks_to_one(tmp_path: Path) -> None:
+    """What two ranks saved in shards arrives whole on one."""
+    _, two = run(tmp_path, 2, 1, 2)
+    begun_with, one = run(tmp_path, 1, 2, 3)
+    assert begun_with == two != one
+
+
+@pytest.mark.slow
 def test_resharding(tmp_path: Path) -> None:
     """4 -> 2 -> 3 ranks: parameters, moments, step counts, buffers and schedule arrive whole and equal each time."""
     _, four = run(tmp_path, 4, 1, 3)

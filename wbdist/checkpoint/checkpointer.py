@@ -4,7 +4,7 @@
         checkpoints.track(model=model, optimizer=opt, data=loader)
         restored = checkpoints.restore(timeout=120)             # None: start from nothing
         ...
-        checkpoints.save(step, position, timeout=120)           # all ranks, after the same step
+        checkpoints.maybe_save(step)                            # all ranks, after each step; `save` does it in any case
 
 How a save becomes a checkpoint: `commit.py`; what a checkpoint is: `manifest.py`.
 """
@@ -27,13 +27,14 @@ from wbdist.checkpoint.commit import SaveRequest, run_save
 from wbdist.checkpoint.files import FileLayer
 from wbdist.checkpoint.history import Kept
 from wbdist.checkpoint.manifest import Manifest, directory_name
+from wbdist.checkpoint.policy import Cost, SavePolicy, Schedule, observed_mtbf
 from wbdist.checkpoint.restore import Choice, Restored
 from wbdist.checkpoint.retention import Keep
 from wbdist.checkpoint.staging import Arena, Staged
 from wbdist.checkpoint.tracked import Stateful, TrackedObjects
 from wbdist.checkpoint.verdict import Failure
 from wbdist.core.coordination import Coordinator
-from wbdist.core.position import RunPosition
+from wbdist.core.position import RunPosition, Watermark
 from wbdist.core.tails import JournalPrefix
 from wbdist.errors import CheckpointError, DeadlineError, Error, UsageError
 
@@ -107,6 +108,7 @@ class Checkpointer:
         config_hash: str = "",
         config: Mapping[str, Any] | None = None,
         seed: int = 0,
+        save_every: str | int | None = None,
         layer: FileLayer | None = None,
     ) -> None:
         """Touches neither disk nor peers.
@@ -115,8 +117,11 @@ class Checkpointer:
         in the directory fences this one off. The newest `keep_last` committed checkpoints stay, those of
         every `keep_every` steps, the one with the best metric (`loss`, `max:accuracy`), and the one restored from. `seed` seeds
         the generators of ranks that a checkpoint made by fewer ranks does not know. `config` and `config_hash` are told in
-        the manifest, and a restore says what has changed of them.
+        the manifest, and a restore says what has changed of them. `save_every` is for `due` and `maybe_save`: steps (50,
+        "50 steps"), a time ("10 minutes"), or "auto" for the interval that loses the least, from what saves cost and how often
+        this job has failed.
         """
+        policy = SavePolicy.parse(save_every)
         if attempt < 1:
             raise UsageError(f"attempt={attempt}: attempts are numbered from 1")
         self._keep = Keep(keep_last, keep_every, keep_best)
@@ -131,6 +136,7 @@ class Checkpointer:
         self._layer = layer or FileLayer()
         self._objects = TrackedObjects()
         self._arena = Arena()
+        self._schedule = Schedule(policy, coordinator, lambda: observed_mtbf(self.directory)) if policy else None
         self._choice: Choice | None = None
         self._restored: Restored | None = None
         self._serial = 0
@@ -161,7 +167,7 @@ class Checkpointer:
             self._choice = restoring.choose(self._coordinator, self._layer, self.directory, self._attempt, timeout)
         return self._choice.manifest
 
-    def restore(self, timeout: float) -> Restored | None:
+    def restore(self, timeout: float = 600.0) -> Restored | None:
         """Loads the chosen checkpoint (see `choose`) into every tracked object and this rank's random generators.
 
         All ranks, in step, once, after `track`, on the training thread; blocks at most `timeout` seconds. None when there is
@@ -188,7 +194,7 @@ class Checkpointer:
     def save(
         self,
         step: int,
-        position: RunPosition | Callable[[], RunPosition],
+        position: RunPosition | Callable[[], RunPosition] | None = None,
         *,
         history: Callable[[], Sequence[JournalPrefix]] | None = None,
         block: bool = False,
@@ -203,6 +209,8 @@ class Checkpointer:
 
         `position` says where this rank's run stood after `step`. A callable is called on a background thread, on every rank,
         once its part is written, and may block on its peers; it must answer for `step`, not for the moment of the call.
+
+        None: there is no run.
 
         `history` is called after it, on the same thread: the journals that this rank puts into the checkpoint, up to the
         position, since losing this machine would lose them.
@@ -241,7 +249,7 @@ class Checkpointer:
             parts=captured.parts,
             staged=staged,
             sampled=captured.sampled,
-            position=position,
+            position=position or RunPosition("", "", "", Watermark(self._attempt, {}, step - 1)),
             history=history,
             kept=self._kept,
             reason=reason,
@@ -266,6 +274,22 @@ class Checkpointer:
             # Longer than the save may take, so that its own error is heard, which names the rank.
             pending.wait(max(0.0, started + timeout - time.monotonic()) + GRACE)
         return pending
+
+    def due(self, step: int, timeout: float = 120.0) -> bool:
+        """Whether `save_every` asks for a save after `step`; the same answer on all ranks. Training thread, after each step.
+
+        Costs nothing at most steps; see `Schedule.due`. Raises PeerLostError when rank 0, which decides, is gone.
+        """
+        if self._schedule is None:
+            return False
+        last = self._last
+        known = last is not None and last.durable_at is not None
+        cost = Cost(last.stall_s - last.waited_s, last.stall_s + last.write_s) if last is not None and known else Cost()
+        return self._schedule.due(step, cost, timeout)
+
+    def maybe_save(self, step: int, position: RunPosition | Callable[[], RunPosition] | None = None) -> PendingSave | None:
+        """`save` when it is `due`, in the background; else None. All ranks, after each step; raises as both do."""
+        return self.save(step, position, reason="interval") if self.due(step) else None
 
     def wait(self, timeout: float) -> None:
         """Returns when no save is in the background; at most `timeout` seconds.

@@ -10,6 +10,7 @@ from typing import Any, Literal, get_args
 
 from wbdist.checkpoint.copies import Copies
 from wbdist.checkpoint.copying import Elsewhere, OnStore
+from wbdist.checkpoint.policy import SavePolicy
 from wbdist.checkpoint.retention import Keep
 from wbdist.distributed.lateness import LatePolicy
 from wbdist.distributed.strategies import Strategy
@@ -22,8 +23,8 @@ from wbdist.run.lifecycle import RunSpec
 from wbdist.settings import Settings, resolve
 
 
-def steps_between_saves(value: str | int | None, what: str = "save_every") -> int | None:
-    """`50` or `"50 steps"` as a number of steps, None for no periodic saves. Raises UsageError for anything else."""
+def steps_between(value: str | int | None, what: str) -> int | None:
+    """`50` or `"50 steps"` as a number of steps, or None. Raises UsageError for anything else."""
     if value is None:
         return None
     match = re.fullmatch(r"\s*(\d+)\s*(steps?)?\s*", str(value))
@@ -60,7 +61,8 @@ def job(
     """A job on this rank; all ranks make it with the same arguments and enter it with `with`.
 
     `checkpoint_dir` is the job's identity: starting again with the same one continues the same run from its newest checkpoint.
-    Without one, nothing is saved and a restart is a new run. `save_every` is a number of steps ("50 steps"); a
+    Without one, nothing is saved and a restart is a new run. `save_every` is a number of steps ("50 steps"), a time
+    ("10 minutes"), or "auto": the interval that loses the least, from what saves cost and how often this job has failed. A
     checkpoint is also made at the end of the loop and on a preemption notice. The newest `keep_last` committed
     ones stay, those of every `keep_every` steps, and the one at which the metric `keep_best` was lowest ("loss") or highest
     ("max:accuracy").
@@ -79,6 +81,7 @@ def job(
     """
     if strategy not in get_args(Strategy):
         raise UsageError(f"strategy={strategy!r} is not known; choose one of: {', '.join(get_args(Strategy))}")
+    SavePolicy.parse(save_every)
     if save_every is not None and checkpoint_dir is None:
         raise UsageError(f"save_every={save_every!r} needs checkpoint_dir=...: there is nowhere to save to")
     if checkpoint_copy is not None and checkpoint_dir is None:
@@ -86,7 +89,7 @@ def job(
     if checkpoint_dir is not None and "://" in str(checkpoint_dir):
         url = str(checkpoint_dir)
         raise UsageError(f"checkpoint_dir={url!r} is not a directory; give a local one, and checkpoint_copy={url!r}")
-    keep = Keep(keep_last, steps_between_saves(keep_every, "keep_every"), keep_best)
+    keep = Keep(keep_last, steps_between(keep_every, "keep_every"), keep_best)
     keep.check()
     arguments = {
         "project": project,
@@ -108,7 +111,7 @@ def job(
         run_id=settings.run_id,
         checkpoint_dir=None if checkpoint_dir is None else Path(checkpoint_dir).absolute(),
         copies=_elsewhere(checkpoint_copy, spec, settings, strategy),
-        save_every=steps_between_saves(save_every),
+        save_every=save_every,
         keep=keep,
         strategy=strategy,
         late=late,

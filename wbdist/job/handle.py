@@ -68,7 +68,7 @@ class Job:
         run_id: str | None,
         checkpoint_dir: Path | None,
         copies: Elsewhere | None,
-        save_every: int | None,
+        save_every: str | int | None,
         keep: Keep,
         strategy: strategies.Strategy,
         late: LatePolicy | None = None,
@@ -175,6 +175,7 @@ class Job:
                 keep_last=self._keep.last,
                 keep_every=self._keep.every,
                 keep_best=self._keep.best,
+                save_every=self._save_every,
                 seed=self._seed,
                 config=self._spec.config,
             )
@@ -401,7 +402,7 @@ class Job:
         self._step += 1
         if self._pending is not None:
             self._report_progress()
-        if self._save_every is not None and self._step % self._save_every == 0:
+        if self._checkpoints is not None and self._checkpoints.due(self._step, PEER_TIMEOUT):
             self._save("interval")
 
     def _save(self, reason: str, *, block: bool = False, timeout: float = PEER_TIMEOUT) -> None:
