@@ -139,3 +139,32 @@ def one_rank(directory: Path, rank: int, attempt: int, port: int) -> None:
         training.checkpoints.save(6, position(6, 2), timeout=20)
     training.checkpoints.close()
     coordinator.close()
+
+
+def one_of_two(directory: Path, rank: int, life: tuple[int, int, int], port: int, results: Any) -> None:
+    """One rank of a real DDP training that saves every step in the background. `life` = (attempt, step to be killed after or
+    0, steps): both ranks die by SIGKILL at once; a life without a kill tells what it began with and its final state."""
+    import torch.distributed as dist
+
+    signal.alarm(100)
+    torch.set_num_threads(1)
+    attempt, kill_after, steps = life
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    dist.init_process_group("gloo", rank=rank, world_size=2)
+    coordinator = connect(RankIdentity(rank=rank, world_size=2), f"attempt-{attempt}")
+    training = Training(coordinator, directory, attempt=attempt)
+    training.model = torch.nn.parallel.DistributedDataParallel(training.model)
+    training.track("average")
+    training.checkpoints.track(per_rank=True, average=training.average)  # of this rank's outputs
+    restored = training.restore()
+    began = 0 if restored is None else restored.step
+    training.train(kill_after or steps, save_at=tuple(range(steps)))
+    if kill_after:
+        dist.barrier()
+        os.kill(os.getpid(), signal.SIGKILL)
+    training.checkpoints.close()
+    results.put((rank, began, training.everything()))
+    results.close()
+    results.join_thread()
+    coordinator.close()
+    dist.destroy_process_group()
