@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +31,37 @@ def test_config_summary_metadata_and_packages() -> None:
     assert {"os", "python", "startedAt", "args", "program", "host", "executable"} <= set(facts)
     packages = (files / "requirements.txt").read_text().splitlines()
     assert any(line.startswith("msgspec==") for line in packages)
+
+
+@pytest.mark.usefixtures("offline")
+def test_what_is_not_committed_is_kept(own_directory: Path) -> None:
+    """Proves that `save_code` keeps a patch of the checkout's changes, from below it too, which applies to the commit; and that
+    there is none without changes, without `save_code` and where git is not allowed."""
+    quiet = {"quiet": True, "x_disable_stats": True}
+
+    def git(*arguments: str) -> None:
+        settings = ("-c", "user.name=n", "-c", "user.email=e@x", "-c", "commit.gpgsign=false")
+        subprocess.run(["git", *settings, *arguments], cwd=own_directory, check=True, capture_output=True)
+
+    def patch(**arguments: Any) -> Path:
+        run = wbdist.init(project="p", dir=own_directory / "below", **arguments)
+        run.finish()
+        return Path(run.dir) / "diff.patch"
+
+    git("init")
+    (own_directory / "code.txt").write_text("old\n")
+    (own_directory / "below").mkdir()
+    git("add", "code.txt")
+    git("commit", "-m", "first")
+    assert not patch(save_code=True, settings=quiet).exists()
+    (own_directory / "code.txt").write_text("new\n")
+    assert not patch(settings=quiet).exists()
+    assert not patch(save_code=True, settings={**quiet, "disable_git": True}).exists()
+    os.chdir(own_directory / "below")
+    kept = patch(save_code=True, settings=quiet)
+    git("checkout", "code.txt")
+    git("apply", str(kept))
+    assert (own_directory / "code.txt").read_text() == "new\n"
 
 
 def test_they_are_uploaded_and_save_code_keeps_the_script(embedded: Path, script: Any) -> None:

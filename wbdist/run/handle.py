@@ -549,11 +549,17 @@ class Run(ArtifactMethods, AbsentNames):
             artifact_logging.record(self, self._journal, artifact, staged, aliases)
             self._artifacts += 1
 
-    def keep_main_script(self) -> None:
-        """Keeps the running script with the run, below `code/`; nothing in an interactive session. Raises as `save`."""
+    def keep_code(self) -> None:
+        """Keeps the running script with the run, below `code/` (nothing in an interactive session), and what its checkout has
+        changed since its commit, where git is allowed. Blocks for git, at most 10 s. Raises as `save`."""
         from wbdist.run import own_files
 
-        if self._run_directory is not None and (name := own_files.keep_main_script(Path(self.dir))) is not None:
+        if self._run_directory is None:
+            return
+        names = [own_files.keep_main_script(Path(self.dir))]
+        if not self.settings.disable_git:
+            names.append(own_files.keep_diff(Path(self.dir)))
+        for name in filter(None, names):
             self._saved_files().add(name)
 
     def _keep_own_files(self) -> None:

@@ -136,7 +136,7 @@ def init(  # noqa: PLR0917  (W&B's order, but for `project` first, as its docume
     run = lifecycle.open_run(spec)
     run.interrupt_when_stopped()
     if save_code:
-        run.keep_main_script()
+        run.keep_code()
     if policy != "create_new":
         lifecycle.set_current(run)
     return run

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import os
 import shutil
+import subprocess
 import sys
 from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
@@ -18,6 +19,9 @@ import msgspec
 
 from wbdist.protocol import jsonvalues
 from wbdist.run import machine
+
+DIFF_SECONDS = 10.0
+"""How long git may take for what is not committed."""
 
 
 def write(directory: Path, config: Mapping[str, Any], summary: Mapping[str, Any], began: float, *, git: bool) -> list[str]:
@@ -44,6 +48,35 @@ def keep_main_script(directory: Path) -> str | None:
     target.parent.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(path, target)
     return name
+
+
+def keep_diff(directory: Path) -> str | None:
+    """Writes what the checkout that we are in has changed since its commit to `diff.patch` in `directory`; its name, None where
+    there is no checkout, no change or no git. Blocks for git, at most DIFF_SECONDS. Raises OSError."""
+    checkout = machine.git(Path.cwd())
+    if checkout is None:
+        return None
+    target = directory / "diff.patch"
+    quiet = {**os.environ, "GIT_OPTIONAL_LOCKS": "0", "GIT_TERMINAL_PROMPT": "0"}
+    command = ["git", "-C", str(checkout.root), "diff", "--no-color", "--no-ext-diff", "HEAD"]
+    with target.open("wb") as patch:
+        try:
+            done = subprocess.run(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=patch,
+                stderr=subprocess.DEVNULL,
+                env=quiet,
+                timeout=DIFF_SECONDS,
+                check=False,
+            )
+            whole = done.returncode == 0
+        except (FileNotFoundError, subprocess.TimeoutExpired):
+            whole = False
+    if whole and target.stat().st_size:
+        return target.name
+    target.unlink()
+    return None
 
 
 def installed() -> Iterator[str]:
