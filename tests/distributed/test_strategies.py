@@ -5,18 +5,26 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import psutil
 import pytest
+from distributed.programs.file_coordinator import FileCoordinator
 from support.feeding import REPOSITORY, Ranks, records_of, rows_of
 
 import wbdist
 from wbdist.distributed.identity import RankIdentity
+from wbdist.distributed.opening import lead
+from wbdist.distributed.own_runs import silent_spec
 from wbdist.distributed.strategies import choose
+from wbdist.run.init import make_spec
 from wbdist.run.journal import JournalReader, Kind
+from wbdist.run.lifecycle import RunSpec, open_run
+from wbdist.settings import resolve
 
 OURS = {"PYTHONPATH": str(REPOSITORY)}
 FOUR = RankIdentity(rank=1, world_size=4, local_rank=1, local_world_size=4, source="torchrun", reason="RANK=1, WORLD_SIZE=4")
@@ -119,6 +127,28 @@ def test_server_away_is_one_line_and_stops_nobody(ranks: Ranks, strategy: str) -
     assert ranks.wait() == [0, 0], ranks.errors()
     assert ranks.errors().count("training goes on") == 1, ranks.errors()
     assert [[row["_step"] for row in rows_of(path)] for path in ranks.journals()] == [list(range(10))] * len(ranks.journals())
+
+
+def test_only_rank0_asks_a_server_that_is_away(tmp_path: Path) -> None:
+    """Proves what the other ranks open from: rank 0's config, a server that is not asked again, and no line of their own."""
+    settings = resolve({"mode": "online", "base_url": "http://127.0.0.1:9", "root_dir": str(tmp_path), "silent": True})
+    asked: dict[int, RunSpec] = {}
+
+    def opening_as(rank: int) -> None:
+        def open_it(spec: RunSpec) -> wbdist.Run:
+            asked[rank] = spec
+            return open_run(silent_spec(msgspec.structs.replace(spec, writer=f"rank{rank}")))
+
+        spec = make_spec(settings, config={"lr": 0.7, "only": 0} if rank == 0 else {"lr": 0.5, "more": rank})
+        lead(FileCoordinator(tmp_path / "keys", rank, 2), "open", spec, open_it).finish()
+
+    (tmp_path / "keys").mkdir()
+    other = threading.Thread(target=opening_as, args=(1,))
+    other.start()
+    opening_as(0)
+    other.join(60)
+    assert [(spec.away, spec.announce) for _, spec in sorted(asked.items())] == [(False, True), (True, False)]
+    assert asked[1].config == {"lr": 0.7, "only": 0, "more": 1}
 
 
 @pytest.mark.slow
