@@ -35,13 +35,13 @@ def start_spawned(target: Callable[..., None], args: tuple[Any, ...], name: str)
     Main thread, under a `__main__` guard. `args` must be plain; send anything else as the bytes of `packed`.
     """
     process = spawn_context().Process(target=target, args=args, name=name)
-    with _session_hidden():
+    with session_hidden():
         process.start()
     return SpawnedProcess(process)
 
 
 @contextmanager
-def _session_hidden() -> Iterator[None]:
+def session_hidden() -> Iterator[None]:
     """The main module of a script read from standard input says that its file is `<stdin>`, which a child cannot load."""
     program = sys.modules["__main__"].__dict__
     if "__file__" not in program or main_script() is not None:
@@ -78,10 +78,13 @@ def default_signals() -> None:
 
 
 def dumped(value: Any) -> bytes:
-    """`value` by dill. Raises whatever an object's own way of being pickled raises."""
+    """`value` by dill. Raises whatever an object's own way of being pickled raises.
+
+    Where children load the main script, its classes go by name, so that they are the same there.
+    """
     from multiprocess.reduction import ForkingPickler
 
-    return bytes(ForkingPickler.dumps(value))
+    return bytes(ForkingPickler.dumps(value, recurse=True, byref=main_script() is not None))
 
 
 def loaded(data: bytes) -> Any:

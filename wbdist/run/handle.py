@@ -522,6 +522,10 @@ class Run(ArtifactMethods, AbsentNames):
             text = f"run {self.id}: somebody asked on the server that it stop: this script is interrupted"
             self.on_finish(stopping.watch(self._shipping.stop_asked, lambda: self._say(text, warning=True)))
 
+    def log_through(self, log_row: Callable[[Mapping[str, Any], int | None, bool | None], bool]) -> None:
+        """From now on `log` hands its arguments to `log_row`, which journals them, or says False when the row is dropped."""
+        self._log_row = log_row
+
     def on_finish(self, callback: Callable[[], None]) -> None:
         """`callback` is called once, when the run has ended and its journal is closed, in the thread that ends it."""
         self._on_finish.append(callback)
@@ -564,7 +568,7 @@ class Run(ArtifactMethods, AbsentNames):
 
     def _keep_own_files(self) -> None:
         """config.yaml and the like. That they cannot be written is said; nothing that was logged is lost by it."""
-        if self._run_directory is None or self._spec.role != "run":
+        if self._run_directory is None or self._spec.role != "run" or not self.settings.x_primary:
             return
         from wbdist.run import own_files
 

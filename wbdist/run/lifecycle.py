@@ -139,7 +139,7 @@ def open_run(spec: RunSpec) -> Run:
         nothing = NoJournal(base.watermark.step + 1 if base else 0, base.summary if base else {})
         silent = Run(quiet, journal=nothing, shipping=None, directory=None, opened_at=opened_at)
         silent.config.update(spec.config)
-        return _enlist(silent)
+        return enlist(silent)
 
     online = spec.settings.mode in {"online", "shared"} and spec.role == "run"
     root = journal_root(spec.settings)
@@ -174,7 +174,7 @@ def open_run(spec: RunSpec) -> Run:
             autoresume.write(root, spec.project, spec.run_id)
             run.on_finish(lambda: autoresume.forget(root) if run.exit_code == 0 else None)
         if shipping is not None:
-            _start(shipping, run, spec)
+            start_shipping(shipping, run, spec)
     except BaseException:
         run.finish(1, cause="init")
         raise
@@ -185,7 +185,7 @@ def open_run(spec: RunSpec) -> Run:
         run.capture_console()
     if spec.sample != "nothing" and not spec.settings.x_disable_stats:
         run.sample_system()
-    return _enlist(run)
+    return enlist(run)
 
 
 def _header(spec: RunSpec, placed: _Placed, opened_at: float) -> JournalHeader:
@@ -272,7 +272,8 @@ def _register(spec: RunSpec, local: LocalRun | None) -> _Placed:
     return _Placed(spec, server.base_url, server.api_key, data_dir, url=registration.page(server.base_url, known))
 
 
-def _start(shipping: Any, run: Run, spec: RunSpec) -> None:
+def start_shipping(shipping: Any, run: Run, spec: RunSpec) -> None:
+    """Tells the shipper of the run; that there is none is said, and raised with `spec.force` alone."""
     try:
         shipping.start()
     except InitStartError as error:
@@ -352,7 +353,8 @@ def _make_directory(root: Path, mode: str, run_id: str, opened_at: float) -> Pat
     raise UsageError(f"{root / name} and 9,999 more exist already: too many runs of one id in one second")
 
 
-def _enlist(run: Run) -> Run:
+def enlist(run: Run) -> Run:
+    """From now on the run is open in this process, and finished at its end."""
     with _lock:
         _active.append(run)
     run.on_finish(lambda: _delist(run))

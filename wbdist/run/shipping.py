@@ -14,11 +14,11 @@ class Shipping:
         self._root = root
         self._journal = journal
         self._base_url = base_url
-        self._api_key = api_key
+        self.api_key = api_key
 
     def start(self) -> None:
         """Tells the shipper, starting it when there is none; a few milliseconds. Raises InitStartError."""
-        client.watch(self._root, self._journal, self._base_url, self._api_key)
+        client.watch(self._root, self._journal, self._base_url, self.api_key)
 
     def stop_asked(self) -> bool:
         """Whether somebody asked on the server that the run's process stop. At most a second; never raises."""

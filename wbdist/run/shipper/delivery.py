@@ -464,7 +464,8 @@ class Delivery:
     def _stamp(self, counts: dict[str, int], final: bool) -> StreamStamp:
         header = self.header
         ended = None
-        if final and not header.copied:  # a copy does not know how its writer ended
+        # A copy does not know how its writer ended; and that one of several ended says nothing of the run.
+        if final and header.primary and not header.copied:
             end = self._translator.end
             if end is None:
                 ended = Ended("lost", "the writer's process died without a word", at=self._translator.last_time)
