@@ -33,7 +33,7 @@ print("loaded", __name__, flush=True)
 def helper(): return os.environ.get("RANK")
 @wbdist.main(nprocs=2)
 def train():
-    print("rank", helper(), flush=True)
+    print(f"rank {helper()}\\n", end="", flush=True)  # in one piece: torchrun's ranks are unbuffered
 """
 
 
