@@ -7,6 +7,7 @@ from collections import Counter
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torchdata.stateful_dataloader import StatefulDataLoader
 
 from wbdist.core.mixing import mix64
 from wbdist.errors import UsageError
@@ -158,3 +159,53 @@ def test_bad_arguments_are_refused() -> None:
             ResumableSampler(**arguments)  # type: ignore[arg-type]
     with pytest.raises(UsageError, match="not a data position"):
         ResumableSampler(9, 1).load_state_dict({"epoch": 1})
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_in_torchdatas_loader(workers: int) -> None:
+    """Stopped anywhere, also at the end of an epoch and with batches prefetched: it goes on where training was."""
+    data = list(range(44))
+
+    def make() -> tuple[ResumableSampler, StatefulDataLoader[int]]:
+        sampler = ResumableSampler(len(data), 4, seed=3)
+        return sampler, StatefulDataLoader(data, batch_sampler=sampler, num_workers=workers)  # type: ignore[arg-type]
+
+    def go_on(sampler: ResumableSampler, loader: StatefulDataLoader[int], steps: int) -> list[int]:
+        ids: list[int] = []
+        while True:
+            for batch in loader:
+                ids += batch.tolist()
+                steps -= 1
+                if steps == 0:
+                    return ids
+            sampler.next_epoch()
+
+    whole = go_on(*make(), 25)
+    assert sorted(whole[:44]) == data
+    for stop in (1, 5, 11, 12) if workers == 0 else (5, 11):
+        sampler, loader = make()
+        before = go_on(sampler, loader, stop)
+        state = loader.state_dict()
+        del loader
+        sampler, loader = make()
+        loader.load_state_dict(state)
+        assert before + go_on(sampler, loader, 25 - stop) == whole, stop
+
+
+def test_torchdatas_state_in_another_world() -> None:
+    """What 4 ranks' loaders saved, 2 ranks' go on from: each sample once, in the global order."""
+
+    def ranks(count: int) -> list[StatefulDataLoader[int]]:
+        samplers = [ResumableSampler(48, 3, rank=rank, world_size=count, seed=9) for rank in range(count)]
+        return [StatefulDataLoader(range(48), batch_sampler=sampler) for sampler in samplers]  # type: ignore[arg-type]
+
+    four, ids = ranks(4), []
+    iterators = [iter(loader) for loader in four]
+    for _ in range(3):
+        ids += [i for iterator in iterators for i in next(iterator).tolist()]
+    two = ranks(2)
+    for loader in two:
+        loader.load_state_dict(four[1].state_dict())
+    for batches in zip(*two, strict=True):
+        ids += [i for batch in batches for i in batch.tolist()]
+    assert ids == epoch_order(9, 0, 48).tolist()

@@ -66,12 +66,42 @@ def fingerprint(epoch: int, positions: Sequence[int], ids: Ids) -> int:
     return int(np.sum(state >> np.uint64(11), dtype=np.uint64)) % FINGERPRINT_MODULUS
 
 
+class IndexLists:
+    """A rank's index lists, batch by batch, with the position behind the last one: what torchdata asks an iterator for."""
+
+    def __init__(self, sampler: ResumableSampler) -> None:
+        self._sampler = sampler
+        self._batches = sampler.batches()
+        self._state = sampler.state_dict()
+
+    def __iter__(self) -> IndexLists:
+        return self
+
+    def __next__(self) -> list[int]:
+        batch = next(self._batches)
+        self._state = self._sampler.state_after(batch)
+        ids: list[int] = batch.ids.tolist()
+        return ids
+
+    def state_dict(self) -> dict[str, Any]:
+        return self._state
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Moves the sampler there as well: it is the new start of the epoch that is being handed out."""
+        self._sampler.load_state_dict(state)
+        self._batches = self._sampler.batches()
+        self._state = self._sampler.state_dict()
+
+
 class ResumableSampler:
     """A batch sampler with a position: `DataLoader(dataset, batch_sampler=sampler)`, or under `ResumableLoader`.
 
     Iterating yields this rank's index lists from the current position to the end of the epoch; it does not move the
     position, since a loader's workers fetch ahead of what is trained on. Call `advance(batch)` (or `advance()` for the
     next one) when a batch is handed to training.
+
+    torchdata's StatefulDataLoader keeps that account itself: give it the sampler as `batch_sampler`, track the loader, and
+    call `next_epoch()` after each `for`. Its state may be loaded by another number of ranks, with as many workers.
     """
 
     def __init__(
@@ -139,9 +169,8 @@ class ResumableSampler:
         epoch = self.epoch
         return (self._batch(epoch, start) for start in range(self.consumed, self._end(), self.global_batch))
 
-    def __iter__(self) -> Iterator[list[int]]:
-        for batch in self.batches():
-            yield batch.ids.tolist()
+    def __iter__(self) -> IndexLists:
+        return IndexLists(self)
 
     def advance(self, batch: Batch | None = None) -> Batch:
         """Counts one step as consumed: the next one, or `batch`, which must be the next. Returns it.
@@ -171,10 +200,17 @@ class ResumableSampler:
         At the end of an epoch it is the start of the next, so that nothing is left to do of an epoch that is over: not
         even a smaller world's smaller batch.
         """
-        at_end = self.left == 0
+        return self._state_at(self.epoch, self.consumed)
+
+    def state_after(self, batch: Batch) -> dict[str, Any]:
+        """`state_dict` as it is once `batch` is consumed."""
+        return self._state_at(batch.epoch, batch.stop)
+
+    def _state_at(self, epoch: int, consumed: int) -> dict[str, Any]:
+        at_end = self._count(max(0, self.length - consumed)) == 0
         return {
-            "epoch": self.epoch + at_end,
-            "consumed": 0 if at_end else self.consumed,
+            "epoch": epoch + at_end,
+            "consumed": 0 if at_end else consumed,
             "seed": self.seed,
             "length": self.length,
             "shuffle": self.shuffle,
