@@ -11,7 +11,7 @@ import pytest
 import wbdist
 from wbdist.run import backend
 from wbdist.run.journal import JournalReader, find_journals
-from wbdist.run.shipper.oneshot import Synced, ship
+from wbdist.run.shipper.oneshot import Synced, Wanted, ship
 from wbdist.run.shipper.remote import Remote
 
 QUIET = {"console": "off", "x_disable_stats": True, "silent": True}
@@ -28,7 +28,7 @@ def log(values: range, **arguments: Any) -> wbdist.Run:
 def sync(embedded: Path) -> Any:
     """Sends all journals of a machine, in one go."""
 
-    def send(machine: Path) -> list[Synced]:
+    def send(machine: Path, wanted: Wanted | None = None) -> list[Synced]:
         key = (embedded / "admin.key").read_text().strip()
         url = str(backend.running(embedded))
         return list(
@@ -37,6 +37,7 @@ def sync(embedded: Path) -> Any:
                 lambda _: Remote(url, key),
                 30,
                 logging.getLogger("test"),
+                wanted,
             )
         )
 
@@ -103,6 +104,25 @@ def test_a_run_that_is_being_written_is_not_taken_away(
     [sent] = sync(own_directory / "away")
     assert sent.outcome == "complete"
     assert rows() == [(0, 0), (1, 1), (2, 10), (3, 11)]
+
+
+def test_appending_by_hand(embedded: Path, own_directory: Path, sync: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Proves that an offline run of an id which the server has, made without `resume`, goes behind with `append`, once, with
+    its tags renamed where that is asked."""
+    log(range(3), tags=["first"])
+    monkeypatch.setenv("WBDIST_MODE", "offline")
+    away = own_directory / "away"
+    away.mkdir()
+    with wbdist.init(project="p", id="x", settings=QUIET, dir=away, tags=["night", "b"]) as run:
+        for i in (3, 4):
+            run.log({"i": i})
+    [sent] = sync(away, Wanted(append=True, tags={"night": "day"}))
+    assert sent.outcome == "complete", sent
+    assert sorted(wbdist.Api().run("p/x").tags) == ["b", "day"]
+    [again] = sync(away, Wanted(append=True, tags={"night": "day"}))
+    assert again.outcome == "complete"
+    assert rows() == [(i, i) for i in range(5)]
+    assert len(wbdist.Api().run("p/x").attempts()) == 2
 
 
 def test_a_run_that_nobody_has_begins(embedded: Path, own_directory: Path, sync: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -34,6 +34,8 @@ from wbdist.settings import resolve
 @click.option("--mark-synced/--no-mark-synced", default=True, show_default=True, help="Mark what is complete on the server.")
 @click.option("--sync-all", is_flag=True, help="W&B's word for giving no PATH.")
 @click.option("--skip-console", is_flag=True, help="Leave printed lines out.")
+@click.option("--append", is_flag=True, help="Put the rows behind those of a run of this id that the server has already.")
+@click.option("--replace-tags", metavar="OLD=NEW,...", help="Send these tags under other names.")
 @click.option("--clean", is_flag=True, help="Remove the directories of runs that are then complete on the server.")
 @click.option("--timeout", default=60.0, show_default=True, help="Seconds without progress after which a journal is left.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object a journal.")
@@ -50,6 +52,8 @@ def command(
     mark_synced: bool,
     sync_all: bool,
     skip_console: bool,
+    append: bool,
+    replace_tags: str | None,
     clean: bool,
     timeout: float,
     as_json: bool,
@@ -70,7 +74,14 @@ def command(
     worst = 0
     try:
         names = _names(chosen, run_id, project, entity)
-        wanted = Wanted(online=include_online, offline=include_offline, console=not skip_console, names=names)
+        wanted = Wanted(
+            online=include_online,
+            offline=include_offline,
+            console=not skip_console,
+            names=names,
+            tags=_tags(replace_tags),
+            append=append,
+        )
         for result in ship(chosen, _remotes(base_url), timeout, logging.getLogger("wbdist.sync"), wanted):
             worst = max(worst, {"failed": 2, "fenced": 1}.get(result.outcome, 0))
             click.echo(_as_json(result) if as_json else _as_text(result))
@@ -98,6 +109,14 @@ def _names(journals: list[Path], run_id: str | None, project: str | None, entity
         if len(of) > 1:
             raise UsageError(f"--id {run_id} is for the journals of one run; these are of {len(of)}: {', '.join(sorted(of))}")
     return found
+
+
+def _tags(text: str | None) -> dict[str, str]:
+    """`old1=new1,old2=new2`. Raises UsageError."""
+    pairs = [pair.partition("=") for pair in (text or "").split(",") if pair]
+    if any(not old or not new for old, _, new in pairs):
+        raise UsageError(f"--replace-tags {text!r} is not understood; write OLD=NEW, several with commas in between")
+    return {old: new for old, _, new in pairs}
 
 
 def _remotes(base_url: str | None) -> Callable[[JournalHeader], Remote]:

@@ -88,10 +88,12 @@ class Delivery:
         log: logging.Logger,
         pace: Pace | None = None,
         *,
-        names: Mapping[str, str] | None = None,
+        names: Mapping[str, Any] | None = None,
+        tags: Mapping[str, str] | None = None,
         console: bool = True,
     ) -> None:
-        """`names`: run_id, project, entity to send under instead of the journal's. `console`: printed lines, too.
+        """`names`: run_id, project, entity (and other facts of the header) to send under instead of the journal's. `tags`: what
+        to call some of the run's tags. `console`: printed lines, too.
 
         Raises JournalCorruptError or OSError when the journal cannot be opened.
         """
@@ -117,6 +119,7 @@ class Delivery:
         self._reader = JournalReader.open(path)
         self.header = msgspec.structs.replace(self._reader.header, **(names or {}))
         self._console = console
+        self._tags = dict(tags or {})
         self._translator = Translator(self.header)
         self._shift = 0
         """What this journal's steps grow by on the server."""
@@ -351,7 +354,10 @@ class Delivery:
 
     def _facts(self) -> dict[str, Any]:
         known = {"display_name", "group", "job_type", "notes", "tags", "host", "program", "commit", "repo"}
-        return {key: value for key, value in self._translator.facts.items() if key in known}
+        facts = {key: value for key, value in self._translator.facts.items() if key in known}
+        if self._tags and facts.get("tags"):
+            facts["tags"] = list(dict.fromkeys(self._tags.get(tag, tag) for tag in facts["tags"]))
+        return facts
 
     def _foreign_lines(self) -> dict[str, int]:
         """stream -> lines there are; what a fork or rewind begins anew begins at 0."""

@@ -14,6 +14,7 @@ from wbdist.core.branch import split_immutable
 from wbdist.errors import JournalCorruptError
 from wbdist.run.journal import JournalHeader, JournalReader, writer_alive
 from wbdist.run.shipper.delivery import Delivery, Pace, State
+from wbdist.run.shipper.placing import first_step
 from wbdist.run.shipper.remote import Remote
 
 _LONGEST_NAP = 0.5
@@ -43,6 +44,10 @@ class Wanted(msgspec.Struct, frozen=True):
     """Printed lines."""
     names: dict[str, str] = {}
     """run_id, project, entity instead of the journals' own."""
+    tags: dict[str, str] = {}
+    """What to call some tags."""
+    append: bool = False
+    """A run that the server has, of another origin, goes on with these rows."""
 
 
 def header_of(path: Path) -> JournalHeader | None:
@@ -76,6 +81,7 @@ def ship(
             yield Synced(path, None, "failed", str(error))
     depths = _depths([header for _, header in found])
     found.sort(key=lambda pair: _order(pair[1], depths))
+    places = _behind(found) if wanted.append else {}
     for path, header in found:
         if header.role == "feed":
             yield Synced(path, header, "skipped", "a rank's feed: its rows are in the journal of the run's aggregator")
@@ -83,7 +89,22 @@ def ship(
         if not (wanted.online if header.online else wanted.offline):
             yield Synced(path, header, "skipped", "an online run" if header.online else "an offline run")
             continue
-        yield _ship_one(path, header, remote_for(header), timeout=timeout, log=log, wanted=wanted)
+        yield _ship_one(path, header, remote_for(header), timeout=timeout, log=log, wanted=wanted, place=places.get(path, {}))
+
+
+def _behind(found: Sequence[tuple[Path, JournalHeader]]) -> dict[Path, dict[str, Any]]:
+    """For journals whose run began here: the facts of the header that let it go behind what the server has (`placing`)."""
+    roots = {
+        (header.project, header.run_id): (path, header)
+        for path, header in found
+        if header.attempt == 1 and header.base is None and header.at_step is None and not header.base_run
+    }
+    places: dict[Path, dict[str, Any]] = {}
+    for path, header in found:
+        first, root = roots.get((header.project, header.run_id), (path, None))
+        if root is not None and header.behind is None:
+            places[path] = {"behind": 0} if path == first else {"behind": first_step(first) or 0, "root": root.nonce}
+    return places
 
 
 def _order(header: JournalHeader, depths: dict[Name, int]) -> tuple[Any, ...]:
@@ -107,11 +128,18 @@ def _depths(headers: Sequence[JournalHeader]) -> dict[Name, int]:
 
 
 def _ship_one(
-    path: Path, header: JournalHeader, remote: Remote, *, timeout: float, log: logging.Logger, wanted: Wanted
+    path: Path,
+    header: JournalHeader,
+    remote: Remote,
+    *,
+    timeout: float,
+    log: logging.Logger,
+    wanted: Wanted,
+    place: dict[str, Any],
 ) -> Synced:
     try:
         pace = Pace(poll=0.0, ours=0.0, foreign=0.0)
-        delivery = Delivery(path, remote, log, pace, names=wanted.names, console=wanted.console)
+        delivery = Delivery(path, remote, log, pace, names=wanted.names | place, tags=wanted.tags, console=wanted.console)
     except (JournalCorruptError, OSError) as error:
         return Synced(path, header, "failed", str(error))
     try:
