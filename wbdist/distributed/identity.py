@@ -54,6 +54,8 @@ class RankIdentity(msgspec.Struct, frozen=True, kw_only=True):
     job_key: str = ""
     """Names the job over requeues (Slurm job, torchrun run id, indexed Kubernetes job, our launcher's job); '' when nothing
     does. mpirun gives no name that lasts."""
+    slot: int = -1
+    """Which of the job's runs is this rank's under per_rank, over elastic restarts (job/slots.py); -1 for its rank's."""
     restart: int = 0
     """Restarts the launcher counted. For people: it does not identify an incarnation (membership changes do not count)."""
 

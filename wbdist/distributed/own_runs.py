@@ -118,20 +118,20 @@ class OnlyRank0(OwnRun):
 
 def per_rank_spec(spec: RunSpec, identity: RankIdentity) -> RunSpec:
     """The spec of this rank's own run, of the job's."""
-    rank = identity.rank
+    slot = identity.rank if identity.slot < 0 else identity.slot
     try:
-        run_id = names.run_id(f"{spec.run_id}-r{rank}")
+        run_id = names.run_id(f"{spec.run_id}-r{slot}")
     except UsageError as error:
-        raise UsageError(f"strategy per_rank adds -r{rank} to the run id: {error}") from error
+        raise UsageError(f"strategy per_rank adds -r{slot} to the run id: {error}") from error
     return msgspec.structs.replace(
         spec,
         run_id=run_id,
-        name=f"{spec.name}-rank{rank}" if spec.name else None,
+        name=f"{spec.name}-rank{slot}" if spec.name else None,
         group=spec.group or spec.run_id,
-        job_type=spec.job_type or ("main" if rank == 0 else "worker"),
+        job_type=spec.job_type or ("main" if slot == 0 else "worker"),
         config={
             **spec.config,
-            "rank": rank,
+            "rank": identity.rank,
             "world_size": identity.world_size,
             "local_rank": identity.local_rank,
             "host": spec.settings.host or socket.gethostname(),

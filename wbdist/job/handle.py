@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -23,10 +24,12 @@ from wbdist.distributed import bootstrap, coordination, strategies
 from wbdist.distributed.identity import detect
 from wbdist.distributed.lateness import LatePolicy
 from wbdist.errors import EXIT_FAILED_FOR_GOOD, EXIT_PREEMPTED, EnvironmentFault, FencedError, UsageError
+from wbdist.job import slots
 from wbdist.job.ending import Fenced, Preempted, exit_code_of, leave_verdict
 from wbdist.job.fence import SERVER, FenceWatch
 from wbdist.job.plan import Plan, agree_on_plan, decide, position_of, seed_everything
 from wbdist.job.run_copies import RunCopies
+from wbdist.job.slots import Slot
 from wbdist.job.stopping import Stopping, reason_of, timed
 from wbdist.job.telling import PREEMPTION, going_on, in_total
 from wbdist.launch import intent
@@ -180,7 +183,9 @@ class Job:
                 config=self._spec.config,
             )
             self._chosen = self._checkpoints.choose(PEER_TIMEOUT)
-            position = position_of(self._chosen, self._plan, self.rank, per_rank=self._strategy == "per_rank")
+            slot = self._take_slot(self._directory)
+            per_rank = self._strategy == "per_rank"
+            position = position_of(self._chosen, self._plan, slot.number, slot.parked, per_rank=per_rank)
 
         # Signals are watched before the run is announced: whoever sees the run may preempt the job.
         for_host = self._identity.local_rank == 0
@@ -202,6 +207,14 @@ class Job:
                 self._shipping.offer(self._chosen, base=True)
         if self._runs.run.settings.mode == "online":
             self._stack.callback(FenceWatch(self._runs.standing, self._hub.tell).close)
+
+    def _take_slot(self, directory: Path) -> Slot:
+        if self._strategy != "per_rank":
+            return Slot(self.rank, {})
+        place = f"{self._spec.settings.host or socket.gethostname()}/{self._identity.local_rank}"
+        slot = slots.take(self._peers, directory, place, self._chosen, PEER_TIMEOUT)
+        self._identity = msgspec.structs.replace(self._identity, slot=slot.number)
+        return slot
 
     def _decide(self) -> Plan:
         return decide(self._spec, self._id, self._directory, self._copies, self._stack)

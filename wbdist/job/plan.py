@@ -7,7 +7,7 @@ import os
 import random
 import secrets
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -88,25 +88,28 @@ def agree_on_plan(peers: Coordinator, decide_here: Callable[[], Plan], timeout: 
     return msgspec.convert(answer["plan"], Plan)
 
 
-def position_of(chosen: Manifest | None, plan: Plan, rank: int, *, per_rank: bool) -> RunPosition | None:
-    """Where this rank's run continues, None when it starts from nothing: no checkpoint, a rank that the checkpoint does not
-    know, or one made under another strategy, whose history lies in other runs.
+def position_of(
+    chosen: Manifest | None, plan: Plan, slot: int, parked: Mapping[str, RunPosition], *, per_rank: bool
+) -> RunPosition | None:
+    """Where this rank's run continues, None when it starts from nothing: no checkpoint, a slot that there never was, or a
+    checkpoint made under another strategy, whose history lies in other runs.
+
+    `parked`: where runs stood that are not in this checkpoint, since it was made by fewer ranks.
     """
     if chosen is None:
         return None
-    wanted = f"{plan.run_id}-r{rank}" if per_rank else plan.run_id
-    own = chosen.runs[rank] if rank < len(chosen.runs) else None
-    for position in (own, chosen.runs[0]):
-        if position is not None and position.run_id == wanted:
+    wanted = f"{plan.run_id}-r{slot}" if per_rank else plan.run_id
+    for position in chosen.runs:
+        if position.run_id == wanted:
             return position
-    if rank == 0:
+    if slot == 0 and wanted not in parked:
         log.warning(
             "checkpoint %s was made under another strategy: its history is in run %s, this job's goes on in %s",
             chosen.name,
             chosen.runs[0].run_id,
             wanted,
         )
-    return None
+    return parked.get(wanted)
 
 
 def seed_everything(seed: int, rank: int) -> None:
