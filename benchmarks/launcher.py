@@ -4,8 +4,8 @@
 
 Both run the same script on 2 gloo ranks; it is a job of nothing but all-reduces that exits 75 on SIGTERM. torchrun gets
 the c10d rendezvous and TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1, without which torch 2.13 often does not recover at all. Medians of
-the rounds, contenders interleaved. `wbdist launch` is killed when its standby process is ready (in use it is made after 20 s);
-its memory is in "launcher MiB".
+the rounds, contenders interleaved. `wbdist launch` runs with --standby-after 0 and is killed when its standby process is
+ready, whose memory is in "launcher MiB".
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ while True:
 """
 COMMANDS = {
     "wbdist launch": ["-m", "wbdist", "launch", "--nproc", "2", "--standby-after", "0"],
-    "without standby": ["-m", "wbdist", "launch", "--nproc", "2", "--no-standby"],
+    "without standby": ["-m", "wbdist", "launch", "--nproc", "2"],
     "torchrun": ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts", "3"],
 }
 

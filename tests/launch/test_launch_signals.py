@@ -43,8 +43,8 @@ def test_killed_launcher_leaves_nothing(launch: Launch, tmp_path: Path, mode: st
     even ranks and helpers that ignore every signal."""
     job = launch(mode)
     job.pids()
-    # The launcher, two ranks, the standby, a stubborn helper each; the sentinel has no environment.
-    assert len(job.family()) == {"saves": 4, "stubborn": 6}[mode]
+    # The launcher, two ranks, a stubborn helper each; the sentinel has no environment.
+    assert len(job.family()) == {"saves": 3, "stubborn": 5}[mode]
     began = time.monotonic()
     job.process.kill()
     assert job.process.wait(5) == -S.SIGKILL

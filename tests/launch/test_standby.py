@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import time
 from collections.abc import Callable
@@ -45,6 +44,7 @@ def test_forked_rank_is_a_fresh_process(start: Start, tmp_path: Path) -> None:
         cold, warm = told(tmp_path, rank, 0), told(tmp_path, rank, 1)
         assert (cold["comm"].startswith("python"), warm["comm"]) == (True, f"wbdist-rank-{rank}"), job.output
         assert warm["facts"] == cold["facts"]
+        assert (cold["shown"], warm["shown"]) == (str(rank), str(rank))
         assert set(warm["open"]) <= set(cold["open"])
     own = [told(tmp_path, rank, restart)["own"] for rank in range(2) for restart in range(2)]
     assert [len(set(values)) for values in zip(*own, strict=True)] == [4, 4, 4]
@@ -99,14 +99,3 @@ def test_signal_with_a_standby_there(start: Start, tmp_path: Path, sent: signal.
     job.process.send_signal(sent)
     assert job.wait(20) in {75, 128 + sent}, job.output
     assert job.family() == []
-
-
-@pytest.mark.slow
-def test_no_standby_when_none_is_wanted(start: Start, tmp_path: Path) -> None:
-    """Proves that --no-standby starts none."""
-    job = start("wait", options=("--no-standby",), nproc=1)
-    until((tmp_path / "0.0.json").exists, "the rank", timeout=60)
-    commands = [Path(f"/proc/{pid}/cmdline").read_bytes() for pid in job.family()]
-    assert not [command for command in commands if b"standby_main" in command]
-    os.kill(job.process.pid, signal.SIGTERM)
-    job.wait()

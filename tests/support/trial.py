@@ -214,7 +214,7 @@ class Trial:
 
     def command(self) -> list[str]:
         plan = self.plan
-        launch = ["--nproc", str(plan.world_size), "--on-preempt", "relaunch", "--grace", "10", "--no-standby"]
+        launch = ["--nproc", str(plan.world_size), "--on-preempt", "relaunch", "--grace", "10"]
         launch += ["--max-restarts", str(self.max_restarts)]
         job = ["--name", "job", "--world", str(plan.world_size), "--strategy", plan.strategy, "--steps", str(plan.steps)]
         return [PYTHON, "-m", "wbdist", "launch", *launch, str(self.script), *job, *self.more, *plan.arguments]

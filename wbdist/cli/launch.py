@@ -38,12 +38,10 @@ PER_START = ("MASTER_PORT", "WBDIST_CAUSE", "WBDIST_INCARNATION", "WBDIST_INTENT
 )
 @click.option(
     "--standby-after",
-    default=20.0,
-    show_default=True,
     type=click.FloatRange(0),
-    help="Seconds after which a process is kept that has torch imported; restarts are forked from it.",
+    metavar="SECONDS",
+    help="Then keep a process that has torch imported (0.2 GB); restarted ranks are forked from it. [default: none]",
 )
-@click.option("--no-standby", is_flag=True, help="Keep none: every restart imports everything anew.")
 @click.option("--dry-run", is_flag=True, help="Print what each rank would run, and stop.")
 @click.option("-m", "as_module", is_flag=True, help="SCRIPT is a module's name, as in python -m.")
 @click.argument("script")
@@ -55,8 +53,7 @@ def command(  # noqa: PLR0917  (click passes by name)
     grace: float,
     on_preempt: Literal["exit", "relaunch", "requeue"],
     log_dir: Path | None,
-    standby_after: float,
-    no_standby: bool,
+    standby_after: float | None,
     dry_run: bool,
     as_module: bool,
     script: str,
@@ -89,9 +86,7 @@ def command(  # noqa: PLR0917  (click passes by name)
         except UsageError as error:
             raise click.UsageError(f"--on-preempt requeue: {error}") from error
     spec = LaunchSpec(nprocs=nproc, name=Path(script).name, max_restarts=max_restarts, grace=grace, on_preempt=on_preempt)
-    ranks = CommandRanks(
-        [script, *args], module=as_module, log_dir=log_dir, standby_after=None if no_standby else standby_after
-    )
+    ranks = CommandRanks([script, *args], module=as_module, log_dir=log_dir, standby_after=standby_after)
     if dry_run:
         for extra in environments(spec, number=0, cause="", intents="DIRECTORY", port=0):
             known = {name: value for name, value in extra.items() if name not in PER_START}

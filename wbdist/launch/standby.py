@@ -54,6 +54,8 @@ LOOKING = 60.0
 """Seconds that the standby looks for a rank's torch before it leaves: there is nothing worth keeping warm."""
 HEADSTART = 0.25
 """Seconds that ranks wait at most for rank 0 to listen. One that finds nobody there would try again after 0.3 to 0.7 s."""
+ROOM = 4096
+"""Bytes by which a rank's environment may be longer than the standby's and still be shown in /proc."""
 PR_SET_PDEATHSIG = 1
 PR_SET_NAME = 15
 PR_SET_CHILD_SUBREAPER = 36
@@ -112,7 +114,8 @@ class Standby:
         self._line, theirs = socket.socketpair()
         # As a rank is started, but for its output: warnings of imports were printed by the ranks themselves.
         command = [sys.executable, str(Path(__file__).with_name("standby_main.py")), *self._script]
-        facts = {"line": theirs.fileno(), "after": self._after, "rank": rank, "parent": os.getpid()}
+        room = " " * ROOM
+        facts = {"room": room, "line": theirs.fileno(), "after": self._after, "rank": rank, "parent": os.getpid()}
         self._process = subprocess.Popen(
             command,
             env={"PYTHONUNBUFFERED": "1", **os.environ, **common, "WBDIST_STANDBY": json.dumps(facts)},
@@ -282,6 +285,7 @@ def _become_rank(environment: Mapping[str, str], descriptors: Sequence[int], lin
         os.close(descriptor)
     os.environ.clear()
     os.environ.update(environment)
+    _show(environment)
     _prctl(PR_SET_NAME, f"wbdist-rank-{environment['RANK']}".encode())
     gc.unfreeze()
     if isinstance(sys.stdout, io.TextIOWrapper) and not sys.stdout.write_through:
@@ -298,6 +302,16 @@ def _become_rank(environment: Mapping[str, str], descriptors: Sequence[int], lin
     line.close()
     if environment["RANK"] != "0":
         _await_listener(int(environment["MASTER_PORT"]))
+
+
+def _show(environment: Mapping[str, str]) -> None:
+    """Makes /proc/<pid>/environ, which tells people and tools whose process this is, a rank's: the block that the standby was
+    started with is written over. Nobody points into it any more, since os.environ was filled anew."""
+    words = Path("/proc/self/stat").read_bytes().rpartition(b")")[2].split()
+    start, end = int(words[47]), int(words[48])
+    block = b"".join(os.fsencode(f"{name}={value}") + b"\0" for name, value in environment.items())
+    if 0 < start < start + len(block) <= end:
+        ctypes.memmove(start, block.ljust(end - start, b"\0"), end - start)
 
 
 def _await_listener(port: int) -> None:
