@@ -73,7 +73,7 @@ def light_trial(store: Any, number: int, world: int) -> list[tuple[Any, ...]]:
                 at("save")
                 barrier.wait(30)
         stopping.check()
-        plan = stopping.agree(SaveCosts(), saving=False, committed=step, timeout=30.0)
+        plan = stopping.agree(SaveCosts(), saving=None, committed=step, timeout=30.0)
         stopping.close()
         found[rank] = (step, evaluated, advice, plan)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import socket
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -91,6 +92,7 @@ class Job:
         self._step = 0
         self._saved_step = -1
         self._committed_step = -1
+        self._save_began = 0.0
         self._costs = SaveCosts()
         self._checkpoints: Checkpointer | None = None
         self._pending: PendingSave | None = None
@@ -376,7 +378,8 @@ class Job:
             raise FencedError(notice.reason)
         if not notice.cancelled:
             self._runs.run.mark_preempting()
-        saving = self._pending is not None and not self._pending.done()
+        under_way = self._pending is not None and not self._pending.done()
+        saving = time.monotonic() - self._save_began if under_way else None
         plan = self._stopping.agree(self._costs, saving=saving, committed=self._committed_step, timeout=PEER_TIMEOUT)
         saved: float | None = None
         failure: EnvironmentFault | None = None
@@ -399,6 +402,8 @@ class Job:
         if problem and self._checkpoints is not None:
             what = f"the checkpoint of step {stands} stands" if stands >= 0 else "there is no checkpoint to go on from"
             reason += f"; nothing was saved now ({problem}), {what}"
+            if self.rank == 0:
+                self._runs.run.settings.say(reason, warning=True)
         if (
             notice.cancelled and notice.source == SERVER
         ):  # no launcher has heard of it: the code must tell it not to start again
@@ -434,6 +439,7 @@ class Job:
             timeout=timeout,
             reason=reason,
         )
+        self._save_began = time.monotonic() - pending.stall_s + pending.waited_s
         self._report_progress()  # of the save before: that one is done when the next has begun
         self._pending = pending
         self._saved_step = step

@@ -79,7 +79,7 @@ class Stopping:
         own = self._hub.notice
         return notice if own is None or not own.cancelled else msgspec.structs.replace(notice, cancelled=True)
 
-    def agree(self, costs: budget.SaveCosts, *, saving: bool, committed: int, timeout: float) -> budget.StopPlan:
+    def agree(self, costs: budget.SaveCosts, *, saving: float | None, committed: int, timeout: float) -> budget.StopPlan:
         """All ranks, in step, once, after `check`: what all of them do now. Blocks until all are here, at most `timeout`
         seconds or what the notice leaves. Raises PeerLostError naming who did not come."""
         self._stopped_at = time.time()

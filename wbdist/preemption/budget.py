@@ -6,6 +6,7 @@ checkpoint stands anyway. So a save is begun only when what earlier saves took f
 
 from __future__ import annotations
 
+import statistics
 from collections import deque
 from collections.abc import Sequence
 from typing import Literal
@@ -18,8 +19,8 @@ UNMEASURED = 3.0
 """Seconds that must be left for a first save, of which nobody knows how long it takes; it is begun, and bounded."""
 MIN_LEAD = 60.0
 """Seconds before a known end (a time limit) at which to stop, when saves take less than that."""
-SAFETY = 1.3
-"""How much longer than the slowest of the last saves the next one may take: at such a moment every machine may be saving."""
+SAFETY = 1.2
+"""How much longer than usual the next save may take: at such a moment every machine may be saving."""
 
 
 class SaveCosts:
@@ -34,8 +35,9 @@ class SaveCosts:
 
     @property
     def seconds(self) -> float | None:
-        """What the next one may take: the slowest of the last five. None before the first."""
-        return max(self._last, default=None)
+        """What the next one will take: the median of the last five, since one that was slow proves nothing about the next, and
+        begun in vain a save costs less than not begun. None before the first."""
+        return statistics.median(self._last) if self._last else None
 
 
 def lead(costs: SaveCosts) -> float:
@@ -52,8 +54,8 @@ class Facts(msgspec.Struct, frozen=True, kw_only=True):
     cancelled: bool = False
     approvable: bool = False
     save_seconds: float | None = None
-    saving: bool = False
-    """An earlier save is still in the background."""
+    saving: float | None = None
+    """Seconds since the save began that is still in the background; None when there is none."""
     committed: int = -1
     """Step of the newest checkpoint that this rank knows to be committed."""
 
@@ -94,12 +96,14 @@ def decide(facts: Sequence[Facts]) -> StopPlan:
     measured = [fact.save_seconds for fact in facts if fact.save_seconds is not None]
     needed = max(measured) * SAFETY if measured else None
     wanted = UNMEASURED if needed is None else needed
-    saving = any(fact.saving for fact in facts)
+    saving = [fact.saving for fact in facts if fact.saving is not None]
+    # Saves do not overlap: what is left of the one under way comes before the next.
+    rest = max(0.0, wanted - min(saving)) if saving else 0.0
     room = float("inf") if left is None else left - LEAVE
     act: Literal["save", "finish", "keep"] = "keep"
-    if room >= (2 * wanted if saving else wanted):
+    if room >= rest + wanted:
         act = "save"
-    elif saving and room >= wanted:
+    elif saving and room > 0 and room >= rest:
         act = "finish"
     return StopPlan(
         act=act,
