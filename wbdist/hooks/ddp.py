@@ -128,7 +128,7 @@ class DdpWatch:
         self._finite = True
         self._entered: Mark | None = None
         self._forward: list[tuple[Mark, Mark]] = []
-        self._reduce: Callable[[GradBucket], Future[Tensor]] = PlainReduction(model)
+        self._reduce: Callable[[GradBucket], Future[Any]] = PlainReduction(model)
         self._composed = False
         model.register_comm_hook(None, self._on_bucket)
         model.register_comm_hook = self._compose  # type: ignore[method-assign]
@@ -174,11 +174,11 @@ class DdpWatch:
             torch.autograd.Variable._execution_engine.queue_callback(self._on_computed)  # noqa: SLF001
         return future
 
-    def _on_reduced(self, entry: _Bucket, future: Future[Tensor]) -> Tensor:
+    def _on_reduced(self, entry: _Bucket, future: Future[Any]) -> Tensor:
         """On the process group's thread, or a stream of its own."""
-        result = future.value()
+        result: Tensor | list[Tensor] = future.value()
         entry.reduced = self._clock.mark()
-        return result
+        return result[0] if isinstance(result, list) else result
 
     def _on_computed(self) -> None:
         if self._pass is not None:

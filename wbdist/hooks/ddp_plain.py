@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 
 class PlainReduction:
-    """`(bucket) -> Future[Tensor]` for one model, on all ranks alike."""
+    """`(bucket) -> Future[list[Tensor]]` for one model, on all ranks alike."""
 
     def __init__(self, model: DistributedDataParallel) -> None:
         self._model = model
@@ -34,7 +34,7 @@ class PlainReduction:
                     note = functools.partial(self._note, parameter)
                     parameter.register_hook(note)  # type: ignore[no-untyped-call]
 
-    def __call__(self, bucket: GradBucket) -> Future[Tensor]:
+    def __call__(self, bucket: GradBucket) -> Future[list[Tensor]]:
         buffer, ranks = bucket.buffer(), self._ranks(bucket)
         if buffer.is_sparse:
             buffer.div_(ranks)
@@ -45,11 +45,10 @@ class PlainReduction:
                     gradient.div_(ranks)
                 else:
                     gradient.mul_(1.0 / ranks)
-        else:
+        elif ranks > 1:
             buffer.mul_(1.0 / ranks)
-        work = dist.all_reduce(buffer, group=self._model.process_group, async_op=True)
-        assert work is not None
-        reduced: Future[Tensor] = work.get_future().then(_only)
+        # As DDP's reducer calls it: torch.distributed.all_reduce costs tens of microseconds more, for each bucket.
+        reduced: Future[list[Tensor]] = self._model.process_group.allreduce([buffer]).get_future()
         return reduced
 
     def _note(self, parameter: Parameter, _gradient: Tensor) -> None:
@@ -69,7 +68,3 @@ class PlainReduction:
             dist.all_reduce(count, group=model.process_group)
             self._active = int(count.item())
         return self._active
-
-
-def _only(future: Future[list[Tensor]]) -> Tensor:
-    return future.value()[0]
