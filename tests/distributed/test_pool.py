@@ -161,7 +161,7 @@ def test_a_killed_worker_takes_along_its_own_task_only(pool: Pool) -> None:
 
 def test_workers_killed_at_any_moment_never_hang_the_pool(tmp_path: Path) -> None:
     """Proves that while random workers are killed at random moments, idle or busy, reading or writing, every call of a job
-    ends: with its value, or as lost; what is lost was begun, and no call is made twice."""
+    ends: with its value, or as lost; and that no call is made twice."""
     made = tmp_path / "made"
 
     def work(n: int) -> tuple[int, bytes]:
