@@ -1,4 +1,4 @@
-"""Processes by `multiprocess`, and the only place that imports it.
+"""Processes by `multiprocess`, and, beside the pool, the only place that imports it.
 
 `multiprocess` is the standard library's `multiprocessing` with dill as its pickler: lambdas, closures and functions of a
 notebook can be sent to a spawned child. Its objects and the standard library's do not mix (a queue of one handed to a
