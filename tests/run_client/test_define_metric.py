@@ -60,8 +60,8 @@ def test_summary_step_metric_and_config() -> None:
     assert shipped(run).wandb_config()["_wandb"]["value"]["m"] == [
         {"1": "loss", "5": 2, "6": [1, 3], "7": [1, 2, 3, 4, 5, 8], "8": 2},
         {"1": "epoch", "6": [3], "7": []},
-        {"2": "val/*", "5": 2, "6": [1, 2, 3], "7": []},
         {"1": "dot\\.ted", "6": [3], "7": [6]},
+        {"2": "val/*", "5": 2, "6": [1, 2, 3], "7": []},
     ]
 
 
