@@ -240,6 +240,7 @@ def sync():
 )
 
 
+@pytest.mark.slow
 def test_sync_once_and_twice(server: Any, sdk: Any) -> None:
     """An offline run, its resumed segment, a fork and a rewind of another: the same after one sync and after two."""
     expected = {

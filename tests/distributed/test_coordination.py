@@ -198,7 +198,7 @@ def torchrun(out: Path, size: int, *arguments: str, program: tuple[str, ...] = (
     return [json.loads((out / f"{rank}.json").read_text()) for rank in range(size)]
 
 
-@pytest.mark.parametrize("size", [1, 4])
+@pytest.mark.parametrize("size", [1, pytest.param(4, marks=pytest.mark.slow)])
 def test_under_torchrun(out: Path, size: int) -> None:
     """Proves identity, coordination and the process group under torchrun with 1 and 4 gloo ranks (2: below)."""
     facts = torchrun(out, size, "--standalone")

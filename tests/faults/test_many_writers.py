@@ -45,6 +45,7 @@ def acknowledged(place: Path) -> Counter[Row]:
     return Counter((writer, int(step), int(value)) for writer, step, value in lines)
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(180)
 def test_64_writers_of_one_run_lose_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Proves that each row of each writer is shown once, at its own step, in the order of steps; also those of a process that

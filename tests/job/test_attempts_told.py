@@ -6,11 +6,13 @@ import json
 import re
 import signal
 
+import pytest
 from support.jobs import Jobs, Server, poll, the_run
 
 import wbdist
 
 
+@pytest.mark.slow
 def test_attempts_are_told(server: Server, jobs: Jobs) -> None:
     """Proves that after a preemption and a kill the table names each attempt's begin, end and loss, the JSON has the same, and
     the archived rows can be read under the attempt's own name."""

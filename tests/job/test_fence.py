@@ -44,7 +44,8 @@ def history_starts(name: str, strategy: str, at: int) -> bool:
     return all(run is not None and run.lastHistoryStep + 1 >= at for run in runs_of(name, strategy))
 
 
-@pytest.mark.parametrize("strategy", [pytest.param("rank0", marks=pytest.mark.slow), "per_rank"])
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["rank0", "per_rank"])
 def test_a_job_that_is_taken_over_stops_and_saves_nothing_more(
     server: Server, machines: Any, tmp_path: Path, strategy: str
 ) -> None:
@@ -76,6 +77,7 @@ def test_a_job_that_is_taken_over_stops_and_saves_nothing_more(
         assert second.rows == second.rows_live == STEPS - 5
 
 
+@pytest.mark.slow
 def test_of_a_double_requeue_one_wins(server: Server, machines: Any, tmp_path: Path) -> None:
     """Proves that of two jobs which begin the very same attempt on different machines exactly one goes on, whichever it is;
     what the other logged is in the archive under its own name."""

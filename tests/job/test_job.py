@@ -28,7 +28,9 @@ def steps_done(name: str) -> int:
     return 0 if run is None else run.lastHistoryStep + 1
 
 
-@pytest.mark.parametrize(("how", "nproc"), [("launch", 2), ("torchrun", 2), ("python", 2), ("python", 1)])
+@pytest.mark.parametrize(
+    ("how", "nproc"), [("launch", 2), ("torchrun", 2), pytest.param("python", 2, marks=pytest.mark.slow), ("python", 1)]
+)
 def test_one_script_runs_in_four_ways(server: Server, jobs: Jobs, how: str, nproc: int) -> None:
     """Proves that the unchanged script finishes with a full, single history under every launcher and under none."""
     job = jobs.start("--name", "job", "--checkpoint-dir", "ckpt", how=how, nproc=nproc)
@@ -65,7 +67,8 @@ def test_preempted_then_killed_equals_uninterrupted(server: Server, jobs: Jobs) 
     assert f"Exactly once: nothing doubled, nothing missing; all {STEPS} steps" in audit.stdout
 
 
-@pytest.mark.parametrize("victim", [0, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 1])
 def test_every_rank_may_die(server: Server, jobs: Jobs, victim: int) -> None:
     """Proves that losing rank 0 (which owns aggregator, claim and manifest) is no worse than losing another."""
     job = jobs.start("--name", "tested", "--checkpoint-dir", "ckpt", "--step-seconds", "0.03")
@@ -75,6 +78,7 @@ def test_every_rank_may_die(server: Server, jobs: Jobs, victim: int) -> None:
     assert comparable(the_run("tested")) == comparable(reference(jobs))
 
 
+@pytest.mark.slow
 def test_per_rank_runs_share_a_group(server: Server, jobs: Jobs) -> None:
     """Proves that strategy per_rank gives each rank its own full run, listed together by their group, also over a restart."""
     job = jobs.start("--name", "job", "--checkpoint-dir", "ckpt", "--strategy", "per_rank", "--step-seconds", "0.03")
@@ -109,6 +113,7 @@ def test_training_does_not_notice_a_dead_server(server: Server, jobs: Jobs) -> N
     assert [row["_step"] for row in the_run("job").scan_history(keys=["_step", "loss"])] == list(range(STEPS))
 
 
+@pytest.mark.slow
 def test_preempted_job_exits_75_and_the_same_command_continues(server: Server, jobs: Jobs) -> None:
     """Proves the contract with schedulers: 75 means 'saved, requeue me', and requeueing is running the same command."""
     args = ("--name", "job", "--checkpoint-dir", "ckpt", "--step-seconds", "0.05")
@@ -146,6 +151,7 @@ def test_a_stop_asked_for_on_the_server(server: Server, jobs: Jobs) -> None:
     assert max(manifest.step for manifest in committed(jobs.cwd / "ckpt")) == the_run("job").lastHistoryStep + 1
 
 
+@pytest.mark.slow
 def test_second_job_on_one_directory_is_refused(server: Server, jobs: Jobs, monkeypatch: pytest.MonkeyPatch) -> None:
     """Proves that a double requeue cannot interleave: the second job, supervised or a plain script, is told who
     holds the directory, and exits 69; the plain one without a traceback."""

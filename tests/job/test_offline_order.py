@@ -93,8 +93,9 @@ def state(run: Any) -> dict[str, Any]:
     }
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("strategy", ["rank0", pytest.param("per_rank", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("strategy", ["rank0", "per_rank"])
 def test_order_and_repetition_do_not_matter(
     tmp_path: Path, machines: Any, monkeypatch: pytest.MonkeyPatch, strategy: str
 ) -> None:

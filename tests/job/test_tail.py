@@ -35,7 +35,8 @@ def start(machine: Machine, name: str, directory: Path, *args: str, **options: A
     return machine.jobs.start("--name", name, "--checkpoint-dir", str(directory), *args, **options)
 
 
-@pytest.mark.parametrize("strategy", [pytest.param("rank0", marks=pytest.mark.slow), "per_rank"])
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["rank0", "per_rank"])
 def test_the_tail_survives_the_machine(server: Server, machines: Any, tmp_path: Path, strategy: str) -> None:
     """Proves that history which no server had is not lost with the machine: twice the server is away at the checkpoint,
     everything is killed, the disk is gone, and the job goes on elsewhere with the checkpoint directory alone."""
@@ -101,6 +102,7 @@ def test_nothing_travels_that_the_server_has(server: Server, machines: Any, tmp_
     assert kept == []
 
 
+@pytest.mark.slow
 def test_an_offline_job_is_whole_in_its_checkpoints(
     server: Server, machines: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

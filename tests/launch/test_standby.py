@@ -35,6 +35,7 @@ def told(cwd: Path, rank: int, restart: int) -> dict[str, Any]:
     return facts
 
 
+@pytest.mark.slow
 def test_forked_rank_is_a_fresh_process(start: Start, tmp_path: Path) -> None:
     """Proves that everything a rank can see of its process is the same forked as cold: main module, arguments, path, signals,
     descriptors, environment, parent, group, streams, what it spawns; that nothing random is shared; that a group forms."""

@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from wbdist.hooks.buckets import settle
 from wbdist.hooks.ddp import DdpWatch
 
-STEPS = 12
+STEPS = 7
 fired = 0
 
 
