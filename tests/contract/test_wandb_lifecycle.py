@@ -83,6 +83,7 @@ for id, resume in (("nosuch", "must"), ("allow", "never")):
     assert ask(server, "nosuch", "id") is None
 
 
+@pytest.mark.slow
 def test_rewind(server: Any, sdk: Any) -> None:
     """Rows to the step, inclusive, then new ones; summary (with a maximum) recomputed; config kept, merged; console new only;
     the archive whole under its immutable id; a chain of two; a fork of an archived incarnation."""
@@ -129,6 +130,7 @@ run.finish()
     assert ask(server, "fk", "lineage")["lineage"] == [{"run": "rw", "attempt": 0, "step": 25, "kind": "fork"}]
 
 
+@pytest.mark.slow
 def test_fork(server: Any, sdk: Any, wait_for: Any) -> None:
     """Of a running source, which goes on untouched, and of a fork; config inherited and merged; new metrics."""
     source = sdk.start(

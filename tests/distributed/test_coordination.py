@@ -210,7 +210,8 @@ def test_under_torchrun(out: Path, size: int) -> None:
     assert len({seen["incarnation"] for seen in facts}) == 1
 
 
-@pytest.mark.parametrize("rendezvous", ["static", pytest.param("c10d", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("rendezvous", ["static", "c10d"])
 def test_first_restart_succeeds(out: Path, rendezvous: str) -> None:
     """Proves that after SIGKILL of a rank the first restart meets and forms its group, where a plain init_process_group
     reads the dead ranks' addresses (torch 2.13) and hangs or fails."""

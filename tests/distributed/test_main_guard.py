@@ -49,6 +49,7 @@ def test_decorated_function_is_the_script(tmp_path: Path) -> None:
     assert (code, out) == (0, "loaded script\ntrain\n"), err
 
 
+@pytest.mark.slow
 def test_decorated_function_under_launchers(tmp_path: Path) -> None:
     """Proves that `wbdist launch` and torchrun run the decorated function once on each of their ranks."""
     for launcher in (["-m", "wbdist", "launch", "--nproc", "2"], ["-m", "torch.distributed.run", "--nproc-per-node", "2"]):

@@ -29,6 +29,7 @@ def finish(trial: Trial, references: References) -> None:
     verify(trial, references.get(trial.plan))
 
 
+@pytest.mark.slow
 def test_an_aggregator_that_wakes_up_late_spoils_nothing(trial: Make, references: References) -> None:
     """Proves that an aggregator of the attempt before, stopped and woken up while the next attempt works, puts its rows into
     the archive only, and leaves."""
@@ -135,6 +136,7 @@ def test_a_server_away_from_before_the_start_until_after_the_end(trial: Make, re
     verify(job, references.get(job.plan))
 
 
+@pytest.mark.slow
 def test_the_launchers_sudden_death_leaves_nobody_and_costs_nothing(trial: Make, references: References) -> None:
     """Proves that 5 s after a SIGKILL of the launcher no process of the job is left, and that the same command goes on."""
     job = trial()

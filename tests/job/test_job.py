@@ -136,6 +136,7 @@ def test_ctrl_c_is_one_clean_stop(server: Server, jobs: Jobs) -> None:
     poll(lambda: job.family() == [], "every process to be gone", timeout=5)
 
 
+@pytest.mark.slow
 def test_a_stop_asked_for_on_the_server(server: Server, jobs: Jobs) -> None:
     """Proves that a job whose run is stopped through the API saves on all ranks, ends with 65 and is not started again."""
     job = jobs.start(

@@ -93,6 +93,7 @@ def test_the_old_disk_coming_back_changes_nothing(server: Server, machines: Any,
     assert first.end == "lost"
 
 
+@pytest.mark.slow
 def test_nothing_travels_that_the_server_has(server: Server, machines: Any, tmp_path: Path) -> None:
     """Proves that checkpoints stay as small as they were while the server answers."""
     a = machines("a")

@@ -343,6 +343,7 @@ def said(worker: subprocess.Popen[str], what: str) -> list[str]:
     return words[1:]
 
 
+@pytest.mark.slow
 def test_real_processes_over_the_real_store() -> None:
     """Proves 10 random stops of 3 processes over torch's TCPStore, each by a real SIGTERM to one of them, with units that meet
     in a real barrier: same unit on all ranks, every time. Then one is killed: the others stop in time and name it."""
