@@ -32,9 +32,11 @@ from wbdist.errors import EXIT_FAILED_FOR_GOOD, EnvironmentFault, Error, MainGua
 from wbdist.run.main_guard import SPAWNED
 
 STILLBORN = 3
-"""Workers in a row that die before they are ready; then there is no use in starting more."""
+"""Workers in a row that die before they are ready, with no result meanwhile; then there is no use in starting more."""
 TERMINATE = 5.0
 """Seconds between SIGTERM and SIGKILL to a worker that is to be ended; idle ones first have their runs' `finish_timeout`."""
+LOADING = 30.0
+"""Seconds for the other workers that load an unguarded script to end of themselves: one of them tells the user why."""
 _RECEIVE = 1 << 20
 
 
@@ -325,6 +327,7 @@ class Keeper(threading.Thread):
         assert chunk is not None
         job = chunk.job
         worker.reported += 1
+        self._stillborn = 0
         value: Any
         if good:
             try:
@@ -391,8 +394,11 @@ class Keeper(threading.Thread):
 
     def _end_workers(self) -> None:
         at_once = self.terminating or self.broken is not None
+        unguarded = isinstance(self.broken, MainGuardError) and not self.terminating
         for worker in self.workers:
-            if worker.ready and worker.chunk is None:
+            if unguarded and not worker.ready:
+                limit = LOADING
+            elif worker.ready and worker.chunk is None:
                 if not worker.leaving:
                     self._ask_to_leave(worker)
                 limit = self._finish_timeout + TERMINATE
