@@ -4,12 +4,13 @@ An *incarnation* is one set of processes that started together. Everything lives
 stores outlive incarnations: torchrun's agent keeps one TCPStore for all its restarts, and torch 2.13 reads the dead
 workers' gloo addresses out of it (4 of 5 restarts then hang).
 
-Nothing that torchrun puts into the environment names an incarnation. TORCHELASTIC_RESTART_COUNT does not count
-membership changes (4 -> 2 -> 4 ranks is restart 0 three times), MASTER_PORT and the run id stay the same with a shared
-store, and all of them together repeat as well. So when no launcher of ours gives a name, the ranks agree on one: rank 0
-draws a random name and announces it; every other rank answers under that name with a nonce of its own, and goes on only
-when rank 0 confirms that very nonce. A stale announcement was made by a dead rank 0, which will never confirm a nonce that
-is drawn now; the rank keeps looking until the living one announces.
+Nothing that torchrun puts into the environment names an incarnation. TORCHELASTIC_RESTART_COUNT does not count membership
+changes (4 -> 2 -> 4 ranks is restart 0 three times), and each agent counts for itself: of one incarnation, ranks whose
+agent saw its worker fail have a higher one than those whose agent saw a new member first. MASTER_PORT and the run id stay
+the same with a shared store, and all of them together repeat as well. So when no launcher of ours gives a name, the ranks
+agree on one: rank 0 draws a random name and announces it; every other rank answers under that name with a nonce of its own,
+and goes on only when rank 0 confirms that very nonce. A stale announcement was made by a dead rank 0, which will never
+confirm a nonce that is drawn now; the rank keeps looking until the living one announces.
 """
 
 from __future__ import annotations
@@ -201,8 +202,8 @@ def first_host(nodes: str) -> str:
 
 
 def _agree_on_incarnation(store: Store, identity: RankIdentity, env: Mapping[str, str], deadline: float) -> str:
-    """All ranks, in step; see the module's text. Facts that do change with most incarnations narrow the meeting place."""
-    facts = (env.get("TORCHELASTIC_RUN_ID", ""), env.get("TORCHELASTIC_RESTART_COUNT", ""), str(identity.world_size))
+    """All ranks, in step; see the module's text. Facts that are the same for all of them narrow the meeting place."""
+    facts = (env.get("TORCHELASTIC_RUN_ID", ""), str(identity.world_size))
     place = _prefixed("wbdist/meet/" + "/".join(facts), store)
     if identity.rank == 0:
         name = secrets.token_hex(8)
