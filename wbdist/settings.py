@@ -74,6 +74,11 @@ class Settings(WithoutEffect, frozen=True, kw_only=True, forbid_unknown_fields=T
     notices: str = "auto"
     """Where a job hears that it must stop: `auto` finds out, `off` is signals only, or names such as `aws,file=/shared/stop`
     (docs/preemption.md)."""
+    config_changes: str = "error"
+    """What a job may be started with that its checkpoint was not made with: `error` is nothing, `allow` any config key, or
+    names with commas between (docs/checkpoints.md)."""
+    environment_changes: str = "error"
+    """The same of torch's switches and the kind of device."""
     disable_git: bool = False
     """Do not look for a git commit and remote."""
     host: str | None = None

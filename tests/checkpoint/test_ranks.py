@@ -254,16 +254,6 @@ def test_bad_objects_are_refused() -> None:
             Checkpointer("unused", alone(), **arguments)
 
 
-def test_config_changes_are_noted(tmp_path: Path) -> None:
-    """Another config than the checkpoint's does not pass unseen."""
-    with Checkpointer(tmp_path, alone(), attempt=1, config_hash="aa") as checkpoints:
-        checkpoints.save(1, position(1), timeout=10)
-    restored = Checkpointer(tmp_path, alone(), attempt=2, config_hash="bb").restore(timeout=10)
-    assert restored is not None
-    assert "'bb'" in restored.notes[0]
-    assert "'aa'" in restored.notes[0]
-
-
 def test_wrapped_modules_are_saved_without_their_wrapping(tmp_path: Path) -> None:
     """A DDP or compiled module is saved under the plain module's names, and restores into either."""
     plain = torch.nn.Linear(2, 2)

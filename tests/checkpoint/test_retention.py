@@ -116,7 +116,9 @@ def _manifest(step: int) -> Manifest:
         per_rank=(),
         files={},
         created=0.0,
-        torch="",
+        environment={},
+        kinds={},
+        config_hash="",
     )
 
 

@@ -57,7 +57,8 @@ def test_slots_are_never_shared(worlds: list[list[int]]) -> None:
 
 def manifest(step: int, *slots: int) -> Manifest:
     runs = tuple(position(step, run_id=f"r1-r{slot}") for slot in slots)
-    rest: dict[str, Any] = {"shared": (), "per_rank": (), "files": {}, "created": 0.0, "torch": ""}
+    rest: dict[str, Any] = {"shared": (), "per_rank": (), "files": {}, "created": 0.0}
+    rest |= {"environment": {}, "kinds": {}, "config_hash": ""}
     return Manifest(version=1, step=step, attempt=1, world_size=len(slots), runs=runs, **rest)
 
 

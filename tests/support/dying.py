@@ -142,8 +142,9 @@ def one_rank(directory: Path, rank: int, attempt: int, port: int) -> None:
 
 
 def one_of_two(directory: Path, rank: int, life: tuple[int, int, int], port: int, results: Any) -> None:
-    """One rank of a real DDP training that saves every step in the background. `life` = (attempt, step to be killed after or
-    0, steps): both ranks die by SIGKILL at once; a life without a kill tells what it began with and its final state."""
+    """One rank of a real DDP training that saves in the background. `life` = (attempt, step to be killed after or 0, steps):
+    both ranks die by SIGKILL at once, after saving each of the last steps; a life without a kill saves now and then,
+    and tells what it began with and its final state."""
     import torch.distributed as dist
 
     signal.alarm(100)
@@ -158,7 +159,7 @@ def one_of_two(directory: Path, rank: int, life: tuple[int, int, int], port: int
     training.checkpoints.track(per_rank=True, average=training.average)  # of this rank's outputs
     restored = training.restore()
     began = 0 if restored is None else restored.step
-    training.train(kill_after or steps, save_at=tuple(range(steps)))
+    training.train(kill_after or steps, save_at=tuple(range(kill_after - 3, steps) if kill_after else range(0, steps, 10)))
     if kill_after:
         dist.barrier()
         os.kill(os.getpid(), signal.SIGKILL)

@@ -14,21 +14,21 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-import msgspec
-
+from wbdist.checkpoint import changes
 from wbdist.checkpoint import restore as restoring
 from wbdist.checkpoint.capture import Captured, capture
+from wbdist.checkpoint.changes import Allowed
 from wbdist.checkpoint.commit import SaveRequest, run_save
 from wbdist.checkpoint.files import FileLayer
 from wbdist.checkpoint.history import Kept
 from wbdist.checkpoint.manifest import Manifest, directory_name
 from wbdist.checkpoint.policy import Cost, SavePolicy, Schedule, observed_mtbf
-from wbdist.checkpoint.restore import Choice, Restored
+from wbdist.checkpoint.restore import Choice, Restored, Surroundings
 from wbdist.checkpoint.retention import Keep
 from wbdist.checkpoint.staging import Arena, Staged
 from wbdist.checkpoint.tracked import Stateful, TrackedObjects
@@ -105,8 +105,9 @@ class Checkpointer:
         keep_last: int = 2,
         keep_every: int | None = None,
         keep_best: str | None = None,
-        config_hash: str = "",
         config: Mapping[str, Any] | None = None,
+        config_changes: str | Iterable[str] = "error",
+        environment_changes: str | Iterable[str] = "error",
         seed: int = 0,
         save_every: str | int | None = None,
         layer: FileLayer | None = None,
@@ -116,8 +117,9 @@ class Checkpointer:
         `directory` must be the same, shared one on all ranks. `attempt` is this life of the job, from 1; a newer attempt
         in the directory fences this one off. The newest `keep_last` committed checkpoints stay, those of
         every `keep_every` steps, the one with the best metric (`loss`, `max:accuracy`), and the one restored from. `seed` seeds
-        the generators of ranks that a checkpoint made by fewer ranks does not know. `config` and `config_hash` are told in
-        the manifest, and a restore says what has changed of them. `save_every` is for `due` and `maybe_save`: steps (50,
+        the generators of ranks that a checkpoint made by fewer ranks does not know. `config` is told in the manifest; a restore
+        refuses another one, or other switches of torch, but for what `config_changes` and `environment_changes` name
+        ("allow": any; see changes.py). `save_every` is for `due` and `maybe_save`: steps (50,
         "50 steps"), a time ("10 minutes"), or "auto" for the interval that loses the least, from what saves cost and how often
         this job has failed.
         """
@@ -130,8 +132,11 @@ class Checkpointer:
         self._coordinator = coordinator
         self._background = coordinator.clone()
         self._attempt = attempt
-        self._config_hash = config_hash
-        self._config: dict[str, Any] = msgspec.to_builtins(dict(config or {}), str_keys=True, enc_hook=str)
+        self._surroundings = Surroundings(
+            changes.normal(config or {}),
+            Allowed.parse(config_changes, "config_changes"),
+            Allowed.parse(environment_changes, "environment_changes"),
+        )
         self._seed = seed
         self._layer = layer or FileLayer()
         self._objects = TrackedObjects()
@@ -171,11 +176,13 @@ class Checkpointer:
         """Loads the chosen checkpoint (see `choose`) into every tracked object and this rank's random generators.
 
         All ranks, in step, once, after `track`, on the training thread; blocks at most `timeout` seconds. None when there is
-        no checkpoint. Raises on all ranks alike: StateMissingError when names or states do not fit, CheckpointError
-        when a rank cannot read it, PeerLostError naming missing ranks.
+        no checkpoint. Raises on all ranks alike: StateMissingError when names or states do not fit, ConfigError when config or
+        torch's switches have changed (then nothing was touched), CheckpointError when a rank cannot read it, PeerLostError
+        naming missing ranks.
         """
         if self._restored is not None:
             raise UsageError(f"{self._restored.manifest.name} was restored already; restore once, after everything is tracked")
+        self._surroundings.facts()
         deadline = time.monotonic() + timeout
         if self.choose(timeout) is None:
             return None
@@ -185,8 +192,7 @@ class Checkpointer:
             self._objects,
             self._choice,
             seed=self._seed,
-            config_hash=self._config_hash,
-            config=self._config,
+            surroundings=self._surroundings,
             timeout=max(0.0, deadline - time.monotonic()),
         )
         return self._restored
@@ -253,8 +259,9 @@ class Checkpointer:
             history=history,
             kept=self._kept,
             reason=reason,
-            config_hash=self._config_hash,
-            config=self._config,
+            config=self._surroundings.config,
+            environment=self._surroundings.facts(),
+            kinds=self._objects.kinds(),
             keep=self._keep,
             protected=None if self._choice is None or self._choice.manifest is None else self._choice.manifest.name,
             failure=failure,

@@ -19,9 +19,8 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
-import torch
 
-from wbdist.checkpoint import retention, tree
+from wbdist.checkpoint import changes, retention, tree
 from wbdist.checkpoint.files import FileLayer
 from wbdist.checkpoint.history import Kept, write_history
 from wbdist.checkpoint.image import SUFFIX
@@ -78,8 +77,10 @@ class SaveRequest(msgspec.Struct, frozen=True, kw_only=True):
     kept: Kept
     """What this rank put there the last time."""
     reason: str
-    config_hash: str
     config: dict[str, Any]
+    """In normal form."""
+    environment: dict[str, str]
+    kinds: dict[str, str]
     keep: Keep
     protected: str | None
     """Name of the checkpoint that this job was restored from: never removed by it."""
@@ -262,9 +263,10 @@ def _commit(layer: FileLayer, request: SaveRequest, temporary: Path, reports: li
         per_rank=request.per_rank,
         files={name: entry for report in reports for name, entry in report.files.items()},
         created=time.time(),
-        torch=str(torch.__version__),
+        environment=request.environment,
+        kinds=request.kinds,
         reason=request.reason,
-        config_hash=request.config_hash,
+        config_hash=changes.digest(request.config),
         config=request.config,
         host=socket.gethostname(),
     )

@@ -35,13 +35,14 @@ def values(manifest: Manifest, directory: Path) -> dict[str, str]:
 
 
 def config_values(config: dict[str, Any], place: str = CONFIG) -> dict[str, str]:
-    """Every value of a config by its path: `config.model.depth`."""
+    """Every value of a config by its path: `config.model.depth`; without the first word when `place` is empty."""
     found: dict[str, str] = {}
     for key, value in config.items():
+        path = f"{place}.{key}" if place else key
         if isinstance(value, dict) and value:
-            found |= config_values(value, f"{place}.{key}")
+            found |= config_values(value, path)
         else:
-            found[f"{place}.{key}"] = json.dumps(value)
+            found[path] = json.dumps(value)
     return found
 
 

@@ -21,7 +21,7 @@ import xxhash
 from wbdist.core.position import RunPosition
 from wbdist.errors import CheckpointCorruptError, CheckpointError
 
-VERSION = 2
+VERSION = 3
 MANIFEST = "manifest.json"
 TEMPORARY = ".tmp"
 """Suffix of directories that are being written or removed; never a checkpoint."""
@@ -56,11 +56,14 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """Path relative to the checkpoint's directory -> what it must be. All files but the manifest."""
     created: float
     """Unix seconds on rank 0's clock."""
-    torch: str
-    """Version that wrote it."""
+    environment: dict[str, str]
+    """The surroundings of rank 0 when it was started (`environment.facts`)."""
+    kinds: dict[str, str]
+    """Name of a tracked object -> name of its class."""
+    config_hash: str
+    """Of `config`, in normal form (`changes.digest`)."""
     reason: str = ""
     """Why it was saved, for people: 'interval', 'preemption', ..."""
-    config_hash: str = ""
     config: dict[str, Any] = {}
     """What the job was started with, as far as it told."""
     host: str = ""
@@ -71,6 +74,11 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     def run(self) -> RunPosition:
         """Rank 0's run: the job's one run under strategy `rank0`."""
         return self.runs[0]
+
+    @property
+    def torch(self) -> str:
+        """Version that wrote it."""
+        return self.environment.get("torch", "")
 
     @property
     def name(self) -> str:

@@ -10,9 +10,9 @@ from typing import Any
 
 import msgspec
 
-from wbdist.checkpoint import retention, rng, tracked, tree
+from wbdist.checkpoint import changes, environment, retention, rng, tracked, tree
+from wbdist.checkpoint.changes import Allowed
 from wbdist.checkpoint.commit import SHARED, STATE, rank_directory
-from wbdist.checkpoint.difference import config_values, differing
 from wbdist.checkpoint.files import FileLayer
 from wbdist.checkpoint.manifest import Manifest, scan, verify
 from wbdist.checkpoint.sharded import adapted
@@ -56,6 +56,23 @@ class Restored(msgspec.Struct, frozen=True):
     def run(self) -> RunPosition:
         """Where rank 0's run stood: the job's one run under strategy `rank0`."""
         return self.manifest.run
+
+
+class Surroundings:
+    """What this job is started with, to be compared with what the checkpoint was made with."""
+
+    def __init__(self, config: dict[str, Any], config_changes: Allowed, environment_changes: Allowed) -> None:
+        """`config` in normal form (`changes.normal`)."""
+        self.config = config
+        self.config_changes = config_changes
+        self.environment_changes = environment_changes
+        self._facts: dict[str, str] | None = None
+
+    def facts(self) -> dict[str, str]:
+        """The environment as it was at the first call: of an attempt, when it restores. Scripts set switches later on, too."""
+        if self._facts is None:
+            self._facts = environment.facts()
+        return self._facts
 
 
 def choose(coordinator: Coordinator, layer: FileLayer, directory: Path, attempt: int, timeout: float) -> Choice:
@@ -107,38 +124,35 @@ def load_all(
     choice: Choice,
     *,
     seed: int,
-    config_hash: str,
-    config: dict[str, Any],
+    surroundings: Surroundings,
     timeout: float,
 ) -> Restored:
     """Loads the chosen checkpoint into the tracked objects and the generators of this rank.
 
-    Returns on every rank once all ranks have loaded. Raises on every rank when one could not: StateMissingError for names
-    or states that do not fit (then nothing was touched if names differ), CheckpointError otherwise, PeerLostError for
-    ranks that did not come within `timeout` seconds.
+    Returns on every rank once all ranks have loaded. Raises on every rank when one could not: ConfigError for what changed and
+    may not, StateMissingError for names or states that do not fit (nothing was touched by these if names differ),
+    CheckpointError otherwise, PeerLostError for ranks that did not come within `timeout` seconds.
     """
     deadline = time.monotonic() + timeout
     manifest = choice.manifest
     assert manifest is not None
     notes = list(choice.notes)
     consequence = f"{manifest.name} was not restored"
-    failure = _failure(coordinator.rank, lambda: _check_names(objects, manifest))
+    failure = _failure(coordinator.rank, lambda: notes.extend(_check(objects, manifest, surroundings)))
     _agree(coordinator, "ckpt/restore/names", failure, deadline, consequence)
     failure = _failure(coordinator.rank, lambda: notes.extend(_load(coordinator, objects, manifest, seed)))
     _agree(coordinator, "ckpt/restore/loaded", failure, deadline, consequence)
-    if config_hash != manifest.config_hash:
-        notes.append(f"the config has changed: its hash is {config_hash!r}, that of the checkpoint {manifest.config_hash!r}")
-    notes += _config_notes(manifest, config)
     rank = coordinator.rank
     return Restored(manifest, manifest.runs[rank] if rank < len(manifest.runs) else None, tuple(notes))
 
 
-def _config_notes(manifest: Manifest, config: dict[str, Any]) -> list[str]:
-    if not manifest.config or not config:
-        return []
-    before, now = config_values(manifest.config), config_values(config)
-    changed = [f"{key} {before.get(key, 'absent')} -> {now.get(key, 'absent')}" for key in differing(before, now)]
-    return [f"the config has changed since {manifest.name}: {', '.join(changed)}"] if changed else []
+def _check(objects: TrackedObjects, manifest: Manifest, here: Surroundings) -> list[str]:
+    """Everything that can be told before a byte of state is read; what is to be said of it."""
+    _check_names(objects, manifest)
+    return [
+        *changes.check_config(manifest.name, manifest.config_hash, manifest.config, here.config, here.config_changes),
+        *changes.check_environment(manifest.name, manifest.environment, here.facts(), here.environment_changes),
+    ]
 
 
 def _failure(rank: int, act: Callable[[], object]) -> Failure | None:
@@ -166,6 +180,7 @@ def _check_names(objects: TrackedObjects, manifest: Manifest) -> None:
     moved = sorted(set(objects.shared) & set(manifest.per_rank) | set(objects.per_rank) & set(manifest.shared))
     if moved:
         raise StateMissingError(f"{moved} in {manifest.directory} changed between per_rank=True and per_rank=False")
+    objects.check_kinds(manifest.kinds, manifest.name)
 
 
 def _load(coordinator: Coordinator, objects: TrackedObjects, manifest: Manifest, seed: int) -> list[str]:
@@ -176,7 +191,7 @@ def _load(coordinator: Coordinator, objects: TrackedObjects, manifest: Manifest,
     if rank < manifest.world_size:
         states = _load_part(directory / rank_directory(rank), objects.per_rank, manifest)
         # Last: nothing between here and the training loop draws random numbers.
-        notes.extend(rng.restore(states[RNG]))
+        notes.extend(rng.restore(states.get(RNG, {})))
         return notes
     rng.derive(seed, manifest.step, rank)
     notes.append(f"rank {rank} is new: its random generators are seeded from (seed {seed}, step {manifest.step}, rank {rank})")

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from wbdist.core.mixing import mix64
+from wbdist.errors import StateMissingError
 
 
 def capture() -> dict[str, Any]:
@@ -22,7 +23,20 @@ def capture() -> dict[str, Any]:
 
 
 def restore(state: dict[str, Any]) -> list[str]:
-    """Puts every captured generator back; returns what could not be, as sentences."""
+    """Puts every captured generator back; returns what was not plain, as sentences.
+
+    Raises StateMissingError, before any is touched, when the state lacks one that this rank draws from. Devices beside the one
+    that it uses may be others: what a rank of a smaller host had of them is not missed.
+    """
+    loaded = {"python", "torch"} | ({"numpy"} if "numpy" in sys.modules else set())
+    # What is there of CUDA tells itself; whether a job moved to another kind of device is a question of its environment.
+    if "cuda" in state and torch.cuda.is_available() and torch.cuda.current_device() >= len(state["cuda"]):
+        loaded.add(f"cuda:{torch.cuda.current_device()}")
+    if missing := sorted(loaded - {*state}):
+        raise StateMissingError(
+            f"the checkpoint has no state of the random generators {missing}; it has {sorted(state)}. Give each rank the "
+            "devices that it had, or start anew in another checkpoint directory."
+        )
     notes = []
     random.setstate(state["python"])
     torch.set_rng_state(state["torch"])

@@ -49,6 +49,23 @@ class TrackedObjects:
                 raise UsageError(f"{name!r} and {other!r} are the same object; track it once")
         (self.per_rank if per_rank else self.shared)[name] = value
 
+    def kinds(self) -> dict[str, str]:
+        """The name of each object's class."""
+        return {name: type(value).__name__ for name, value in {**self.shared, **self.per_rank}.items()}
+
+    def check_kinds(self, stored: Mapping[str, str], checkpoint: str) -> None:
+        """Raises StateMissingError for an optimizer or scheduler that was another one: they load each other's state unseen.
+
+        Other classes may be renamed; what they load, they check themselves.
+        """
+        for name, value in {**self.shared, **self.per_rank}.items():
+            own = type(value).__name__
+            if isinstance(value, (torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler)) and stored.get(name) != own:
+                raise StateMissingError(
+                    f"{name!r} is a {stored.get(name, 'thing of unknown class')} in {checkpoint}, but this job tracks a {own}. "
+                    "Build the objects as the job that saved them did, or start anew in another checkpoint directory."
+                )
+
 
 def unwrap(value: Any) -> Any:
     """The module inside DDP, DataParallel and torch.compile, so that names in its state do not depend on how it is run."""
@@ -99,6 +116,8 @@ def _copied_on_load(name: str, target: Stateful | None) -> frozenset[str]:
 
 def load(name: str, target: Stateful, state: Any, checkpoint: str) -> None:
     """Loads `state` into `target`. Raises StateMissingError saying how the two do not fit; wbdist's own errors pass."""
+    if isinstance(target, torch.nn.Module):
+        _check_types(name, target, state, checkpoint)
     try:
         target.load_state_dict(state)
     except Error:
@@ -108,3 +127,14 @@ def load(name: str, target: Stateful, state: Any, checkpoint: str) -> None:
             f"the state of {name!r} in {checkpoint} does not fit this job's {type(target).__name__}: {error}. "
             "Build the objects as the job that saved them did, or start anew in another checkpoint directory."
         ) from error
+
+
+def _check_types(name: str, target: torch.nn.Module, state: Any, checkpoint: str) -> None:
+    """A module would convert values of another type to its own, which loses bits or pretends to have more."""
+    for key, own in target.state_dict().items():
+        stored = state.get(key)
+        if isinstance(own, torch.Tensor) and isinstance(stored, torch.Tensor) and own.dtype != stored.dtype:
+            raise StateMissingError(
+                f"{name}.{key} has type {stored.dtype} in {checkpoint}, but {own.dtype} in this job. Build the model in the "
+                "type that it was saved in, or start anew in another checkpoint directory."
+            )

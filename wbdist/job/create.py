@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from wbdist.checkpoint.changes import Allowed
 from wbdist.checkpoint.copies import Copies
 from wbdist.checkpoint.copying import Elsewhere, OnStore
 from wbdist.checkpoint.policy import SavePolicy
@@ -51,6 +52,8 @@ def job(
     strategy: Strategy = "auto",
     late: LatePolicy | None = None,
     seed: int = 0,
+    config_changes: str | Iterable[str] | None = None,
+    environment_changes: str | Iterable[str] | None = None,
     group: str | None = None,
     job_type: str | None = None,
     tags: tuple[str, ...] | list[str] | None = None,
@@ -74,8 +77,10 @@ def job(
     `strategy`: `rank0` is one run with the ranks' means, `per_rank` a run a rank in one group, `shared` one run that every rank
     writes rows of its own into, `rank_zero_only` rank 0's run (docs/strategies.md); `late` says when a step's row no longer
     waits for slow ranks; `auto` is rank0 with several ranks. `seed` seeds Python, NumPy and torch on every rank (differently)
-    and orders the data. `notices`: besides signals, what may say that the job must stop, as the setting of that name ("auto",
-    "off", "aws,file=/shared/stop"). The rest as in `init`.
+    and orders the data. `config_changes` names the keys of `config` (or "allow": any) that may differ from those of the
+    checkpoint, which else is an error; `environment_changes` the same for torch's switches (docs/checkpoints.md). `notices`:
+    besides signals, what may say that the job must stop, as the setting of that name ("auto", "off", "aws,file=/shared/stop").
+    The rest as in `init`.
 
     Raises UsageError for arguments that cannot be right; nothing is started or written before `with`.
     """
@@ -102,9 +107,13 @@ def job(
         "run_notes": notes,
         "mode": mode,
         "notices": notices,
+        "config_changes": _named(config_changes),
+        "environment_changes": _named(environment_changes),
     }
     settings = resolve(None, {key: value for key, value in arguments.items() if value is not None})
     sources.parse(settings.notices)
+    Allowed.parse(settings.config_changes, "config_changes")
+    Allowed.parse(settings.environment_changes, "environment_changes")
     spec = make_spec(settings, config=config)
     return Job(
         spec,
@@ -117,6 +126,10 @@ def job(
         late=late,
         seed=seed,
     )
+
+
+def _named(changes: str | Iterable[str] | None) -> str | None:
+    return changes if changes is None or isinstance(changes, str) else ",".join(changes)
 
 
 def _elsewhere(copy: str | None, spec: RunSpec, settings: Settings, strategy: Strategy) -> Elsewhere | None:

@@ -183,6 +183,8 @@ class Job:
                 save_every=self._save_every,
                 seed=self._seed,
                 config=self._spec.config,
+                config_changes=self._spec.settings.config_changes,
+                environment_changes=self._spec.settings.environment_changes,
             )
             self._chosen = self._checkpoints.choose(PEER_TIMEOUT)
             slot = self._take_slot(self._directory)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Generator
+from collections.abc import Generator, Iterable, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
 from wbdist.checkpoint.checkpointer import Checkpointer
 from wbdist.checkpoint.claim import Claim
@@ -25,6 +26,9 @@ def checkpoints(
     keep_last: int = 2,
     keep_every: int | None = None,
     seed: int = 0,
+    config: Mapping[str, Any] | None = None,
+    config_changes: str | Iterable[str] | None = None,
+    environment_changes: str | Iterable[str] | None = None,
 ) -> Generator[Checkpointer, None, None]:
     """A Checkpointer on `directory`, which this job holds until the block ends. All ranks, in step, on the training thread.
 
@@ -52,6 +56,15 @@ def checkpoints(
 
         plan = agree_on_plan(peers, decide, PEER_TIMEOUT)
         made = Checkpointer(
-            path, peers, attempt=plan.attempt, keep_last=keep_last, keep_every=keep_every, save_every=save_every, seed=seed
+            path,
+            peers,
+            attempt=plan.attempt,
+            keep_last=keep_last,
+            keep_every=keep_every,
+            save_every=save_every,
+            seed=seed,
+            config=config,
+            config_changes=config_changes or os.environ.get("WBDIST_CONFIG_CHANGES") or "error",
+            environment_changes=environment_changes or os.environ.get("WBDIST_ENVIRONMENT_CHANGES") or "error",
         )
         yield stack.enter_context(made)

@@ -43,8 +43,10 @@ def plain(value: Any) -> Any:
         return str.__str__(value)
     if isinstance(value, Mapping):
         return {key if type(key) is str else str(key): plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple, set, frozenset)):
+    if isinstance(value, (list, tuple)):
         return [plain(item) for item in value]
+    if isinstance(value, (set, frozenset)):
+        return [plain(item) for item in sorted(value, key=repr)]  # the order of strings in a set is another in each process
     if isinstance(value, (bytes, bytearray)):
         return bytes(value).decode("utf-8", "replace")
     return _foreign(value)
