@@ -1,9 +1,7 @@
 """Strategy rank0: the process beside rank 0 that makes one run of all ranks' feeds.
 
 It takes each rank's journal in order, aligns the rows by step, reduces the steps that all ranks have passed, and writes the
-one run's journal; the shipper of that journal does the rest. It holds no state that is not in journals: a successor replays
-the feeds from their first byte, and leaves out the steps that its predecessors' journals hold. A journal is never opened
-again for writing, so a successor is a new writer of the same attempt, `rank0.1` after `rank0`, with a sequence of its own.
+one run's journal (`distributed/merging.py`); the shipper of that journal does the rest.
 
 A thread a connection reads, one thread does all the work: a rank that is killed, or stopped in the middle of a message,
 holds up its own reader only. Rank 0 is dead when it is our parent no more, other local ranks when the lock of their journal
@@ -23,20 +21,18 @@ import time
 from collections import deque
 from multiprocessing.connection import Connection, Listener
 from pathlib import Path
-from typing import Any
 
 import msgspec
 
 from wbdist.distributed import channel
-from wbdist.distributed.alignment import StepAligner
 from wbdist.distributed.channel import Address, Drained, Hello, Message
 from wbdist.distributed.coordination import name_ranks
 from wbdist.distributed.cut import PositionCursor
-from wbdist.distributed.intake import FeedRow, FeedRows, Layout, Layouts, reduced
 from wbdist.distributed.lateness import LatePolicy
+from wbdist.distributed.merging import Feed, Merger, exit_code_of
 from wbdist.errors import EXIT_RETRYABLE, Error, JournalCorruptError
 from wbdist.run.handle import Run
-from wbdist.run.journal import FrameDecoder, JournalReader, JournalWriter, Kind, Record, writer_alive
+from wbdist.run.journal import JournalReader, JournalWriter, writer_alive
 from wbdist.run.lifecycle import RunSpec, open_run
 
 TICK = 0.25
@@ -51,11 +47,6 @@ FAREWELL = 2.0
 """Seconds for the feeders to hang up after FINISHED."""
 INBOX = 64
 """Messages read ahead of the work; beyond, the sockets fill and the feeders' cursors lag."""
-
-MARKS = frozenset({Kind.ROW, Kind.COMMIT, Kind.END})
-"""What makes rows; everything else of rank 0 is passed on, and every rank's system metrics."""
-OF_RANK = "_rank"
-"""Key of a sample of system metrics in the run's journal: the rank that took it."""
 
 
 class Plan(msgspec.Struct, frozen=True, kw_only=True):
@@ -86,33 +77,15 @@ class Started(msgspec.Struct, frozen=True, kw_only=True):
     error_class: str = ""
 
 
-class Rank:
+class Rank(Feed):
     """One rank as the aggregator knows it."""
 
     def __init__(self, number: int) -> None:
-        self.number = number
-        self.decoder = FrameDecoder()
-        self.rows: FeedRows | None = None
-        """None: it has not said hello yet."""
-        self.layouts: dict[int, Layout] = {}
-        """By the numbers of its journal's schemas."""
-        self.received = 0
-        """Bytes of its journal taken, counted from the first frame."""
-        self.promise = (0, 0)
-        """(offset, step): with the journal taken up to `offset`, the rank adds nothing below `step`."""
-        self.sampled = 0.0
-        """Unix time of its last sample of system metrics that the run has."""
+        super().__init__(number)
         self.connection: Connection | None = None
         self.disconnected = 0.0
         self.local: Path | None = None
         """Its journal, when we can read it."""
-        self.ended: dict[str, Any] | None = None
-        self.lost_at: int | None = None
-        """The step it had not passed when it was lost."""
-
-    @property
-    def gone(self) -> bool:
-        return self.ended is not None or self.lost_at is not None
 
 
 class Aggregator:
@@ -126,43 +99,23 @@ class Aggregator:
         self._listener = listener
         self._key = plan.key
         self._ranks = [Rank(number) for number in range(plan.world_size)]
-        self._aligner: StepAligner[FeedRow] = StepAligner(plan.world_size, journal.header.starting_step)
-        self._layouts = Layouts()
+        earlier = [Path(path) for path in plan.earlier]
+        self._merger = Merger(self._ranks, journal, earlier, self._mark_preempting)
+        self._aligner = self._merger.aligner
         self._late = plan.late
         self._quorum_at: deque[tuple[float, int]] = deque()
         """When the quorum had passed which step, of steps that are still waited for."""
         self._late_told = 0
-        self._own_records = journal.seq + 1
-        self._passed_on = 0
-        """Records of rank 0, from its first, that the predecessors passed on."""
-        self._held: deque[tuple[int, Record]] = deque()
-        """Records of rank 0 that wait until every step below the one named is written: they keep their place between the rows,
-        since a checkpoint's cut lies behind a row."""
-        earlier = [Path(path) for path in plan.earlier]
         self._cursor = PositionCursor([*earlier, journal.path])
-        self._continue_after(earlier)
         self._inbox: queue.Queue[tuple[Connection, bytes | None]] = queue.Queue(INBOX)
         self._drains: dict[int, Connection] = {}
         self._rank0_gone_at: float | None = None
         self._machine = channel.this_machine()
         self._parent = plan.parent
 
-    def _continue_after(self, earlier: list[Path]) -> None:
-        """What the predecessors wrote is not written again."""
-        for path in earlier:
-            with JournalReader.open(path) as reader:
-                others = 0
-                while records := reader.read():
-                    for record in records:
-                        if record.kind is Kind.ROW:
-                            assert record.step is not None  # our rows always name it
-                            self._aligner.skip_to(record.step + 1)
-                        elif record.kind is Kind.STATS:
-                            rank = self._ranks[int(record.data.get(OF_RANK, 0))]
-                            rank.sampled = max(rank.sampled, record.time)
-                        elif record.kind not in MARKS and record.kind is not Kind.PREEMPTING:
-                            others += 1
-                self._passed_on += max(0, others - self._own_records)
+    def _mark_preempting(self, time: float) -> None:
+        del time  # it is said now
+        self._run.mark_preempting()
 
     # Listening ------------------------------------------------------------------------------------------
 
@@ -175,7 +128,7 @@ class Aggregator:
             now = time.monotonic()
             if self._late is not None:
                 self._wait_no_longer(self._late, now)
-            self._write_complete_steps()
+            self._merger.write_complete_steps()
             if now - looked >= TICK:
                 looked = now
                 self._look_for_dead(now)
@@ -243,7 +196,7 @@ class Aggregator:
         elif kind is Message.PASSED:
             step, rest = channel.split_number(payload)
             rank.promise = (channel.split_number(rest)[0], step)
-            self._keep_promise(rank)
+            self._merger.keep_promise(rank)
         elif kind is Message.DRAIN:
             self._drains[channel.split_number(payload)[0]] = connection
 
@@ -251,7 +204,7 @@ class Aggregator:
         rank = self._ranks[hello.rank]
         rank.connection = connection
         if rank.rows is None:
-            rank.rows = FeedRows(rank.number, self._layouts)
+            self._merger.begin(rank)
             if hello.machine == self._machine and Path(hello.path).exists():
                 rank.local = Path(hello.path)
         self._tell(rank, Message.NEXT, rank.received)
@@ -276,88 +229,11 @@ class Aggregator:
             return
         if skip >= len(frames) or rank.rows is None or rank.gone:
             return
-        found, end = rank.decoder.decode_rows(frames, skip)
-        rank.received = offset + end
-        if end < len(frames):  # not a boundary of our frames: let the feeder slice anew
+        if not self._merger.take(rank, frames, skip):  # not a boundary of our frames: let the feeder slice anew
             self._tell(rank, Message.NEXT, rank.received)
-        rows, layouts, aligner, number = rank.rows, rank.layouts, self._aligner, rank.number
-        for item in found:
-            if type(item) is not tuple:
-                assert isinstance(item, Record)
-                self._take_record(rank, rows, item)
-                continue
-            schema, values, step, time, commits = item
-            layout = layouts.get(schema.number)
-            if layout is None:
-                layout = layouts[schema.number] = self._layouts.of(schema)
-            before = rows.step
-            if (row := rows.add(layout, values, step, time)) is not None:
-                assert before is not None
-                aligner.add(before, row)
-            if commits:
-                self._close_row(rows)
-            else:
-                aligner.passed(number, step)
-        self._keep_promise(rank)
-
-    def _keep_promise(self, rank: Rank) -> None:
-        """A rank's PASSED counts once everything it sent before is here."""
-        offset, step = rank.promise
-        if rank.received >= offset:
-            self._aligner.passed(rank.number, step)
-
-    def _take_record(self, rank: Rank, rows: FeedRows, record: Record) -> None:
-        if record.kind is Kind.ROW:
-            assert record.step is not None  # what `log` writes names it
-            before = rows.step
-            if (row := rows.add(None, record.data, record.step, record.time)) is not None:
-                assert before is not None
-                self._aligner.add(before, row)
-            self._aligner.passed(rank.number, record.step)
-            if record.commit:
-                self._close_row(rows)
-        elif record.kind is Kind.COMMIT:
-            self._close_row(rows)
-        elif record.kind is Kind.END:
-            self._close_row(rows)
-            self._leave(rank, record.data)
+        if rank.ended is not None:
             self._tell(rank, Message.RECEIVED)
-        elif record.kind is Kind.DEFINE and "reduce" in record.data:
-            rows.ops = rows.ops.after(record.data["reduce"])
-        elif record.kind is Kind.STATS:
-            if record.time > rank.sampled:  # else a predecessor has passed it on
-                rank.sampled = record.time
-                self._journal.append(Kind.STATS, {**record.data, OF_RANK: rank.number}, record.time)
-        elif rank.number == 0:
-            self._pass_on(record)
-
-    def _close_row(self, rows: FeedRows) -> None:
-        step = rows.step
-        if (row := rows.close()) is not None:
-            assert step is not None
-            self._aligner.add(step, row)
-
-    def _pass_on(self, record: Record) -> None:
-        if record.kind is Kind.PREEMPTING:  # at once, also when a predecessor said it: saying it twice changes nothing
-            self._run.mark_preempting()
-        elif self._passed_on:
-            self._passed_on -= 1
-        else:
-            self._held.append((self._aligner.next_of(0), record))
-
-    def _write_complete_steps(self) -> None:
-        append_row = self._journal.append_row
-        for step, entries in self._aligner.complete():
-            if self._held:
-                self._write_held(step)
-            append_row(reduced(entries), step=step, commit=True, time=entries[0].time)
-        self._write_held(self._aligner.frontier)
-
-    def _write_held(self, step: int) -> None:
-        """What may stand before the row of `step`."""
-        while self._held and self._held[0][0] <= step:
-            record = self._held.popleft()[1]
-            self._journal.append(record.kind, record.data, record.time)
+            self._left(rank)
 
     def _wait_no_longer(self, policy: LatePolicy, now: float) -> None:
         """Lets go of steps that the quorum passed long enough ago."""
@@ -380,11 +256,7 @@ class Aggregator:
 
     # Ranks that leave -----------------------------------------------------------------------------------
 
-    def _leave(self, rank: Rank, end: dict[str, Any] | None) -> None:
-        if end is None:
-            rank.lost_at = self._aligner.next_of(rank.number)
-        rank.ended = end
-        self._aligner.leave(rank.number)
+    def _left(self, rank: Rank) -> None:
         if rank.number == 0:
             self._rank0_gone_at = time.monotonic()
 
@@ -417,7 +289,8 @@ class Aggregator:
                 self._run.settings.say(f"rank {rank.number}: the rest of its journal cannot be read: {error}", warning=True)
         if not rank.gone:
             self._run.settings.say(f"rank {rank.number} was lost; the run goes on with the others", warning=True)
-            self._leave(rank, None)
+            self._merger.lose(rank)
+            self._left(rank)
 
     def _answer_drains(self) -> None:
         for step, connection in list(self._drains.items()):
@@ -443,7 +316,7 @@ class Aggregator:
         for rank in self._ranks:
             if not rank.gone:
                 self._bury(rank)
-        self._write_complete_steps()
+        self._merger.write_complete_steps()
         self._answer_drains()
         self._tell_late()
         first = self._ranks[0]
@@ -451,9 +324,7 @@ class Aggregator:
             # No END: the shipper sees the lock freed without one, and reports the run lost.
             self._journal.sync()
             return EXIT_RETRYABLE
-        codes = [rank.ended.get("exit_code") if rank.ended else None for rank in self._ranks]
-        code = next((code for code in codes if code), EXIT_RETRYABLE if None in codes else 0)
-        self._run.finish(code, cause=str(first.ended.get("cause", "exit")))
+        self._run.finish(exit_code_of(self._ranks), cause=str(first.ended.get("cause", "exit")))
         for rank in self._ranks:
             self._tell(rank, Message.FINISHED)
         deadline = time.monotonic() + FAREWELL

@@ -24,6 +24,7 @@ from wbdist.distributed.own_runs import standing_of, tail_of
 from wbdist.distributed.rank_run import RankRun, check_reduce
 from wbdist.errors import EnvironmentFault, Error
 from wbdist.run.journal import JournalWriter
+from wbdist.run.journal_format import FeedFacts
 from wbdist.run.lifecycle import REGISTER_SECONDS, RunSpec, open_run
 from wbdist.run.shipper.client import Standing
 from wbdist.run.values import flat_row
@@ -62,6 +63,7 @@ class FeedRun(RankRun):
             msgspec.structs.replace(
                 spec,
                 role="feed",
+                feed=FeedFacts(identity.world_size, identity.local_world_size, meeting is not None),
                 writer=f"feed{identity.rank}",
                 earlier=(),
                 must_be_new=False,

@@ -83,6 +83,17 @@ class Kind(IntEnum):
     """Internal: a packed row that closes its step."""
 
 
+class FeedFacts(msgspec.Struct, frozen=True):
+    """What a feed knows of the others of its attempt, for whoever makes the run of them when nobody lives any more."""
+
+    ranks: int
+    """How many feeds there are."""
+    here: int
+    """How many of them on its host."""
+    aggregated: bool
+    """Whether there was an aggregator when it began, so that the run has a journal."""
+
+
 class JournalHeader(msgspec.Struct, frozen=True, kw_only=True):
     """Facts fixed when the writer starts."""
 
@@ -94,6 +105,8 @@ class JournalHeader(msgspec.Struct, frozen=True, kw_only=True):
     nonce: str
     writer: str
     role: Literal["run", "feed"] = "run"
+    feed: FeedFacts | None = None
+    """Of a feed."""
     base: Watermark | None = None
     """What this attempt builds upon; None: nothing, unless `at_step` says otherwise."""
     base_run: str = ""

@@ -21,6 +21,7 @@ from wbdist.run import autoresume, console, machine, process_end
 from wbdist.run.disabled import NoJournal
 from wbdist.run.handle import Run
 from wbdist.run.journal import JournalHeader, JournalWriter, Kind, journal_name
+from wbdist.run.journal_format import FeedFacts
 from wbdist.run.system import sampler
 from wbdist.settings import Settings
 
@@ -45,6 +46,7 @@ class RunSpec(msgspec.Struct, frozen=True, kw_only=True):
     writer: str = "rank0"
     role: Literal["run", "feed"] = "run"
     """`feed`: this rank's rows go to an aggregator, which reads the journal; no server hears of it, nothing is announced."""
+    feed: FeedFacts | None = None
     base: RunPosition | None = None
     """What this attempt continues from: step, summary, runtime."""
     earlier: tuple[JournalCopy, ...] = ()
@@ -198,6 +200,7 @@ def _header(spec: RunSpec, placed: _Placed, opened_at: float) -> JournalHeader:
         nonce=spec.nonce or os.urandom(8).hex(),
         writer=spec.writer,
         role=spec.role,
+        feed=spec.feed,
         base=base.watermark if base is not None and spec.at_step is None else None,
         base_run=spec.base_run,
         at_step=spec.at_step,
