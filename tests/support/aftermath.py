@@ -109,6 +109,8 @@ def verify(trial: Trial, reference: dict[int, Seen]) -> None:
         _sync_in_any_order(trial)
     else:
         _delivered(trial)
+    if trial.plan.strategy == "rank0" and trial.plan.world_size > 1:
+        _sync(trial, trial.directory / "wandb")  # what ranks logged last that were killed with their aggregator
     api = api_of(trial)
     _like_the_reference(trial, see(api, trial.plan), reference)
     _nothing_lost(trial, api)
@@ -130,7 +132,9 @@ def _delivered(trial: Trial) -> None:
     if not _within(40.0, lambda: not trial.family().shippers):
         raise trial.fail(f"40 s after the end a shipper is still there: {_shipper_log(trial)}")
     kept = kept_journals(trial.directory)
-    unsent = [str(one.path) for one in kept if not one.path.with_name(one.path.name + ".shipped").exists()]
+    # A replay is made beside the job, and is cut off with it.
+    ours = [one for one in kept if not one.header.writer.startswith("rank0.replay")]
+    unsent = [str(one.path) for one in ours if not one.path.with_name(one.path.name + ".shipped").exists()]
     late = [blow for blow in trial.plan.blows[-2:] if blow.target in {"shipper", "all", "some"}]
     begun = re.findall(r"shipper (\d+) of .* begins", _shipper_log(trial))
     last_was_shot = bool(begun) and any(hit.startswith(f"shipper {begun[-1]} ") for hit in trial.hits())
@@ -241,6 +245,11 @@ def _promises_kept(trial: Trial) -> None:
             attempt, step = map(int, line.split())
             if (rank, attempt, step) not in held:
                 raise trial.fail(f"rank {rank} was promised its row of step {step} in attempt {attempt}; no journal has it")
+    if not shared:
+        return
+    merged = {(kept.header.attempt, step_of(row)) for kept in kept_journals(trial.directory) for row in kept.rows}
+    if missing := {(attempt, step) for _, attempt, step in held} - merged:
+        raise trial.fail(f"these steps of (attempt, step) are in feeds and not in the run: {sorted(missing)}")
 
 
 def _dump(api: wbdist.Api, plan: Plan) -> Any:

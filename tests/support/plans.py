@@ -96,7 +96,7 @@ AIMS: tuple[tuple[str, str, int], ...] = (
     ("rank", "os:mkdir", 10),
     ("aggregator", "wbdist.distributed.aggregator:Aggregator._greet", 2),
     ("aggregator", "wbdist.distributed.aggregator:Aggregator._take_frames", 60),
-    ("aggregator", "wbdist.distributed.aggregator:Aggregator._write_held", 60),
+    ("aggregator", "wbdist.distributed.merging:Merger._write_held", 60),
     ("aggregator", "wbdist.distributed.aggregator:Aggregator._answer_drains", 60),
     ("aggregator", "wbdist.run.journal:JournalWriter.sync", 5),
     ("aggregator", "os:fsync", 8),

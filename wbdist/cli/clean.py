@@ -11,7 +11,7 @@ import click
 
 from wbdist.errors import EXIT_FAILED_FOR_GOOD
 from wbdist.run.journal import find_journals, writer_alive
-from wbdist.run.shipper.marks import marked
+from wbdist.run.shipper.marks import marked, settled
 
 
 @click.command("clean", epilog="Example: wbdist clean --min-hours 0 wandb")
@@ -22,7 +22,8 @@ from wbdist.run.shipper.marks import marked
 def command(root: Path, min_hours: float, include_unsynced: bool, force: bool) -> None:
     """Remove run directories below ROOT that are complete on their server, by the shipper's or `wbdist sync`'s word.
 
-    Runs that are being written are never touched. Exit code 65: ROOT does not exist.
+    So are ranks' own journals all of which is in their run. Runs that are being written are never touched. Exit code 65: ROOT
+    does not exist.
     """
     if not root.is_dir():
         click.echo(f"wbdist clean: {root} does not exist; give the directory that holds the run-... directories", err=True)
@@ -44,7 +45,7 @@ def removable(root: Path, before: float, *, include_unsynced: bool) -> list[Path
     found = []
     for directory in directories:
         journals = find_journals(directory)
-        shipped = include_unsynced or all(marked(path) for path in journals)
+        shipped = include_unsynced or all(marked(path) or settled(path) for path in journals)
         if shipped and not any(writer_alive(path) or path.stat().st_mtime > before for path in journals):
             found.append(directory)
     return found

@@ -12,11 +12,12 @@ from pathlib import Path
 import click
 import msgspec
 
+from wbdist.cli import feeds
 from wbdist.errors import EXIT_FAILED_FOR_GOOD, EXIT_RETRYABLE, Error, UsageError
 from wbdist.protocol import names
 from wbdist.run import backend, credentials
 from wbdist.run.journal import JournalHeader, find_journals
-from wbdist.run.shipper.marks import mark, marked
+from wbdist.run.shipper.marks import mark, marked, settled
 from wbdist.run.shipper.oneshot import Synced, Wanted, header_of, ship
 from wbdist.run.shipper.remote import Remote
 from wbdist.settings import resolve
@@ -38,6 +39,11 @@ from wbdist.settings import resolve
 @click.option("--replace-tags", metavar="OLD=NEW,...", help="Send these tags under other names.")
 @click.option("--clean", is_flag=True, help="Remove the directories of runs that are then complete on the server.")
 @click.option("--timeout", default=60.0, show_default=True, help="Seconds without progress after which a journal is left.")
+@click.option(
+    "--without-missing-ranks",
+    is_flag=True,
+    help="Of jobs lost with all their processes: go on without what ranks logged whose journals are not here.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object a journal.")
 def command(
     *,
@@ -56,12 +62,14 @@ def command(
     replace_tags: str | None,
     clean: bool,
     timeout: float,
+    without_missing_ranks: bool,
     as_json: bool,
 ) -> None:
     """Send runs to their server: offline ones, and what a shipper could not deliver.
 
     PATH is a journal, a run directory, or a directory of runs; without one, ./wandb. Repeating it changes nothing: what
-    the server has is not sent again. Exit code 0: all is there; 70: something is not; 65: nothing to send at a PATH.
+    the server has is not sent again. What the ranks of a job logged last, when it was lost with all its processes, is brought
+    into its run first. Exit code 0: all is there; 70: something is not; 65: nothing to send at a PATH.
     """
     journals: list[Path] = []
     for path in (Path("wandb"),) if sync_all or not paths else paths:
@@ -73,6 +81,9 @@ def command(
     chosen = [path.resolve() for path in journals if include_synced or not marked(path)]
     worst = 0
     try:
+        replays, problems = feeds.replayed(chosen, without_missing=without_missing_ranks)
+        chosen += replays
+        worst = 2 if problems else 0
         names = _names(chosen, run_id, project, entity)
         wanted = Wanted(
             online=include_online,
@@ -87,8 +98,10 @@ def command(
             click.echo(_as_json(result) if as_json else _as_text(result))
             if result.outcome in {"complete", "fenced"} and mark_synced and not (names or skip_console):
                 mark(result.journal, result.outcome, result.sent_to)
-                if clean and all(marked(path) for path in find_journals(result.journal.parent)):
-                    shutil.rmtree(result.journal.parent)
+            elif not settled(result.journal):
+                continue
+            if clean and all(marked(path) or settled(path) for path in find_journals(result.journal.parent)):
+                shutil.rmtree(result.journal.parent)
     except Error as error:
         click.echo(f"wbdist sync: {error}", err=True)
         sys.exit(error.exit_code)

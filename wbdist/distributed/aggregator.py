@@ -19,12 +19,13 @@ import sys
 import threading
 import time
 from collections import deque
+from contextlib import suppress
 from multiprocessing.connection import Connection, Listener
 from pathlib import Path
 
 import msgspec
 
-from wbdist.distributed import channel
+from wbdist.distributed import channel, replay
 from wbdist.distributed.channel import Address, Drained, Hello, Message
 from wbdist.distributed.coordination import name_ranks
 from wbdist.distributed.cut import PositionCursor
@@ -34,6 +35,7 @@ from wbdist.errors import EXIT_RETRYABLE, Error, JournalCorruptError
 from wbdist.run.handle import Run
 from wbdist.run.journal import JournalReader, JournalWriter, writer_alive
 from wbdist.run.lifecycle import RunSpec, open_run
+from wbdist.run.shipper import marks
 
 TICK = 0.25
 """Seconds between two looks for dead ranks."""
@@ -326,6 +328,9 @@ class Aggregator:
             return EXIT_RETRYABLE
         self._run.finish(exit_code_of(self._ranks), cause=str(first.ended.get("cause", "exit")))
         for rank in self._ranks:
+            if rank.local is not None:
+                with suppress(OSError):  # it is looked at once more, then
+                    marks.settle(rank.local)
             self._tell(rank, Message.FINISHED)
         deadline = time.monotonic() + FAREWELL
         while any(rank.connection is not None for rank in self._ranks) and time.monotonic() < deadline:
@@ -363,6 +368,8 @@ def main() -> None:
         )
     except BrokenPipeError:  # rank 0 was gone before we came up, and nobody else knows of us: the run is lost, not failed
         os._exit(EXIT_RETRYABLE)
+    if run.attempt > 1:
+        replay.in_background(run)
     try:
         code = aggregator.serve()
     except Error as error:

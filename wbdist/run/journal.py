@@ -292,21 +292,35 @@ class JournalWriter:
                 self._put(Kind.END, (now(), {"exit_code": exit_code, "cause": cause}))
             except JournalError as error:
                 fault = error
-            self._gone = ShutdownError(f"the journal {self.path} is closed: its run has ended")
-            self._fold()
-            self._write = refuse
-            old, self._window = self._window, NoWindow(self.size)
-            old.close()
-            try:
-                self._storage.finish(self.size)
-                os.fsync(self._fd)
-                if not self._directory_synced:
-                    _sync_directory(self.path.parent)
-            except OSError as error:
-                fault = fault or _fault(error, self.path, "what was logged may not survive a power loss")
-            self._release()
-        if fault is not None:
+            at_close = self._shut()
+        if (fault := fault or at_close) is not None:
             raise fault
+
+    def abandon(self) -> None:
+        """As `close` without END: readers take the writer for lost. For who writes in a dead one's place; raises as `close`."""
+        if self._gone:
+            return
+        with self._sync_lock, self.lock:
+            if (fault := self._shut()) is not None:
+                raise fault
+
+    def _shut(self) -> JournalError | None:
+        """Under both locks. What the disk said against it."""
+        fault: JournalError | None = None
+        self._gone = ShutdownError(f"the journal {self.path} is closed: its run has ended")
+        self._fold()
+        self._write = refuse
+        old, self._window = self._window, NoWindow(self.size)
+        old.close()
+        try:
+            self._storage.finish(self.size)
+            os.fsync(self._fd)
+            if not self._directory_synced:
+                _sync_directory(self.path.parent)
+        except OSError as error:
+            fault = _fault(error, self.path, "what was logged may not survive a power loss")
+        self._release()
+        return fault
 
     def __enter__(self) -> Self:
         return self
