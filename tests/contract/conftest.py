@@ -67,7 +67,7 @@ class Sdk:
     def log(self, process: subprocess.Popen[bytes]) -> str:
         return (self._folder / f"{self._processes.index(process)}.log").read_text(errors="replace")
 
-    def run(self, script: str, timeout: float = 60) -> str:
+    def run(self, script: str, timeout: float = 200) -> str:
         """Its output, once it ended with 0."""
         process = self.start(script)
         assert process.wait(timeout) == 0, self.log(process)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import signal
 from typing import Any
 
@@ -214,8 +215,9 @@ def test_late_policy_lets_go_of_a_slow_rank(ranks: Ranks) -> None:
     assert rows[20:49] == _of_two_ranks(range(20, 49))
     told = [line for line in ranks.errors().splitlines() if "too late" in line]
     assert told, "rows of rank 2 that are not in the run"
-    assert "of rank 2" in told[-1]
-    assert "of rank 0" not in told[-1]
+    late = re.search(r"(\d+) of rank 2", told[-1])  # others may be late in the first 20, on a busy machine
+    assert late is not None
+    assert int(late[1]) >= 29
 
 
 def _of_two_ranks(steps: range) -> list[dict[str, Any]]:

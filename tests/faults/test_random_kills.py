@@ -33,7 +33,7 @@ def play(seed: int, job: Kind, directory: Path, references: References) -> int:
     return trial.kills
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(900)
 def test_twenty_kills(tmp_path: Path, references: References) -> None:
     """Proves the promise on 20 kills or more of ranks, aggregator, shipper, server and launcher, alone and at once."""
     kills = sum(play(seed, "light", tmp_path, references) for seed in QUICK)

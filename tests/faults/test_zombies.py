@@ -114,7 +114,7 @@ def test_of_two_incarnations_of_one_attempt_one_wins_and_the_other_is_kept_apart
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(600)
 def test_a_minute_of_a_zombie_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same in real time: two processes, as on two machines, each with its own disk and shipper, one real server."""
     server = Server(tmp_path / "server")

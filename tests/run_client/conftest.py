@@ -40,7 +40,7 @@ def offline(monkeypatch: pytest.MonkeyPatch) -> None:
 def script(tmp_path: Path) -> Script:
     """Runs Python source in a process of its own, in the test's directory."""
 
-    def run(source: str, *arguments: str, timeout: float = 30, **env: str) -> subprocess.CompletedProcess[str]:
+    def run(source: str, *arguments: str, timeout: float = 120, **env: str) -> subprocess.CompletedProcess[str]:
         path = tmp_path / "script.py"
         path.write_text(textwrap.dedent(source))
         return subprocess.run(

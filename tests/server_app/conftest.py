@@ -25,7 +25,7 @@ from wbdist.server.store import open_store
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def wait_for(condition: Callable[[], Any], what: str, timeout: float = 20.0) -> Any:
+def wait_for(condition: Callable[[], Any], what: str, timeout: float = 90.0) -> Any:
     """The first true value of `condition`; fails naming `what` after `timeout` seconds."""
     deadline = time.monotonic() + timeout
     while True:

@@ -209,7 +209,7 @@ def foreign() -> Iterator[LoopbackServer]:
     server.stop()
 
 
-def wait_for(what: str, condition: Callable[[], Any], timeout: float = 20.0) -> Any:
+def wait_for(what: str, condition: Callable[[], Any], timeout: float = 90.0) -> Any:
     """Polls until `condition` holds; fails naming `what`."""
     deadline = time.monotonic() + timeout
     while True:

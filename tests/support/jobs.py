@@ -18,7 +18,7 @@ import wbdist
 SCRIPT = Path(__file__).parents[1] / "job" / "tiny_job.py"
 
 
-def poll(condition: Callable[[], Any], what: str, timeout: float = 60.0) -> Any:
+def poll(condition: Callable[[], Any], what: str, timeout: float = 120.0) -> Any:
     """The first truthy value of `condition`, or a failure naming what was waited for."""
     deadline = time.monotonic() + timeout
     while time.monotonic() < deadline:
@@ -128,7 +128,7 @@ class JobProcess:
                 ranks[int(rank)] = process
         return ranks
 
-    def wait(self, timeout: float = 90.0) -> int:
+    def wait(self, timeout: float = 200.0) -> int:
         try:
             return self.process.wait(timeout)
         except subprocess.TimeoutExpired:
@@ -153,7 +153,7 @@ class Jobs:
     def command(self, *args: str) -> subprocess.CompletedProcess[str]:
         """Runs `wbdist <args>` to its end."""
         return subprocess.run(
-            [sys.executable, "-m", "wbdist", *args], cwd=self.cwd, capture_output=True, text=True, timeout=90, check=False
+            [sys.executable, "-m", "wbdist", *args], cwd=self.cwd, capture_output=True, text=True, timeout=200, check=False
         )
 
     def start(self, *args: str, how: str = "launch", nproc: int = 2, launch_args: tuple[str, ...] = ()) -> JobProcess:

@@ -16,7 +16,7 @@ import psutil
 SCRIPT = Path(__file__).parents[1] / "launch" / "rank_script.py"
 
 
-def until(condition: Callable[[], Any], what: str, timeout: float = 10.0) -> Any:
+def until(condition: Callable[[], Any], what: str, timeout: float = 60.0) -> Any:
     """The first truthy value of `condition`, or a failure naming what was waited for."""
     deadline = time.monotonic() + timeout
     while not (value := condition()):
@@ -66,7 +66,7 @@ class Launched:
         assert all(file.exists() for file in files), self.output
         return [int(file.read_text()) for file in files]
 
-    def wait(self, timeout: float = 20.0) -> int:
+    def wait(self, timeout: float = 90.0) -> int:
         try:
             return self.process.wait(timeout)
         except subprocess.TimeoutExpired:

@@ -96,7 +96,7 @@ def alone() -> ThreadCoordinator:
     return ThreadCoordinator(Board(), 0, 1)
 
 
-def run_ranks(world_size: int, act: Callable[[ThreadCoordinator], Any], timeout: float = 30.0) -> list[Any]:
+def run_ranks(world_size: int, act: Callable[[ThreadCoordinator], Any], timeout: float = 120.0) -> list[Any]:
     """`act(coordinator)` on a thread per rank; what each returned or raised, by rank. Fails when one does not end."""
     board = Board()
     outcomes: list[Any] = [None] * world_size

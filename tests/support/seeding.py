@@ -152,7 +152,7 @@ class Seeds:
     def run(self, client: Client, source: str, folder: Path, *arguments: str, **environment: str) -> str:
         """What the script said, once it ended with 0."""
         process = self.start(client, source, folder, *arguments, **environment)
-        said, _ = process.communicate(timeout=90)
+        said, _ = process.communicate(timeout=200)
         assert process.returncode == 0, f"exit code {process.returncode}\n{said}"
         return said
 
@@ -172,7 +172,7 @@ class Seeds:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            timeout=90,
+            timeout=200,
             check=False,
         )
 
@@ -195,7 +195,7 @@ class Seeds:
         )
 
 
-def wait_for(condition: Any, what: str, timeout: float = 30.0) -> Any:
+def wait_for(condition: Any, what: str, timeout: float = 90.0) -> Any:
     """The first true value of `condition`."""
     deadline = time.monotonic() + timeout
     while not (value := condition()):
