@@ -23,7 +23,7 @@ from wbdist.checkpoint import changes
 from wbdist.checkpoint import restore as restoring
 from wbdist.checkpoint.capture import Captured, capture
 from wbdist.checkpoint.changes import Allowed
-from wbdist.checkpoint.commit import SaveRequest, run_save
+from wbdist.checkpoint.commit import Committed, SaveRequest, clear_away, run_save
 from wbdist.checkpoint.files import FileLayer
 from wbdist.checkpoint.history import Kept
 from wbdist.checkpoint.manifest import Manifest, directory_name
@@ -209,9 +209,9 @@ class Checkpointer:
     ) -> PendingSave:
         """Saves the state after `step`. All ranks, in step, on the training thread, at a step boundary.
 
-        Returns once the state is copied (`block=False`), or committed (`block=True`). Saves never overlap: one that is still
-        in the background is waited for first. Skipping instead would have to be agreed by all ranks, each save anew,
-        or one rank would write a checkpoint that the others do not.
+        Returns once the state is copied (`block=False`), or committed and older ones removed (`block=True`). Saves never
+        overlap: one that is still in the background is waited for first. Skipping instead would have to be agreed by all
+        ranks, each save anew, or one rank would write a checkpoint that the others do not.
 
         `position` says where this rank's run stood after `step`. A callable is called on a background thread, on every rank,
         once its part is written, and may block on its peers; it must answer for `step`, not for the moment of the call.
@@ -280,6 +280,7 @@ class Checkpointer:
         if block:
             # Longer than the save may take, so that its own error is heard, which names the rank.
             pending.wait(max(0.0, started + timeout - time.monotonic()) + GRACE)
+            self._thread.join(max(0.0, started + timeout - time.monotonic()))
         return pending
 
     def due(self, step: int, timeout: float = 120.0) -> bool:
@@ -299,12 +300,17 @@ class Checkpointer:
         return self.save(step, position, reason="interval") if self.due(step) else None
 
     def wait(self, timeout: float) -> None:
-        """Returns when no save is in the background; at most `timeout` seconds.
+        """Returns when no save is in the background, nor the removal of older ones after it; at most `timeout` seconds.
 
         Raises the error of a failed save that nobody has seen yet, or DeadlineError naming the save.
         """
+        deadline = time.monotonic() + timeout
         if self._last is not None and not self._last._raised:  # noqa: SLF001  (two halves of one thing)
             self._last.wait(timeout)
+        if self._thread is not None and self._last is not None:
+            self._thread.join(max(0.0, deadline - time.monotonic()))
+            if self._thread.is_alive():
+                raise DeadlineError(f"after {self._last.name} older checkpoints are still being removed after {timeout:g} s")
 
     def close(self, timeout: float = 600.0) -> None:
         """Waits for the save in the background and lets go of the peers. Idempotent. Raises as `wait` does."""
@@ -336,6 +342,7 @@ class Checkpointer:
 
     def _finish(self, pending: PendingSave, request: SaveRequest, deadline: float) -> None:
         started = time.monotonic()
+        committed: Committed | None = None
         try:
             committed = run_save(self._background, self._layer, request, deadline)
             pending.bytes, pending.durable_at = committed.bytes, committed.durable_at
@@ -349,6 +356,8 @@ class Checkpointer:
         finally:
             pending.write_s = time.monotonic() - started
             pending._done.set()  # noqa: SLF001  (two halves of one thing)
+        if committed is not None:
+            clear_away(self._coordinator.rank, self._layer, request)
 
 
 __all__ = ["Checkpointer", "PendingSave", "Restored", "Stateful"]

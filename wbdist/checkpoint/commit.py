@@ -5,6 +5,7 @@
              every rank writes its part, durably, learns where its run stands, and adds the history that no server has
     done     every rank tells its files and digests, or its failure
     commit   rank 0 writes the manifest, renames the directory, syncs the parent; tells how it went
+    (then)   rank 0 removes what retention lets go; the save is over before it
 
 A failure before `done` is everybody's failure: nothing is renamed. See docs/adr/0002.
 """
@@ -178,13 +179,24 @@ def run_save(coordinator: Coordinator, layer: FileLayer, request: SaveRequest, d
     told = coordinator.agree(f"{key}/commit", msgspec.msgpack.encode(verdict) if rank == 0 else None, left())
     verdict = msgspec.msgpack.decode(told, type=_Verdict)
     raise_failures([verdict.failure] if verdict.failure is not None else [], nothing)
-    if rank == 0:
-        retention.prune(layer, request.directory, request.keep, {request.protected, request.name})
     return Committed(
         bytes=sum(entry.size for entry in files.values()),
         durable_at=verdict.durable_at,
         kept=Kept(request.directory / request.name, kept),
     )
+
+
+def clear_away(rank: int, layer: FileLayer, request: SaveRequest) -> None:
+    """Removes what the newest checkpoint has made superfluous, on rank 0. After `run_save`; nobody waits for it.
+
+    Giving a gigabyte back takes a file system longer than the rest of a commit. Never raises for what the disk refuses: the
+    checkpoint stands, and the next save tries again.
+    """
+    if rank == 0:
+        try:
+            retention.prune(layer, request.directory, request.keep, {request.protected, request.name})
+        except CheckpointError as error:
+            log.warning("old checkpoints are not removed: %s", error)
 
 
 def _attempt(rank: int, act: Callable[[], object]) -> Failure | None:
@@ -237,19 +249,18 @@ def _open(layer: FileLayer, request: SaveRequest, temporary: Path) -> None:
 
 
 def _write_parts(layer: FileLayer, temporary: Path, rank: int, request: SaveRequest) -> dict[str, FileEntry]:
-    files = {}
+    wanted: dict[Path, memoryview] = {}
     for sub, part in request.parts.items():
         directory = temporary / sub
         layer.make_directory(directory)
         if part.file is not None:
-            name = f"{rank:05d}{SUFFIX}"
-            files[f"{sub}/{name}"] = layer.store(directory / name, request.staged.files[part.file].numpy().data)
+            wanted[directory / f"{rank:05d}{SUFFIX}"] = request.staged.files[part.file].numpy().data
         if part.structures is not None:
-            with layer.writing(directory / STATE) as stream:
-                stream.write(tree.encode(part.structures))
-            files[f"{sub}/{STATE}"] = stream.entry()
-        layer.sync_directory(directory)
-    return files
+            wanted[directory / STATE] = memoryview(tree.encode(part.structures))
+    stored = layer.store_all(wanted)
+    for sub in request.parts:
+        layer.sync_directory(temporary / sub)
+    return {str(path.relative_to(temporary)): entry for path, entry in stored.items()}
 
 
 def _commit(layer: FileLayer, request: SaveRequest, temporary: Path, reports: list[_Written]) -> None:

@@ -11,7 +11,7 @@ import io
 import os
 import shutil
 import threading
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -134,26 +134,39 @@ class FileLayer:
         shutil.rmtree(path)
 
     def store(self, path: Path, data: memoryview) -> FileEntry:
-        """A new file of `data`, durable when this returns. Any thread; holds the GIL for microseconds only.
+        """One new file; see `store_all`."""
+        return self.store_all({path: data})[path]
+
+    def store_all(self, files: Mapping[Path, memoryview]) -> dict[Path, FileEntry]:
+        """New files, all durable when this returns. Any thread; holds the GIL for microseconds only.
+
+        All are written before the first is synced: what one sync makes the file system do serves the others.
 
         Big data in page-aligned memory goes to the disk as it is, past the page cache: written and synced through it, the
-        same bytes cost five times the processor time, which training would miss (docs/adr/0004). The digest is made beside it.
+        same bytes cost five times the processor time, which training would miss (docs/adr/0004). Digests are made beside it.
         """
-        digest = _Digest(data)
-        digest.start()
-        fd = self.create(path)
+        digests = _Digests(files)
+        digests.start()
+        opened: list[int] = []
         try:
-            aligned = len(data) // _BLOCK * _BLOCK
-            if len(data) >= _DIRECT and _bypass_cache(fd, True):
-                self._write_all(fd, data[:aligned])
-                _bypass_cache(fd, False)
-            else:
-                aligned = 0
-            self._write_all(fd, data[aligned:])
-            self.sync_file(fd)
+            for path, data in files.items():
+                opened.append(self.create(path))
+                self._write_file(opened[-1], data)
+            for fd in opened:
+                self.sync_file(fd)
         finally:
-            os.close(fd)
-        return FileEntry(len(data), digest.result())
+            for fd in opened:
+                os.close(fd)
+        return {path: FileEntry(len(data), digests.of(path)) for path, data in files.items()}
+
+    def _write_file(self, fd: int, data: memoryview) -> None:
+        aligned = len(data) // _BLOCK * _BLOCK
+        if len(data) >= _DIRECT and _bypass_cache(fd, True):
+            self._write_all(fd, data[:aligned])
+            _bypass_cache(fd, False)
+        else:
+            aligned = 0
+        self._write_all(fd, data[aligned:])
 
     def _write_all(self, fd: int, data: memoryview) -> None:
         while data:
@@ -182,20 +195,21 @@ class FileLayer:
                 raise stream.failure
 
 
-class _Digest(threading.Thread):
+class _Digests(threading.Thread):
     """Hashes while the disk writes; both let go of the GIL."""
 
-    def __init__(self, data: memoryview) -> None:
+    def __init__(self, files: Mapping[Path, memoryview]) -> None:
         super().__init__(name="wbdist-digest", daemon=True)
-        self._data = data
-        self._found = ""
+        self._files = files
+        self._found: dict[Path, str] = {}
 
     def run(self) -> None:
-        self._found = xxhash.xxh3_128_hexdigest(self._data)
+        for path, data in self._files.items():
+            self._found[path] = xxhash.xxh3_128_hexdigest(data)
 
-    def result(self) -> str:
+    def of(self, path: Path) -> str:
         self.join()
-        return self._found
+        return self._found[path]
 
 
 def _bypass_cache(fd: int, wanted: bool) -> bool:
