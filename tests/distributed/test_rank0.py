@@ -89,6 +89,32 @@ def test_printed_lines_keep_their_place_between_the_rows(ranks: Ranks) -> None:
     assert [text for text in texts[count:] if text.startswith("at step")] == [f"at step {step}" for step in range(10, 30)]
 
 
+def test_what_other_ranks_print_alert_and_show(ranks: Ranks) -> None:
+    """Proves that every rank's printed lines are in the run, labelled and in one order whatever the timing; that an alert of
+    several ranks at one step is one; that media of any rank are there, and its other files are not; and that a successor of a
+    killed aggregator repeats nothing of it."""
+    orders = {"alerts": {"1": 3, "2": 3}, "pages": {"0": 4, "2": 5}, "prints": True}
+    ranks.start(3, strategy="rank0", steps=20, gate={"0": 10, "1": 12, "2": 16}, drain=14, **orders)
+    ranks.until("gate", 3)
+    wait_until(lambda: len(ranks.rows()) == 10, "the rows before the gate")
+    _running_aggregator(ranks).kill()
+    wait_until(lambda: len(ranks.journals()) == 2, "the successor's journal")
+    ranks.open_gate()
+    assert ranks.wait() == [0, 0, 0], ranks.errors()
+
+    def said(kind: Kind) -> list[dict[str, Any]]:
+        return [record for path in ranks.journals() for record in records_of(path, kind)]
+
+    lines = [line["text"] for line in said(Kind.CONSOLE) if "at step" in line["text"]]
+    assert lines == [f"{label}at step {step}" for step in range(20) for label in ("", "[rank1] ", "[rank2] ")]
+    assert [(alert["title"], alert["text"]) for alert in said(Kind.ALERT)] == [("odd", "[rank1] seen by 1")]
+    names = {file["name"].partition("_")[0] for file in said(Kind.FILE)}
+    assert {"media/html/page0", "media/html/page2", "notes0"} <= names
+    assert "notes2" not in names
+    rows = ranks.rows()
+    assert rows[4]["page0"]["_type"] == rows[5]["page2"]["_type"] == "html-file"
+
+
 def test_continues_from_a_position(ranks: Ranks) -> None:
     """Proves that a new attempt opened at a position starts behind its step, and carries its summary."""
     base = {

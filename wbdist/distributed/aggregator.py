@@ -209,6 +209,7 @@ class Aggregator:
             self._merger.begin(rank)
             if hello.machine == self._machine and Path(hello.path).exists():
                 rank.local = Path(hello.path)
+            rank.here = rank.local is not None
         self._tell(rank, Message.NEXT, rank.received)
         if rank.ended is not None:
             self._tell(rank, Message.RECEIVED)

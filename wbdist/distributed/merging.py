@@ -8,9 +8,13 @@ the same attempt, `rank0.1` after `rank0`, with a sequence of its own.
 
 from __future__ import annotations
 
+import heapq
+import itertools
+import math
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from time import monotonic
 from typing import Any
 
 from wbdist.distributed.alignment import StepAligner
@@ -19,7 +23,11 @@ from wbdist.errors import EXIT_RETRYABLE
 from wbdist.run.journal import FrameDecoder, JournalReader, JournalWriter, Kind, Record
 
 OF_RANK = "_rank"
-"""Key of a sample of system metrics in the run's journal: the rank that took it."""
+"""Key of what another rank than 0 said, and of any sample of system metrics, in the run's journal: whose it is."""
+OF_ALL = frozenset({Kind.CONSOLE, Kind.ALERT, Kind.FILE})
+"""What is passed on of every rank, of files those that rows show; of rank 0 it is everything that makes no rows."""
+HOLD = 2.0
+"""Seconds after which another rank's line no longer waits for the end of the step that it was printed in."""
 
 
 class Feed:
@@ -36,6 +44,8 @@ class Feed:
         """Bytes of its journal taken, counted from the first frame."""
         self.promise = (0, 0)
         """(offset, step): with the journal taken up to `offset`, the rank adds nothing below `step`."""
+        self.here = True
+        """Its files can be read on this machine."""
         self.sampled = 0.0
         """Unix time of its last sample of system metrics that the run has."""
         self.ended: dict[str, Any] | None = None
@@ -51,7 +61,12 @@ class Merger:
     """Of one attempt. One thread."""
 
     def __init__(
-        self, feeds: Sequence[Feed], journal: JournalWriter, earlier: Sequence[Path], preempting: Callable[[float], None]
+        self,
+        feeds: Sequence[Feed],
+        journal: JournalWriter,
+        earlier: Sequence[Path],
+        preempting: Callable[[float], None],
+        hold: float = HOLD,
     ) -> None:
         """`feeds`: of all ranks, in their order. `journal`: the run's, whose header says where the attempt starts. `earlier`:
         journals of this attempt's run by predecessors, oldest first. `preempting` is told, with the time, that rank 0 has
@@ -66,12 +81,16 @@ class Merger:
         self._feeds = feeds
         self._journal = journal
         self._preempting = preempting
+        self._hold = hold
         self._layouts = Layouts()
-        self._passed_on: deque[tuple[Kind, float]] = deque()
-        """Records of predecessors that rank 0's feed may bring again: what they passed on, and a few of their own."""
-        self._held: deque[tuple[int, Record]] = deque()
-        """Records of rank 0 that wait until every step below the one named is written: they keep their place between the rows,
-        since a checkpoint's cut lies behind a row."""
+        self._passed_on: list[deque[tuple[Kind, float]]] = [deque() for _ in feeds]
+        """By rank the records of predecessors that its feed may bring again: what they passed on, of rank 0 and a few own."""
+        self._held: list[tuple[int, int, int, float, Record]] = []
+        """Heap of records that wait until every step below theirs is written: (step, rank, number, when it came, record). They
+        keep their place between the rows, since a checkpoint's cut lies behind a row; those of one step by rank."""
+        self._numbers = itertools.count()
+        self._alerted: dict[str, float] = {}
+        """Title -> time of the last alert that was passed on."""
         for path in earlier:
             self._continue_after(path)
 
@@ -91,7 +110,9 @@ class Merger:
                     elif record.kind is Kind.END:
                         self.ended = self.ended or record.data.get("exit_code") is not None
                     elif record.kind is not Kind.COMMIT:
-                        self._passed_on.append((record.kind, record.time))
+                        self._passed_on[int(record.data.get(OF_RANK, 0))].append((record.kind, record.time))
+                        if record.kind is Kind.ALERT:
+                            self._alerted[record.data["title"]] = record.time
 
     def begin(self, feed: Feed) -> None:
         feed.rows = FeedRows(feed.number, self._layouts)
@@ -159,8 +180,8 @@ class Merger:
             if record.time > feed.sampled:  # else a predecessor has passed it on
                 feed.sampled = record.time
                 self._journal.append(Kind.STATS, {**record.data, OF_RANK: feed.number}, record.time)
-        elif feed.number == 0:
-            self._pass_on(record)
+        elif feed.number == 0 or record.kind in OF_ALL:
+            self._pass_on(feed, record)
 
     def _close_row(self, rows: FeedRows) -> None:
         step = rows.step
@@ -168,19 +189,22 @@ class Merger:
             assert step is not None
             self.aligner.add(step, row)
 
-    def _pass_on(self, record: Record) -> None:
+    def _pass_on(self, feed: Feed, record: Record) -> None:
         if record.kind is Kind.PREEMPTING:  # at once, also when a predecessor said it: saying it twice changes nothing
             self._preempting(record.time)
-        elif not self._was_passed_on(record):
-            self._held.append((self.aligner.next_of(0), record))
+            return
+        if feed.number and record.kind is Kind.FILE and not (feed.here and str(record.data.get("name")).startswith("media/")):
+            return
+        if not self._was_passed_on(feed.number, record):
+            entry = (self.aligner.next_of(feed.number), feed.number, next(self._numbers), monotonic(), record)
+            heapq.heappush(self._held, entry)
 
-    def _was_passed_on(self, record: Record) -> bool:
-        """By a predecessor. They passed on what rank 0 has, from its first record, in order and with its times."""
-        name = (record.kind, record.time)
-        if name not in self._passed_on:
-            self._passed_on.clear()
+    def _was_passed_on(self, rank: int, record: Record) -> bool:
+        """By a predecessor. They passed on what a rank has, from its first record, in order and with its times."""
+        name, passed_on = (record.kind, record.time), self._passed_on[rank]
+        if name not in passed_on:
             return False
-        while self._passed_on.popleft() != name:
+        while passed_on.popleft() != name:
             pass  # a predecessor's own
         return True
 
@@ -193,13 +217,35 @@ class Merger:
                 self._write_held(step)
             append_row(reduced(entries), step=step, commit=True, time=entries[0].time)
             self.rows += 1
-        self._write_held(self.aligner.frontier)
+        if self._held:
+            self._write_held_now()
 
     def _write_held(self, step: int) -> None:
-        """What may stand before the row of `step`."""
+        """What stands before the row of `step`, of which every rank has said all."""
         while self._held and self._held[0][0] <= step:
-            record = self._held.popleft()[1]
-            self._journal.append(record.kind, record.data, record.time)
+            self._write_other(heapq.heappop(self._held))
+
+    def _write_held_now(self) -> None:
+        """The same of steps without a row. Of the first open one what rank 0 said, and others' words when the step takes long:
+        somebody may be looking for what hangs."""
+        held, frontier = self._held, self.aligner.frontier
+        while held and held[0][0] <= frontier:
+            step, rank, _, came, _ = held[0]
+            if step == frontier and rank and came + self._hold > monotonic():
+                return
+            self._write_other(heapq.heappop(held))
+
+    def _write_other(self, entry: tuple[int, int, int, float, Record]) -> None:
+        _, rank, _, _, record = entry
+        data = record.data
+        if record.kind is Kind.ALERT:
+            # The same line on every rank is one alert.
+            title = data["title"]
+            if rank and record.time < self._alerted.get(title, -math.inf) + data["wait"]:
+                return
+            self._alerted[title] = record.time
+            data = {**data, "text": f"[rank{rank}] {data['text']}"} if rank else data
+        self._journal.append(record.kind, {**data, OF_RANK: rank} if rank else data, record.time)
 
 
 def exit_code_of(feeds: Iterable[Feed]) -> int:

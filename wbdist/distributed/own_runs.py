@@ -22,6 +22,7 @@ from wbdist.distributed.rank_run import RankRun, check_reduce
 from wbdist.distributed.tail import Tail, fenced_message
 from wbdist.errors import UsageError
 from wbdist.protocol import names
+from wbdist.run import machine
 from wbdist.run.handle import Run
 from wbdist.run.journal_format import SHARED
 from wbdist.run.lifecycle import RunSpec
@@ -146,7 +147,7 @@ def shared_spec(spec: RunSpec, identity: RankIdentity) -> RunSpec:
         spec.settings,
         x_primary=first,
         x_update_finish_state=first,
-        x_label=spec.settings.x_label or f"rank{identity.rank}",
+        x_label=spec.settings.x_label or label_of(spec, identity),
     )
     return msgspec.structs.replace(
         spec,
@@ -155,6 +156,12 @@ def shared_spec(spec: RunSpec, identity: RankIdentity) -> RunSpec:
         sample="all" if identity.local_rank == 0 else "process",
         must_be_new=spec.must_be_new and first,
     )
+
+
+def label_of(spec: RunSpec, identity: RankIdentity) -> str:
+    """What stands before a rank's printed lines and behind its system metrics where several ranks write one run."""
+    several_hosts = identity.local_world_size < identity.world_size
+    return f"rank{identity.rank}@{spec.settings.host or machine.host()}" if several_hosts else f"rank{identity.rank}"
 
 
 def silent_spec(spec: RunSpec) -> RunSpec:

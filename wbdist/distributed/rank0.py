@@ -20,7 +20,7 @@ from wbdist.distributed.feeder import Feeder
 from wbdist.distributed.identity import RankIdentity
 from wbdist.distributed.lateness import LatePolicy
 from wbdist.distributed.opening import OPEN_TIMEOUT, Opened, refusal_of, told_by_rank0
-from wbdist.distributed.own_runs import standing_of, tail_of
+from wbdist.distributed.own_runs import label_of, standing_of, tail_of
 from wbdist.distributed.rank_run import RankRun, check_reduce
 from wbdist.errors import EnvironmentFault, Error
 from wbdist.run.journal import JournalWriter
@@ -28,6 +28,7 @@ from wbdist.run.journal_format import FeedFacts
 from wbdist.run.lifecycle import REGISTER_SECONDS, RunSpec, open_run
 from wbdist.run.shipper.client import Standing
 from wbdist.run.values import flat_row
+from wbdist.settings import Settings
 
 START_SECONDS = 2 * REGISTER_SECONDS
 """Seconds for an aggregator to be up, besides what it may wait for its server."""
@@ -71,7 +72,7 @@ class FeedRun(RankRun):
                 project=told.project or spec.project,
                 name=told.name or spec.name,
                 config={**spec.config, **told.config},
-                capture_console=spec.capture_console and identity.rank == 0,
+                settings=_labelled(spec, identity),
                 sample="all" if identity.local_rank == 0 else "process",
                 url=told.url,
             )
@@ -193,6 +194,14 @@ class FeedRun(RankRun):
                 f"the aggregator is gone and cannot be started again: {answer.error}. Rows are kept on this rank's disk."
             )
         return answer.meeting
+
+
+def _labelled(spec: RunSpec, identity: RankIdentity) -> Settings:
+    """Rank 0's lines are the job's; the others' say whose they are."""
+    settings = spec.settings
+    if identity.rank == 0:
+        return settings
+    return msgspec.structs.replace(settings, x_label=settings.x_label or label_of(spec, identity))
 
 
 def _on_one_host(identity: RankIdentity) -> bool:

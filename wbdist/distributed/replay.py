@@ -11,6 +11,7 @@ Who does it: `wbdist sync`, and, in a process beside the next attempt's aggregat
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 import subprocess
@@ -196,7 +197,7 @@ def _write(group: Group, journal: JournalWriter) -> int | None:
     assert facts is not None
     feeds = [Feed(rank) for rank in range(facts.ranks)]
     marked: list[float] = []
-    merger = Merger(feeds, journal, [path for _, path in group.runs], marked.append)
+    merger = Merger(feeds, journal, [path for _, path in group.runs], marked.append, hold=math.inf)
     with ExitStack() as stack:
         readers = {rank: stack.enter_context(JournalReader.open(path)) for rank, path in group.feeds.items()}
         for feed in feeds:

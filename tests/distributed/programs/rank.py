@@ -4,7 +4,7 @@ orders: strategy, steps; gate: {rank: step}: before that step wait for ROOT/open
 log nothing; prints: print a line at the start of each step, and keep what is printed; drain: step to drain at the end (rank
 order: all); base: a position to continue from; settings: more of them; config0: rank 0's config; refuse: ranks that cannot
 open their run; late: a LatePolicy; hosts: each rank is on a host of its own; no_aggregator: it does not come up at the start;
-junk: log what cannot be logged.
+junk: log what cannot be logged; alerts, pages: {rank: step}: where it has an alert, and logs a page of HTML.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from wbdist.distributed.lateness import LatePolicy
 from wbdist.errors import CommError, UsageError
 from wbdist.run.init import make_spec
 from wbdist.run.lifecycle import active_runs
+from wbdist.run.media.html import Html
 from wbdist.settings import resolve
 
 
@@ -122,6 +123,12 @@ def main() -> None:
             os.kill(os.getpid(), signal.SIGKILL)
         if orders.get("prints"):
             print(f"at step {step}", flush=True)
+        if step == orders.get("alerts", {}).get(str(rank)):
+            runs.run.alert("odd", f"seen by {rank}")
+        if step == orders.get("pages", {}).get(str(rank)):
+            runs.log({f"page{rank}": Html(f"<p>{rank}</p>", inject=False)}, step=step)
+            (root / f"notes{rank}").write_text("of this rank")
+            runs.run.save(str(root / f"notes{rank}"), base_path=str(root))
         if rank not in orders.get("silent", []):
             runs.log({"loss": 0.1 * step + rank, "step_again": step}, step=step)
             runs.log({"count": rank + 1}, step=step, reduce="sum")
