@@ -2,8 +2,8 @@
 
     python benchmarks/ddp_hook.py [--steps 400] [--ranks 1,2]
 
-CPU time of the process is what our code costs, whatever else the machine does; wall clock is shown beside it. `norms off` is
-without gradient norms, `norm always` with one in every step, the default has one in ten. Rows are logged into an offline run.
+CPU time of the process is what our code costs, whatever else the machine does; wall clock is shown beside it. `no details`
+looks closely at no pass, `all details` at each, the default at one in ten. Rows are logged into an offline run.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import sys
 import tempfile
 import time
 
-VARIANTS = {"plain": None, "plain again": None, "watched": 10, "norms off": 0, "norm always": 1}
+VARIANTS = {"plain": None, "plain again": None, "watched": 10, "no details": 0, "all details": 1}
 
 
 def rank(steps: int) -> None:
@@ -43,16 +43,16 @@ def rank(steps: int) -> None:
     run = wbdist.init(project="bench", mode="offline", dir=tempfile.mkdtemp(), settings=wbdist.Settings(x_disable_stats=True))
     slow = [StragglerWatch(peers, name, "here", print) for name in VARIANTS] if me.world_size > 1 else []
 
-    def made(name: str, norm_every: int | None) -> DistributedDataParallel:
+    def made(name: str, detail_every: int | None) -> DistributedDataParallel:
         torch.manual_seed(0)
         layers = [layer for _ in range(4) for layer in (nn.Linear(384, 384), nn.BatchNorm1d(384), nn.ReLU())]
         model = DistributedDataParallel(nn.Sequential(*layers), bucket_cap_mb=1)
-        if norm_every is not None:
+        if detail_every is not None:
             waited = slow[list(VARIANTS).index(name)].waited if slow else None
-            DdpWatch(model, run.log, norm_every=norm_every, waited=waited)
+            DdpWatch(model, run.log, detail_every=detail_every, waited=waited)
         return model
 
-    models = {name: made(name, norm_every) for name, norm_every in VARIANTS.items()}
+    models = {name: made(name, detail_every) for name, detail_every in VARIANTS.items()}
     optimizers = {name: torch.optim.SGD(model.parameters(), lr=1e-3) for name, model in models.items()}
     xs = torch.randn(160, 384)
     wall: dict[str, list[float]] = {name: [] for name in VARIANTS}

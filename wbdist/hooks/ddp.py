@@ -1,43 +1,42 @@
-"""What DDP's gradient reduction costs and brings: a communication hook around the one that is there, or around none.
+"""What DDP's gradient reduction costs and brings, of a model that somebody else trains.
 
-A backward pass is followed through its buckets:
+    forward  ->  backward begins  ->  buckets ready, and reduced behind it  ->  computed  ->  all reduced
+    (waits in a broadcast of buffers)                                                    (exposed)
 
-    forward  ->  bucket 0 ready  ->  ...  ->  last bucket ready  ->  backward computed  ->  all reduced
-    (waits in a broadcast of buffers)  (each bucket: ready -> reduced)                 (exposed)
+Of every pass only its corners are noted: a hook on what the forward pass returned sees where backward begins, and two callbacks
+of the autograd engine, one on each side of DDP's own, see where it ends. DDP reduces as it always does, in C++. Now and then a
+pass is looked at closely, bucket by bucket (`ddp_buckets`), and its gradient's norm is taken.
 
-Gradients are what they are without it, bit for bit: a hook of the user's runs as it is, and where there is none the buckets
-are scaled and summed exactly as DDP itself does it (`ddp_plain`). Nothing waits, no collective is added, and numbers are read
-after the last bucket was reduced, on the thread that ends the backward pass. On CUDA times are events, read when they are
-done, so that no step waits for the device: its numbers are in the row of a later step.
+Gradients are what they are without it, bit for bit, with a communication hook of the user's or without. Nothing waits, no
+collective is added, and numbers are read on the thread that ends the backward pass. On CUDA times are events, read when they
+are done, so that no step waits for the device: its numbers are in the row of a later step.
 """
-# Without `from __future__ import annotations`: DDP compares a hook's annotations with the classes themselves.
 
+from __future__ import annotations
+
+import dataclasses
 import functools
 import math
 from collections import deque
-from collections.abc import Callable, Mapping
-from typing import Any, Protocol, TypeAlias
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch._C._distributed_c10d import GradBucket
-from torch.futures import Future
 from torch.nn.parallel import DistributedDataParallel
 
 from wbdist.errors import UsageError
+from wbdist.hooks.ddp_buckets import Bucket, Hook, NotingGroup, NotingHook
 from wbdist.hooks.ddp_clock import Mark, clock_of
-from wbdist.hooks.ddp_plain import PlainReduction
-
-Hook: TypeAlias = Callable[[Any, GradBucket], Future[Tensor]]
 
 UNREAD = 8
 """Passes whose device times are not done yet; older ones are given up, so that a lagging device costs no memory."""
 
 REDUCE: Mapping[str, str] = {
+    "ddp/exposed_ms": "max",
     "ddp/buckets": "first",
     "ddp/bytes": "first",
     "ddp/comm_ms": "mean",
-    "ddp/exposed_ms": "max",
     "ddp/overlap": "mean",
     "ddp/wait_ms": "max",
     "ddp/grad_norm": "first",
@@ -52,41 +51,34 @@ class Log(Protocol):
     def __call__(self, data: Mapping[str, Any]) -> None: ...
 
 
-class _Bucket:
-    """One bucket of a pass."""
-
-    __slots__ = ("future", "ready", "reduced")
-
-    def __init__(self, ready: Mark) -> None:
-        self.ready = ready
-        self.reduced: Mark | None = None
-        self.future: Future[Tensor] | None = None
-
-
 class _Pass:
-    """One backward pass that reduces."""
+    """One forward pass and the backward pass that reduces."""
 
-    __slots__ = ("buckets", "bytes", "computed", "forward", "norms", "reduced")
+    __slots__ = ("began", "buckets", "computed", "forward", "norms", "over", "reduced")
 
     def __init__(self, forward: list[tuple[Mark, Mark]]) -> None:
         self.forward = forward
-        """Where the forward passes waited for buffers to be broadcast: before and after."""
-        self.buckets: list[_Bucket] = []
-        self.bytes = 0
+        """Where forward passes waited for buffers to be broadcast: before and after."""
+        self.began: Mark | None = None
         self.computed: Mark | None = None
         self.reduced: Mark | None = None
+        self.over: Mark | None = None
+        """Then all of this can be read."""
+        self.buckets: list[Bucket] | None = None
+        """None in a pass that is not looked at closely."""
         self.norms: Tensor | None = None
-        """What `_looked_at` made of it, on the host once `reduced` is over; None in a pass that is not looked at."""
+        """What `_looked_at` made of it."""
 
 
 class DdpWatch:
     """One model's reduction, watched. Made on all ranks, before the first backward pass; it lasts as long as the model.
 
-    Every pass that reduces gives `log` one row of numbers: `ddp/buckets`, `ddp/bytes` (before a hook compresses them),
-    `ddp/comm_ms` (time in which a bucket was being reduced), `ddp/exposed_ms` (the part after backward had computed
-    everything), `ddp/overlap` (the share of comm_ms that computing hid) and `ddp/wait_ms` (from where this rank was ready until
-    all were: see `stragglers`). Every `norm_every`-th pass, the first included, `ddp/grad_norm` of the reduced gradient (with a
-    GradScaler: of the scaled one) and `ddp/nonfinite`, its number of NaN and infinite elements; 0 looks at none.
+    Every pass that reduces gives `log` one row: `ddp/exposed_ms`, the time after backward had computed everything until all
+    was reduced. Of every `detail_every`-th pass, the first included, it has also `ddp/buckets`, `ddp/bytes` (before a hook
+    compresses them), `ddp/comm_ms` (time in which a bucket was being reduced), `ddp/overlap` (the share of it that was not
+    exposed), `ddp/wait_ms` (from where this rank's first bucket was ready to where it was reduced, and before for buffers),
+    `ddp/grad_norm` of the reduced gradient (with a GradScaler: of the scaled one) and `ddp/nonfinite`, its number of NaN and
+    infinite elements; 0 looks closely at none.
     """
 
     def __init__(
@@ -96,20 +88,21 @@ class DdpWatch:
         *,
         hook: Hook | None = None,
         state: Any = None,
-        norm_every: int = 10,
+        detail_every: int = 10,
         say: Callable[[str], None] = lambda text: None,
         waited: Callable[[float], Mapping[str, Any]] | None = None,
     ) -> None:
         """`hook` and `state` as for `register_comm_hook`, which may also be called later. `say`: called once when the
-        gradient stops being finite, with the names of parameters. `waited`: called with each pass's wait in ms; what it
-        returns is logged along.
+        gradient stops being finite, with the names of parameters. `waited`: called after each pass with the ms from where
+        this rank's backward began to where all was reduced (what differs among ranks is by how much they came before the
+        last one, see `stragglers`); what it returns is logged along.
 
         Raises UsageError when the model is none of DDP's, or has a hook already.
         """
         if not isinstance(model, DistributedDataParallel):
             raise UsageError(f"watch_ddp() takes a model wrapped in DistributedDataParallel, not {type(model).__name__}")
-        if norm_every < 0:
-            raise UsageError(f"watch_ddp(norm_every={norm_every}): give a number of backward passes, or 0 for no norms")
+        if detail_every < 0:
+            raise UsageError(f"watch_ddp(detail_every={detail_every}): give a number of backward passes, or 0 for no details")
         if model._comm_hooks:  # noqa: SLF001  (DDP has no public way to ask)
             name = getattr(model._comm_hooks[0][0], "__qualname__", "a hook")  # noqa: SLF001
             raise UsageError(
@@ -120,7 +113,7 @@ class DdpWatch:
         self._log = log
         self._say = say
         self._waited = waited
-        self._norm_every = norm_every
+        self._detail_every = detail_every
         self._clock = clock_of(model.device)
         self._passes = 0
         self._pass: _Pass | None = None
@@ -128,26 +121,28 @@ class DdpWatch:
         self._finite = True
         self._entered: Mark | None = None
         self._forward: list[tuple[Mark, Mark]] = []
-        self._reduce: Callable[[GradBucket], Future[Any]] = PlainReduction(model)
-        self._composed = False
-        model.register_comm_hook(None, self._on_bucket)
+        self._group = NotingGroup(model.process_group, self._clock)
+        self._hook: NotingHook | None = None
+        self._swapped = False
         model.register_comm_hook = self._compose  # type: ignore[method-assign]
         if hook is not None:
             self._compose(state, hook)
         model.register_forward_pre_hook(self._on_enter)
-        model.module.register_forward_pre_hook(self._on_forward, prepend=True)
+        if model.broadcast_buffers and model.modules_buffers:
+            model.module.register_forward_pre_hook(self._on_forward, prepend=True)
+        model.register_forward_hook(self._on_forwarded)
 
     def _compose(self, state: object, hook: Hook) -> None:
-        """In place of the model's `register_comm_hook`: the hook runs inside ours; torch's own checks, once, as there."""
-        if self._composed:
-            raise RuntimeError("register_comm_hook or register_builtin_comm_hook can only be called once.")
+        """In place of the model's `register_comm_hook`: the hook runs inside ours; torch's own checks as there."""
         self._model._check_comm_hook(hook)  # type: ignore[no-untyped-call]  # noqa: SLF001
-        self._composed = True
-        self._reduce = functools.partial(hook, state)
+        noting = NotingHook(hook, state, self._clock)
+        DistributedDataParallel.register_comm_hook(self._model, None, noting.reduce)
+        self._hook = noting
 
     # A pass, in the order in which it happens ---------------------------------------------------------
 
     def _on_enter(self, _model: torch.nn.Module, _inputs: Any) -> None:
+        self._swap_back()  # if there was no backward pass
         self._entered = self._clock.mark() if torch.is_grad_enabled() else None
 
     def _on_forward(self, _module: torch.nn.Module, _inputs: Any) -> None:
@@ -158,27 +153,35 @@ class DdpWatch:
                 self._forward.clear()
             self._forward.append((entered, self._clock.mark()))
 
-    def _on_bucket(self, _state: object, bucket: GradBucket) -> Future[Tensor]:
-        # A rank that has joined (torch's Join) reduces zeros to match its peers, and no backward pass is going on here.
-        if torch._C._current_graph_task_id() == -1:  # noqa: SLF001
-            return self._reduce(bucket)
-        if self._pass is None or bucket.index() == 0:
-            self._pass, self._forward = _Pass(self._forward), []
-        entry = _Bucket(self._clock.mark())
-        self._pass.buckets.append(entry)
-        self._pass.bytes += _bytes(bucket.buffer())
-        # A `then`, not a done-callback, which may run after who waits for the future has gone on.
-        future: Future[Tensor] = self._reduce(bucket).then(functools.partial(self._on_reduced, entry))
-        entry.future = future
-        if bucket.is_last():
-            torch.autograd.Variable._execution_engine.queue_callback(self._on_computed)  # noqa: SLF001
-        return future
+    def _on_forwarded(self, model: torch.nn.Module, _inputs: Any, returned: Any) -> None:
+        if not (torch.is_grad_enabled() and model.require_backward_grad_sync):
+            return
+        for tensor in _tensors(returned):
+            if tensor.grad_fn is not None:
+                tensor.grad_fn.register_prehook(self._on_backward)
+        self._pass = _Pass(self._forward)
+        if self._detail_every and self._passes % self._detail_every == 0:
+            self._pass.buckets = []
+            if self._hook is not None:
+                self._hook.buckets = self._pass.buckets
+            else:
+                self._group.buckets = self._pass.buckets
+                self._model.reducer._update_process_group(self._group)  # noqa: SLF001
+                self._swapped = True
 
-    def _on_reduced(self, entry: _Bucket, future: Future[Any]) -> Tensor:
-        """On the process group's thread, or a stream of its own."""
-        result: Tensor | list[Tensor] = future.value()
-        entry.reduced = self._clock.mark()
-        return result[0] if isinstance(result, list) else result
+    def _swap_back(self) -> None:
+        if self._hook is not None:
+            self._hook.buckets = None
+        if self._swapped:
+            self._model.reducer._update_process_group(self._model.process_group)  # noqa: SLF001
+            self._swapped = False
+
+    def _on_backward(self, _gradients: Any) -> None:
+        """Backward comes to something that the forward pass returned: the first of them begins it."""
+        if self._pass is None or self._pass.began is not None:
+            return
+        self._pass.began = self._clock.mark()
+        torch.autograd.Variable._execution_engine.queue_callback(self._on_computed)  # noqa: SLF001
 
     def _on_computed(self) -> None:
         if self._pass is not None:
@@ -187,43 +190,61 @@ class DdpWatch:
             torch.autograd.Variable._execution_engine.queue_callback(self._on_all_reduced)  # noqa: SLF001
 
     def _on_all_reduced(self) -> None:
-        done, self._pass = self._pass, None
+        done = self._pass
         if done is None:
             return
-        results = [bucket.future.value() for bucket in done.buckets if bucket.future is not None]
-        for bucket in done.buckets:
-            bucket.future = None  # with it goes the bucket's memory
-        if self._norm_every and self._passes % self._norm_every == 0:
-            done.norms = self._clock.fetch(_looked_at(results, self._model.device))
+        try:
+            self._model.reducer._check_reducer_finalized()  # noqa: SLF001
+        except RuntimeError:  # a backward pass over a part of what was returned: the others are to come
+            done.began = None
+            return
+        self._pass, self._forward = None, []
+        self._swap_back()
         self._passes += 1
-        done.reduced = self._clock.mark()
+        done.over = done.reduced = self._clock.mark()
+        if done.buckets is not None:
+            done.norms = self._clock.fetch(_looked_at(self._gradients(done.buckets), self._model.device))
+            done.over = self._clock.mark()
         self._unread.append(done)
-        while self._unread and self._clock.is_over(self._unread[0].reduced):
+        while self._unread and self._clock.is_over(self._unread[0].over):
             self._read(self._unread.popleft())
 
+    def _gradients(self, buckets: list[Bucket]) -> list[Tensor]:
+        """Reduced. The parameters' own where buckets cannot be seen: of hooks that torch keeps in C++."""
+        if not buckets:
+            return [parameter.grad for parameter in self._model.module.parameters() if parameter.grad is not None]
+        values = [bucket.values() for bucket in buckets]
+        for bucket in buckets:
+            bucket.future = None  # with it goes the bucket's memory
+        return values
+
     def _read(self, done: _Pass) -> None:
-        first = done.buckets[0].ready
-        since = functools.partial(self._clock.milliseconds, first)
-        comm = until = 0.0
-        for bucket in done.buckets:
-            ready, reduced = since(bucket.ready), since(bucket.reduced)
-            comm += max(0.0, reduced - max(ready, until))
-            until = max(until, reduced)
-        exposed = min(comm, max(0.0, until - since(done.computed)))
-        wait = since(done.buckets[0].reduced) + sum(self._clock.milliseconds(*marks) for marks in done.forward)
-        row: dict[str, Any] = {
-            "ddp/buckets": len(done.buckets),
-            "ddp/bytes": done.bytes,
-            "ddp/comm_ms": comm,
-            "ddp/exposed_ms": exposed,
-            "ddp/overlap": 1.0 - exposed / comm if comm > 0 else 1.0,
-            "ddp/wait_ms": wait,
-        }
+        exposed = self._clock.milliseconds(done.computed, done.reduced)
+        forward = sum(self._clock.milliseconds(*marks) for marks in done.forward)
+        row: dict[str, Any] = {"ddp/exposed_ms": exposed}
+        if done.buckets:
+            row |= self._of_buckets(done, done.buckets, exposed, forward)
         if done.norms is not None:
             row |= self._of_gradient(*done.norms.tolist())
         if self._waited is not None:
-            row |= self._waited(wait)
+            row |= self._waited(self._clock.milliseconds(done.began, done.reduced) + forward)
         self._log(row)
+
+    def _of_buckets(self, done: _Pass, buckets: list[Bucket], exposed: float, forward: float) -> dict[str, Any]:
+        since = functools.partial(self._clock.milliseconds, buckets[0].ready)
+        first = comm = until = 0.0
+        for bucket in buckets:
+            ready, reduced = since(bucket.ready), since(bucket.reduced or done.reduced)
+            first = first or reduced
+            comm += max(0.0, reduced - max(ready, until))
+            until = max(until, reduced)
+        return {
+            "ddp/buckets": len(buckets),
+            "ddp/bytes": sum(bucket.bytes for bucket in buckets),
+            "ddp/comm_ms": comm,
+            "ddp/overlap": 1.0 - min(exposed, comm) / comm if comm > 0 else 1.0,
+            "ddp/wait_ms": first + forward,
+        }
 
     def _of_gradient(self, norms: list[float], counts: list[float]) -> dict[str, Any]:
         nonfinite = int(sum(counts))
@@ -243,19 +264,31 @@ class DdpWatch:
         return f"in {', '.join(bad[:3])}{more}" if bad else "in no parameter's .grad"
 
 
+def _tensors(returned: Any) -> Iterator[Tensor]:
+    """In what a forward pass returned, as far as DDP itself looks for them."""
+    if isinstance(returned, Tensor):
+        yield returned
+    elif isinstance(returned, list | tuple):
+        for value in returned:
+            yield from _tensors(value)
+    elif isinstance(returned, Mapping):
+        for value in returned.values():
+            yield from _tensors(value)
+    elif dataclasses.is_dataclass(returned):
+        for field in dataclasses.fields(returned):
+            yield from _tensors(getattr(returned, field.name))
+
+
 def _dense(values: Tensor) -> Tensor:
     return values.coalesce().values() if values.is_sparse else values
 
 
-def _bytes(values: Tensor) -> int:
-    dense = values._values() if values.is_sparse else values  # noqa: SLF001  (of uncoalesced ones: what is sent)
-    return dense.numel() * dense.element_size()
-
-
-def _looked_at(results: list[Tensor], device: torch.device) -> Tensor:
-    """(norms, numbers of elements that are not finite) of the buckets. Nothing waits for a device; on the host, where it costs
+def _looked_at(gradients: list[Tensor], device: torch.device) -> Tensor:
+    """(norms, numbers of elements that are not finite) of them. Nothing waits for a device; on the host, where it costs
     nothing to look at a norm, elements are only counted when it is not finite."""
-    dense = [_dense(result).flatten() for result in results]
+    if not gradients:
+        return torch.zeros(2, 1)
+    dense = [_dense(values).flatten() for values in gradients]
     norms = torch.stack([_norm(values) for values in dense])
     if device.type == "cpu" and bool(torch.isfinite(norms).all()):
         return torch.stack([norms, torch.zeros_like(norms)])

@@ -1,9 +1,10 @@
-"""Which rank the others wait for, by who is ready last for the first bucket.
+"""Which rank the others wait for, by who is last to begin its backward pass.
 
-An all-reduce ends when its last rank has come, for all at about the same time. So a rank's *wait*, from where it was ready
-to where the first bucket is reduced, is by how much it came before the last one, plus what the reduction itself takes; that
-part is the same for all. Differences of waits are differences of arrivals, each measured on the rank's own clock: no clocks are
-compared. (Step times cannot tell: the all-reduce makes them equal.)
+All ranks have the reduced gradients at about the same time, after the last one has come. So a rank's *wait*, from where its
+backward pass begins to where all is reduced, is by how much it came before the last one, plus what computing and reducing
+take; that part is the same for all. Differences of waits are differences of arrivals, each measured on the rank's own clock:
+no clocks are compared. (Step times cannot tell: the all-reduce makes them equal. From the first bucket's readiness to its
+reduction names the same ranks, with more false alarms on a busy machine, and seeing it costs a call of Python a bucket.)
 
 Waits are exchanged a window of passes at a time through the coordinator, by a thread of each rank that sleeps otherwise. The
 training thread appends a number; no collective is added.

@@ -243,20 +243,20 @@ class Job:
         settle(wrapped)
         return wrapped
 
-    def watch_ddp(self, model: nn.Module, *, hook: Any = None, state: Any = None, norm_every: int = 10) -> None:
+    def watch_ddp(self, model: nn.Module, *, hook: Any = None, state: Any = None, detail_every: int = 10) -> None:
         """All ranks, once, before the first backward pass: what reducing this model's gradients costs and brings goes into the
         row of each step as `ddp/...` (see hooks/ddp.py), and the gradients stay what they are, bit for bit. A rank that the
         others keep waiting for is named, in the rows and on the terminal (see hooks/stragglers.py).
 
         `hook` and `state` are your own communication hook, as for DDP's `register_comm_hook`, which works afterwards, too.
-        Norms and non-finite elements are looked at every `norm_every` backward passes, 0 for never. With one rank `ddp()` gives
-        a plain model: nothing is done then. Raises UsageError for a model that is none of DDP's or has a hook already.
+        Buckets, norms and non-finite elements are looked at every `detail_every` backward passes, 0 for never. With one rank
+        `ddp()` gives a plain model: nothing is done then. Raises UsageError for a model that is none of DDP's or has a hook.
         """
         if model is self._unwrapped:
             return
         from wbdist.job.watching import watch
 
-        slow = watch(self, self._peers, model, hook=hook, state=state, norm_every=norm_every)
+        slow = watch(self, self._peers, model, hook=hook, state=state, detail_every=detail_every)
         self._stack.callback(slow.close)
 
     def loader(self, dataset: Any, batch_size: int, **kwargs: Any) -> ResumableLoader:

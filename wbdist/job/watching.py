@@ -18,7 +18,7 @@ _watched = itertools.count()
 """All ranks watch their models in the same order, so it names the same model everywhere."""
 
 
-def watch(job: Job, peers: Coordinator, model: Any, *, hook: Any, state: Any, norm_every: int) -> stragglers.StragglerWatch:
+def watch(job: Job, peers: Coordinator, model: Any, *, hook: Any, state: Any, detail_every: int) -> stragglers.StragglerWatch:
     """`Job.watch_ddp`; what it returns has to be closed."""
     settings = job.run.settings
 
@@ -33,7 +33,7 @@ def watch(job: Job, peers: Coordinator, model: Any, *, hook: Any, state: Any, no
             lambda row: job.log(row, reduce=_REDUCE),
             hook=hook,
             state=state,
-            norm_every=norm_every,
+            detail_every=detail_every,
             say=say,
             waited=slow.waited,
         )

@@ -81,7 +81,7 @@ def draw(source: random.Random) -> dict[str, Any]:
         "to_none": source.random() < 0.5,
         "zero_late": source.random() < 0.5,
         "double": source.random() < 0.3,
-        "norm_every": source.choice([0, 1, 2]),
+        "detail_every": source.choice([0, 1, 2]),
         "later": source.random() < 0.5,
         "clip": source.random() < 0.3,
     }
@@ -110,11 +110,11 @@ def train(case: dict[str, Any], watched: bool) -> tuple[list[bytes], list[dict[s
     rows: list[dict[str, Any]] = []
     state, hook = hook_of(case)
     if watched and case["later"]:
-        DdpWatch(model, rows.append, norm_every=case["norm_every"])
+        DdpWatch(model, rows.append, detail_every=case["detail_every"])
         if hook is not None:
             model.register_comm_hook(state, hook)
     elif watched:
-        DdpWatch(model, rows.append, hook=hook, state=state, norm_every=case["norm_every"])
+        DdpWatch(model, rows.append, hook=hook, state=state, detail_every=case["detail_every"])
     elif hook is not None:
         model.register_comm_hook(state, hook)
     torch.manual_seed(100 + dist.get_rank())
@@ -149,7 +149,7 @@ def train_uneven(watched: bool, hook: Any, **options: Any) -> tuple[list[bytes],
     model = DistributedDataParallel(net, bucket_cap_mb=0.0001)
     rows: list[dict[str, Any]] = []
     if watched:
-        DdpWatch(model, rows.append, hook=hook, norm_every=1)
+        DdpWatch(model, rows.append, hook=hook, detail_every=1)
     elif hook is not None:
         model.register_comm_hook(None, hook)
     torch.manual_seed(100 + dist.get_rank())

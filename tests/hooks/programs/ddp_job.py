@@ -25,7 +25,7 @@ with wbdist.job(project="hooks", mode="offline", strategy=sys.argv[1]) as job:
         except wbdist.UsageError as error:
             print(json.dumps({"refused": str(error)}), flush=True)
         model = nn.parallel.DistributedDataParallel(net)
-    job.watch_ddp(model, norm_every=1)
+    job.watch_ddp(model, detail_every=1)
     job.run.watch(net, log="parameters", log_freq=1)
     data = job.loader(TensorDataset(torch.randn(4 * 8 * job.world_size, 4)), batch_size=4)
     for (xs,) in job.steps(data, epochs=1):

@@ -29,7 +29,7 @@ said: list[str] = []
 slow = StragglerWatch(peers, "slow", f"host{me.rank}", said.append, verdicts.append)
 torch.manual_seed(1)
 model = DistributedDataParallel(nn.Sequential(nn.Linear(20, 50), nn.BatchNorm1d(50), nn.Linear(50, 5)), bucket_cap_mb=0.001)
-DdpWatch(model, lambda row: None, norm_every=0, waited=slow.waited)
+DdpWatch(model, lambda row: None, detail_every=0, waited=slow.waited)
 
 
 def window(rank: int, delay: float) -> None:
