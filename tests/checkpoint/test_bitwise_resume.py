@@ -77,12 +77,3 @@ def test_many_saves_and_attempts(tmp_path: Path) -> None:
     assert training.everything() == uninterrupted(tmp_path / "never")
     # the two newest, and the one the last attempt was restored from
     assert [m.name for m in committed(tmp_path / "cut")] == ["step-19.a5", "step-18.a5", "step-15.a4"]
-
-
-@pytest.mark.slow
-def test_each_of_fifty_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As above, over more than four epochs."""
-    monkeypatch.setitem(globals(), "STEPS", 50)
-    expected = uninterrupted(tmp_path / "never")
-    for step in range(1, 50):
-        assert interrupted_at(step, tmp_path / str(step)) == expected, f"saved at step {step}"

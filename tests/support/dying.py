@@ -141,18 +141,18 @@ def one_rank(directory: Path, rank: int, attempt: int, port: int) -> None:
     coordinator.close()
 
 
-def one_of_two(directory: Path, rank: int, life: tuple[int, int, int], port: int, results: Any) -> None:
-    """One rank of a real DDP training that saves in the background. `life` = (attempt, step to be killed after or 0, steps):
-    both ranks die by SIGKILL at once, after saving each of the last steps; a life without a kill saves now and then,
+def one_of_ddp(directory: Path, rank: int, life: tuple[int, int, int, int], port: int, results: Any) -> None:
+    """One rank of a real DDP training that saves in the background. `life` = (ranks, attempt, step to be killed after or 0,
+    steps): all ranks die by SIGKILL at once, after saving each of the last steps; a life without a kill saves now and then,
     and tells what it began with and its final state."""
     import torch.distributed as dist
 
     signal.alarm(100)
     torch.set_num_threads(1)
-    attempt, kill_after, steps = life
+    ranks, attempt, kill_after, steps = life
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    dist.init_process_group("gloo", rank=rank, world_size=2)
-    coordinator = connect(RankIdentity(rank=rank, world_size=2), f"attempt-{attempt}")
+    dist.init_process_group("gloo", rank=rank, world_size=ranks)
+    coordinator = connect(RankIdentity(rank=rank, world_size=ranks), f"attempt-{attempt}")
     training = Training(coordinator, directory, attempt=attempt)
     training.model = torch.nn.parallel.DistributedDataParallel(training.model)
     training.track("average")

@@ -155,6 +155,8 @@ def parse(raw: bytes, name: str, directory: str) -> Manifest:
         raise CheckpointCorruptError(f"{path} is not a manifest: {error}") from error
     if manifest.name != name:
         raise CheckpointCorruptError(f"{path} says it belongs to {manifest.name!r}, but lies in {name!r}")
+    if len(manifest.runs) != manifest.world_size:
+        raise CheckpointCorruptError(f"{path} tells the positions of {len(manifest.runs)} ranks of {manifest.world_size}")
     return msgspec.structs.replace(manifest, directory=directory)
 
 

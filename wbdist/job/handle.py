@@ -24,8 +24,9 @@ from wbdist.core.position import RunPosition
 from wbdist.distributed import bootstrap, coordination, strategies
 from wbdist.distributed.identity import detect
 from wbdist.distributed.lateness import LatePolicy
-from wbdist.errors import EXIT_FAILED_FOR_GOOD, EXIT_PREEMPTED, EnvironmentFault, FencedError, UsageError
+from wbdist.errors import EXIT_FAILED_FOR_GOOD, EXIT_PREEMPTED, CheckpointError, EnvironmentFault, FencedError, UsageError
 from wbdist.job import slots
+from wbdist.job.accumulation import Group
 from wbdist.job.ending import Fenced, Preempted, exit_code_of, leave_verdict
 from wbdist.job.fence import SERVER, FenceWatch
 from wbdist.job.plan import Plan, agree_on_plan, decide, position_of, seed_everything
@@ -102,6 +103,7 @@ class Job:
         self._in_steps = False
         self._open_step: ResumableLoader | None = None
         """The loader of a step whose body was entered and which is not counted yet."""
+        self._group = Group()
         self._own_group = False
         self._unwrapped: nn.Module | None = None
         """What `ddp` gave back as it was."""
@@ -291,12 +293,20 @@ class Job:
             for note in restored.notes:
                 log.warning("%s", note)
 
-    def steps(self, data: ResumableLoader, *, epochs: int) -> Iterator[Any]:
+    @property
+    def accumulating(self) -> bool:
+        """Inside the loop: whether the gradients of this batch are kept for the next ones, as `accumulate` of `steps` says."""
+        return self._group.open
+
+    def steps(self, data: ResumableLoader, *, epochs: int, accumulate: int = 1) -> Iterator[Any]:
         """All ranks, in step: yields this rank's batches until `epochs` epochs are done, over all attempts.
 
         Between two batches it closes the step's row, saves when due, and agrees with the other ranks whether to go on. On a
         notice it saves and raises Preempted on every rank before the same step. Ends with a checkpoint of the final state. A
         `break` counts the step it leaves as done.
+
+        A step is a batch. With `accumulate=4` the optimizer is to be stepped once in four, and at the end of an epoch: when
+        `job.accumulating` is False. Saves and stops wait for that, since no checkpoint holds half a gradient.
         """
         from wbdist.hooks.loader import ResumableLoader
 
@@ -311,16 +321,19 @@ class Job:
         if self._in_steps:
             raise UsageError("job.steps() is running already; a job has one loop over its steps at a time")
         self._close_step()
+        self._group = Group(accumulate)
         self._in_steps = True
         try:
             while data.epoch < epochs:
                 batches = iter(data)
                 while True:
                     # Before the batch is asked for: the loader's position counts it as soon as it is handed out.
-                    self._stop_if_told()
+                    if not self._group.open:
+                        self._stop_if_told()
                     batch = next(batches, _END_OF_EPOCH)
                     if batch is _END_OF_EPOCH:
                         break
+                    self._group.take(data.sampler.left)
                     self._open_step = data
                     yield batch
                     self._close_step()
@@ -423,6 +436,9 @@ class Job:
         if self._pending is not None:
             self._report_progress()
         if self._checkpoints is not None and self._checkpoints.due(self._step, PEER_TIMEOUT):
+            self._group.save_is_due = True
+        if self._group.save_is_due and not self._group.open:
+            self._group.save_is_due = False
             self._save("interval")
 
     def _save(self, reason: str, *, block: bool = False, timeout: float = PEER_TIMEOUT) -> None:
@@ -430,6 +446,9 @@ class Job:
             return
         if not self._tracked:
             raise UsageError("call job.track(...) before saving: a checkpoint of nothing could not be resumed")
+        if self._group.open:
+            self._refuse_half_a_group(reason)
+            return
         step = self._step
         if step == self._saved_step and not block:
             return
@@ -446,6 +465,19 @@ class Job:
         self._pending = pending
         self._saved_step = step
         self._report_progress()
+
+    def _refuse_half_a_group(self, reason: str) -> None:
+        problem = (
+            f"step {self._step} is no place to save: the loop was left while job.accumulating was True, and no checkpoint "
+            "holds half a gradient. Leave it where job.accumulating is False"
+        )
+        if reason == PREEMPTION:
+            raise CheckpointError(problem)  # the stop goes on, and tells which checkpoint stands
+        if reason != "end":
+            raise UsageError(problem)
+        if self.rank == 0:
+            stands = f"the last save was of step {self._saved_step}" if self._saved_step >= 0 else "nothing was saved"
+            self._runs.run.settings.say(f"{problem}; {stands}", warning=True)
 
     def _report_progress(self) -> None:
         """Tells a supervisor of a newly committed checkpoint, so that it knows a job that moves on from one that does not."""
