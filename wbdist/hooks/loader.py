@@ -6,14 +6,9 @@ So save after the step that used the batch, and before the next batch is asked f
 
 from __future__ import annotations
 
-import ctypes
-import os
 import random
-import signal
-import sys
-import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -23,14 +18,16 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_in
 from wbdist.core.mixing import mix64
 from wbdist.errors import UsageError
 from wbdist.hooks.ledger import Order
+from wbdist.hooks.lookahead import SLICE, Arrival, LookAhead
 from wbdist.hooks.sampler import Batch, Ids, ResumableSampler, Tail, fingerprint
+from wbdist.hooks.workers import Workers
 
 Token = tuple[int, int, int]
 """(epoch, global position, dataset index): what is asked of a worker instead of the bare index."""
 
-_PR_SET_PDEATHSIG = 1
-_IGNORED = (signal.SIGTERM, signal.SIGINT)
-"""By workers."""
+_TIMED_OUT = f"DataLoader timed out after {SLICE} seconds"
+"""How torch says that its `timeout` is over. The batch is not lost: it may be asked for again."""
+_NOTHING = object()
 
 
 class ResumableLoader:
@@ -68,7 +65,7 @@ class ResumableLoader:
         for any number of workers. False leaves workers' augmentation unrepeatable.
 
         Workers ignore SIGTERM and SIGINT: a notice is answered by the training process, which needs its data until the
-        agreed step; they are killed when it dies. Raises UsageError for an IterableDataset or a dataset without length.
+        agreed step; they are killed when it ends. Raises UsageError for an IterableDataset or a dataset without length.
         """
         if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
             raise UsageError(
@@ -79,16 +76,18 @@ class ResumableLoader:
             len(dataset), batch_size, rank=rank, world_size=world_size, seed=seed, shuffle=shuffle, tail=tail
         )
         self._last: Batch | None = None
-        self._worker_init = _WorkerInit(worker_init_fn)
+        self._workers = Workers(worker_init_fn)
+        self._tokens = _Tokens(self.sampler)
         self._loader: DataLoader[Any] = DataLoader(
             _Placed(dataset, seed, seed_samples),
-            batch_sampler=_Tokens(self.sampler),
+            batch_sampler=self._tokens,
             num_workers=num_workers,
+            timeout=SLICE if num_workers else 0,
             collate_fn=collate_fn,
             pin_memory=pin_memory,
             prefetch_factor=prefetch_factor,
             persistent_workers=persistent_workers,
-            worker_init_fn=self._worker_init,
+            worker_init_fn=self._workers,
             # Of its own: each new iterator draws a seed, and drawing it from the global generator would make an epoch that
             # was resumed in its middle differ from one that was not.
             generator=torch.Generator().manual_seed(mix64(seed) >> 1),
@@ -109,16 +108,53 @@ class ResumableLoader:
         return len(self.sampler)
 
     def __iter__(self) -> Iterator[Any]:
-        self._worker_init.parent_is_here()
-        batches = self.sampler.batches()
-        with self._worker_init.signals_held():
+        for arrival in self._arriving():
+            if arrival is not None:
+                hand_out, data = arrival
+                hand_out()
+                yield data
+        self.sampler.next_epoch()
+
+    @property
+    def looks_ahead(self) -> bool:
+        """Whether `epochs` holds batches ahead: where worker processes make them."""
+        return self._loader.num_workers > 0
+
+    def epochs(self, end: int, *, ahead: int = 1) -> LookAhead:
+        """The batches from the current position to the end of epoch `end - 1`. With workers, `ahead` are held behind the one
+        that is handed out, and an epoch's workers start before the last batches of the epoch before are handed out."""
+        return LookAhead(self._arriving_until(end), partial(self._turn_to, end), ahead if self.looks_ahead else 0)
+
+    def _arriving_until(self, end: int) -> Iterator[Arrival | None]:
+        first = self.epoch
+        for epoch in range(first, end):
+            yield from self._arriving(None if epoch == first else epoch)
+
+    def _arriving(self, epoch: int | None = None) -> Iterator[Arrival | None]:
+        """What is left of this epoch, or all of a later `epoch`; None whenever SLICE seconds have brought nothing."""
+        self._tokens.epoch = epoch
+        batches = self.sampler.batches(epoch)
+        with self._workers.starting():
             fetched = iter(self._loader)
         for batch in batches:
-            data = next(fetched)
-            self.sampler.advance(batch)
-            self._last = batch
-            yield data
-        self.sampler.next_epoch()
+            data: Any = _NOTHING
+            while data is _NOTHING:
+                try:
+                    data = next(fetched)
+                except RuntimeError as error:
+                    if str(error) != _TIMED_OUT:
+                        raise
+                    yield None
+            yield partial(self._hand_out, batch), data
+
+    def _turn_to(self, epoch: int) -> None:
+        if epoch > self.epoch:
+            self.sampler.next_epoch()
+
+    def _hand_out(self, batch: Batch) -> None:
+        self._turn_to(batch.epoch)
+        self.sampler.advance(batch)
+        self._last = batch
 
     @property
     def last_ids(self) -> Ids:
@@ -175,9 +211,11 @@ class _Tokens:
 
     def __init__(self, sampler: ResumableSampler) -> None:
         self._sampler = sampler
+        self.epoch: int | None = None
+        """The next iterator's; None for the one that is being consumed."""
 
     def __iter__(self) -> Iterator[list[Token]]:
-        batches = self._sampler.batches()
+        batches = self._sampler.batches(self.epoch)
         return ([(b.epoch, p, i) for p, i in zip(b.positions, b.ids.tolist(), strict=True)] for b in batches)
 
     def __len__(self) -> int:
@@ -228,38 +266,3 @@ class _Placed(Dataset[Any]):
         random.seed(word)
         np.random.seed(word & 0xFFFFFFFF)
         torch.default_generator.manual_seed(word >> 1)
-
-
-class _WorkerInit:
-    """Runs in each worker before its first sample."""
-
-    def __init__(self, then: Callable[[int], None] | None) -> None:
-        self._then = then
-        self._parent = 0
-        self._mask: set[int] = set()
-
-    @contextmanager
-    def signals_held(self) -> Iterator[None]:
-        """Workers start inside: what reaches them before they can ignore it waits until they do."""
-        self._mask = signal.pthread_sigmask(signal.SIG_BLOCK, _IGNORED)
-        try:
-            yield
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, self._mask)
-
-    def parent_is_here(self) -> None:
-        """Called in the process and on the thread that is about to start workers."""
-        # The kernel kills a child that asked for it when the *thread* that started it ends: only the main one lasts.
-        self._parent = os.getpid() if threading.current_thread() is threading.main_thread() else 0
-
-    def __call__(self, worker: int) -> None:
-        signal.set_wakeup_fd(-1)  # a forked worker shares the parent's: its signals would be read as the parent's
-        for number in _IGNORED:
-            signal.signal(number, signal.SIG_IGN)
-        signal.pthread_sigmask(signal.SIG_SETMASK, self._mask)
-        if self._parent and sys.platform == "linux":
-            ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL))
-            if os.getppid() != self._parent:  # it died before the request
-                os.kill(os.getpid(), signal.SIGKILL)
-        if self._then is not None:
-            self._then(worker)

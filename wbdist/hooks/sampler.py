@@ -163,11 +163,13 @@ class ResumableSampler:
         """Batches left in this epoch: as many `advance()` calls until it is at its end."""
         return self._count(max(0, self.length - self.consumed))
 
-    def batches(self) -> Iterator[Batch]:
-        """This rank's batches from the current position to the end of the epoch; does not move the position."""
+    def batches(self, epoch: int | None = None) -> Iterator[Batch]:
+        """This rank's batches from the current position to the end of the epoch, or all of another `epoch`; does not move the
+        position."""
         # The position of now, not of the first `next`: a generator expression's outermost iterable is evaluated at once.
-        epoch = self.epoch
-        return (self._batch(epoch, start) for start in range(self.consumed, self._end(), self.global_batch))
+        at, start = (self.epoch, self.consumed) if epoch is None else (epoch, 0)
+        end = start + self._count(max(0, self.length - start)) * self.global_batch
+        return (self._batch(at, position) for position in range(start, end, self.global_batch))
 
     def __iter__(self) -> IndexLists:
         return IndexLists(self)
@@ -238,9 +240,6 @@ class ResumableSampler:
     def _count(self, samples: int) -> int:
         whole, rest = divmod(samples, self.global_batch)
         return whole + (1 if rest and self.tail == "pad" else 0)
-
-    def _end(self) -> int:
-        return self.consumed + self.left * self.global_batch
 
     def _batch(self, epoch: int, start: int) -> Batch:
         first = start + self.rank * self.batch_size

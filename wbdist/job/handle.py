@@ -48,6 +48,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from wbdist.hooks.loader import ResumableLoader
+    from wbdist.hooks.lookahead import LookAhead
 
 log = logging.getLogger("wbdist.job")
 
@@ -58,7 +59,7 @@ COLLECTIVE_TIMEOUT = 1800.0
 COPY_TIMEOUT = 1800.0
 """Seconds that fetching a checkpoint from `checkpoint_copy` may take at the start, and the last copies at the end."""
 
-_END_OF_EPOCH = object()
+_END = object()
 _LEDGER_REDUCE = {"_samples": "sum53", "epoch": "first", "_consumed": "first", "_batch": "first", "_data": "first"}
 """Fingerprints of the ranks' shares add up (modulo 2**53) to the one of the step; the rest is alike on all ranks."""
 
@@ -324,19 +325,22 @@ class Job:
         self._group = Group(accumulate)
         self._in_steps = True
         try:
-            while data.epoch < epochs:
-                batches = iter(data)
-                while True:
-                    # Before the batch is asked for: the loader's position counts it as soon as it is handed out.
-                    if not self._group.open:
-                        self._stop_if_told()
-                    batch = next(batches, _END_OF_EPOCH)
-                    if batch is _END_OF_EPOCH:
-                        break
-                    self._group.take(data.sampler.left)
-                    self._open_step = data
-                    yield batch
-                    self._close_step()
+            batches = data.epochs(epochs, ahead=accumulate)
+            if data.looks_ahead:
+                batches.wait(self._stopping.told)
+                self._stopping.meet("data")
+            while True:
+                # Before the batch is asked for: the loader's position counts it as soon as it is handed out.
+                batches.wait(self._stopping.told)
+                if not self._group.open:
+                    self._stop_if_told(batches)
+                batch = next(batches, _END)
+                if batch is _END:
+                    break
+                self._group.take(data.sampler.left)
+                self._open_step = data
+                yield batch
+                self._close_step()
         finally:
             # A `break` and an exception in the body look alike from in here (GeneratorExit), so the open step is left
             # open: the next call on the job closes it, and leaving the job by an exception forgets it.
@@ -379,12 +383,13 @@ class Job:
 
     # Step boundaries ------------------------------------------------------------------------------------
 
-    def _stop_if_told(self) -> None:
+    def _stop_if_told(self, batches: LookAhead) -> None:
         if not self._stopping.may_go_on():
             self._stop()
         if self._stopping.advised:
             self._stopping.advised = False
             self._save("advice")
+            batches.wait(self._stopping.told)
 
     def _stop(self) -> NoReturn:
         """All ranks, in step, at the same boundary: what the notice leaves time for, then Preempted."""

@@ -7,13 +7,14 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
+from contextlib import suppress
 
 import msgspec
 
 from wbdist.core.coordination import Coordinator
-from wbdist.errors import PeerLostError
+from wbdist.errors import DeadlineError, PeerLostError
 from wbdist.preemption import budget
-from wbdist.preemption.agreement import StopAgreement
+from wbdist.preemption.agreement import LOOK, StopAgreement
 from wbdist.preemption.hub import NoticeHub
 from wbdist.preemption.notice import Notice
 
@@ -25,6 +26,8 @@ SETTLE = 2.0
 """Seconds that a stop waits for what its scheduler says about it (cancelled, or preempted?), where there is one to ask."""
 APPROVAL = 5.0
 """Seconds that the ranks wait at least for each other before a provider is told to go ahead."""
+LOST = 1800.0
+"""Seconds that ranks wait for one whose first batch does not come; as long as torch lets a collective wait."""
 
 
 class Stopping:
@@ -41,6 +44,7 @@ class Stopping:
         self.plan: budget.StopPlan | None = None
         self._stopped_at = 0.0
         self._lead: float | None = None
+        self._meetings = 0
 
     @property
     def notice(self) -> Notice | None:
@@ -50,6 +54,23 @@ class Stopping:
             return own
         agreed = self._agreement.notice
         return None if agreed is None or agreed.advice else agreed
+
+    def told(self) -> bool:
+        """Whether the next `may_go_on` is going to ask where all ranks are: for waits that a notice should end. Any thread."""
+        return self._agreement.requested
+
+    def meet(self, name: str) -> None:
+        """All ranks, same sequence: returns when all are here, or a notice has come, or some rank is away for LOST seconds
+        (what comes next will tell who). A millisecond when nobody is late."""
+        self._meetings += 1
+        key = f"meet/{name}/{self._meetings}"
+        self._peers.put(f"{key}/{self._peers.rank}", b"")
+        until = time.monotonic() + LOST
+        for rank in range(self._peers.world_size):
+            while not self.told() and time.monotonic() < until:
+                with suppress(DeadlineError):
+                    self._peers.get(f"{key}/{rank}", LOOK)
+                    break
 
     def may_go_on(self) -> bool:
         """All ranks, same sequence: a unit of work begins. False on all ranks before the same unit, from then on always.

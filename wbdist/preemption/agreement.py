@@ -108,6 +108,11 @@ class StopAgreement:
         return self._units
 
     @property
+    def requested(self) -> bool:
+        """Whether the next `begin_unit` will ask where all ranks are, because of a notice or of another rank's. Any thread."""
+        return self._requested
+
+    @property
     def notice(self) -> Notice | None:
         """The notice that leads to the stop, ours or that of the rank which asked; None before there is one."""
         return self._notice
