@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,9 @@ def test_one_script_runs_in_four_ways(server: Server, jobs: Jobs, how: str, npro
 
 
 def test_preempted_then_killed_equals_uninterrupted(server: Server, jobs: Jobs) -> None:
-    """Proves the headline: after SIGTERM to the launcher and SIGKILL to a rank, nothing differs by a bit."""
+    """Proves the headline: after SIGTERM to the launcher and SIGKILL to a rank, nothing differs by a bit. And the time that it
+    took is told: what became of each attempt, and of it all as long as the command ran, but for the interpreters' own end."""
+    began = time.monotonic()
     job = jobs.start(
         "--name", "tested", "--checkpoint-dir", "ckpt", "--step-seconds", "0.05", launch_args=("--on-preempt", "relaunch")
     )
@@ -55,6 +58,7 @@ def test_preempted_then_killed_equals_uninterrupted(server: Server, jobs: Jobs) 
     )
     job.ranks()[1].kill()
     assert job.wait() == 0, job.output()
+    took = time.monotonic() - began
 
     tested, untouched = the_run("tested"), reference(jobs)
     assert len(tested.attempts()) == 3, job.output()
@@ -64,6 +68,16 @@ def test_preempted_then_killed_equals_uninterrupted(server: Server, jobs: Jobs) 
     assert job.family() == []
     audit = jobs.command("audit", f"tiny/{tested.id}")
     assert (audit.returncode, audit.stderr) == (0, ""), audit.stdout
+
+    first, second, third = (attempt.phases for attempt in tested.attempts())
+    assert (first["down"], first["lost"], third["lost"]) == (0, 0, 0)
+    assert second["lost"] > 0, "what the killed attempt did beyond its last checkpoint"
+    assert all(phases[name] > 0 for phases in (first, second, third) for name in ("startup", "train", "save"))
+    assert min(second["down"], third["down"], second["restore"], first["stop"], third["stop"]) > 0
+    told = tested.goodput()
+    assert 0 < told.phases["train"] < told.seconds < took
+    assert f"wbdist: {told}" in job.output()
+    assert str(told) in jobs.command("attempts", f"tiny/{tested.id}").stdout
     assert f"Exactly once: nothing doubled, nothing missing; all {STEPS} steps" in audit.stdout
 
 

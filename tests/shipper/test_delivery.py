@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from wbdist.core.position import HISTORY, Watermark
+from wbdist.core.position import HISTORY, PHASES, Watermark
 from wbdist.run.journal import JournalWriter, Kind
 from wbdist.run.shipper import remote
 from wbdist.run.shipper.delivery import Delivery, Pace, State
@@ -306,9 +306,10 @@ def test_requests_are_bounded(loopback: Any, wandb: Any, deliver: Callable[..., 
 
 def test_a_foreign_server_gets_w_and_bs_own_rule(foreign: Any, wandb: Any, deliver: Callable[..., Delivery]) -> None:
     """Proves that on a server without attempts lines are placed by offset, behind what the run had, and that sending them again
-    after a restart overwrites instead of appending."""
+    after a restart overwrites instead of appending. What belongs to an attempt is not sent at all."""
     foreign.offsets = {0: "old", 1: "old"}
     writer = wandb.journal(foreign.url)
+    writer.append(Kind.PHASE, {"n": 0, "phase": "train", "step": 0})
     wandb.rows(writer, 0, 50)
     run(deliver(writer, url=foreign.url), wandb)
     wandb.rows(writer, 50, 60)
@@ -318,3 +319,4 @@ def test_a_foreign_server_gets_w_and_bs_own_rule(foreign: Any, wandb: Any, deliv
     assert sorted(foreign.offsets) == list(range(62))
     assert [json.loads(foreign.offsets[2 + i])["i"] for i in range(60)] == list(range(60))
     assert foreign.marks == ["complete 0", "ended exit"]
+    assert not [body for _, body in foreign.requests if PHASES in body.get("files", {})]

@@ -9,6 +9,7 @@ from typing import Any
 
 import click
 
+from wbdist.core.goodput import PHASES, WORDS, Goodput, duration, goodput
 from wbdist.errors import Error
 from wbdist.protocol.reads import RemoteAttempt
 from wbdist.run.reader import Api
@@ -60,29 +61,48 @@ def _facts(run: RunRecord, attempt: RemoteAttempt) -> dict[str, Any]:
         "rows_live": attempt.rows_live,
         "rows_archived": attempt.rows_archived,
         "lost_seconds": attempt.lost_seconds,
+        "phases": attempt.phases,
     }
 
 
 def _table(run: RunRecord, attempts: list[RemoteAttempt]) -> None:
-    # By hand: a terminal's table cuts what does not fit, and this is also read in files and through pipes.
     names = ("#", "began", "why", "took", "ended", "from step", "rows", "archived", "lost")
-    table = [names, *map(_row, attempts)]
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    for row in table:
-        cells = (
-            cell.ljust(width) if name in _WORDS else cell.rjust(width)
-            for name, cell, width in zip(names, row, widths, strict=True)
-        )
-        click.echo("  ".join(cells).rstrip())
+    _columns([names, *map(_row, attempts)])
     archived = [attempt for attempt in attempts if attempt.rows_archived]
     count = f"{len(attempts)} attempt{'s' if len(attempts) > 1 else ''}"
     if not archived:
         click.echo(f"\n{count}, nothing archived.")
-        return
-    lost = duration(sum(attempt.lost_seconds for attempt in attempts))
-    rows = sum(attempt.rows_archived for attempt in attempts)
-    click.echo(f"\n{count}, {lost} of training done in vain, {rows} rows archived. As an attempt saw the run:")
-    click.echo(f"  wbdist.Api().run({_path(run, archived[-1])!r}).scan_history()")
+    else:
+        lost = duration(sum(attempt.lost_seconds for attempt in attempts))
+        rows = sum(attempt.rows_archived for attempt in attempts)
+        click.echo(f"\n{count}, {lost} of training done in vain, {rows} rows archived. As an attempt saw the run:")
+        click.echo(f"  wbdist.Api().run({_path(run, archived[-1])!r}).scan_history()")
+    if (found := goodput(attempt.phases for attempt in attempts if attempt.phases is not None)) is not None:
+        click.echo()
+        _timeline(found, attempts)
+
+
+def _timeline(found: Goodput, attempts: list[RemoteAttempt]) -> None:
+    """Where the time of each went: phases that took any."""
+    shown = [name for name in PHASES if found.phases[name]]
+    table = [("#", *(WORDS.get(name, name) for name in shown), "in all")]
+    for attempt in attempts:
+        if (phases := attempt.phases) is not None:
+            cells = (duration(phases[name]) if phases[name] else "-" for name in shown)
+            table.append((str(attempt.attempt), *cells, duration(sum(phases.values()))))
+    _columns(table)
+    click.echo(f"\n{found}")
+
+
+def _columns(table: list[tuple[str, ...]]) -> None:
+    # By hand: a terminal's table cuts what does not fit, and this is also read in files and through pipes.
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    for row in table:
+        cells = (
+            cell.ljust(width) if name in _WORDS else cell.rjust(width)
+            for name, cell, width in zip(table[0], row, widths, strict=True)
+        )
+        click.echo("  ".join(cells).rstrip())
 
 
 def _path(run: RunRecord, attempt: RemoteAttempt) -> str:
@@ -103,14 +123,3 @@ def _row(attempt: RemoteAttempt) -> tuple[str, ...]:
         str(attempt.rows_archived) if attempt.rows_archived else "-",
         duration(attempt.lost_seconds) if attempt.lost_seconds else "-",
     )
-
-
-def duration(seconds: float) -> str:
-    """`0.4 s`, `41 s`, `3 min 12 s`, `2 h 5 min`."""
-    if seconds < 10:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    if minutes == 0:
-        return f"{rest} s"
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s"

@@ -14,7 +14,7 @@ import xxhash
 
 from wbdist.checkpoint.manifest import Broken, Manifest
 from wbdist.checkpoint.places import place
-from wbdist.cli.attempts import duration
+from wbdist.core.goodput import duration
 from wbdist.errors import CheckpointCorruptError, Error
 
 COLUMNS = ("checkpoint", "step", "attempt", "age", "size", "ranks", "run", "rows to step", "saved for", "verdict")

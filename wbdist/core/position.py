@@ -20,7 +20,9 @@ ARTIFACTS = "artifacts"
 """What a run said of artifacts: logged, used, named."""
 ALERTS = "wbdist-alerts.jsonl"
 """What `Run.alert` said, one line each. W&B's wire has a mutation for it in place of a stream."""
-STREAMS = (HISTORY, EVENTS, CONSOLE, ALERTS)
+PHASES = "wbdist-phases.jsonl"
+"""Where an attempt's time went (`core/goodput.py`). It belongs to its attempt, so no watermark counts it."""
+STREAMS = (HISTORY, EVENTS, CONSOLE, ALERTS, PHASES)
 """The streams of lines that a file_stream request may carry."""
 
 Counts = dict[str, dict[str, int]]

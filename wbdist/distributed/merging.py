@@ -91,6 +91,8 @@ class Merger:
         self._numbers = itertools.count()
         self._alerted: dict[str, float] = {}
         """Title -> time of the last alert that was passed on."""
+        self._phase = -1
+        """Number of the last mark of the timeline that the run has."""
         for path in earlier:
             self._continue_after(path)
 
@@ -105,6 +107,8 @@ class Merger:
                     elif record.kind is Kind.STATS:
                         feed = self._feeds[int(record.data.get(OF_RANK, 0))]
                         feed.sampled = max(feed.sampled, record.time)
+                    elif record.kind is Kind.PHASE:
+                        self._phase = max(self._phase, record.data["n"])
                     elif record.kind is Kind.PREEMPTING:
                         self.was_preempting = True
                     elif record.kind is Kind.END:
@@ -180,6 +184,10 @@ class Merger:
             if record.time > feed.sampled:  # else a predecessor has passed it on
                 feed.sampled = record.time
                 self._journal.append(Kind.STATS, {**record.data, OF_RANK: feed.number}, record.time)
+        elif record.kind is Kind.PHASE:
+            if record.data["n"] > self._phase:
+                self._phase = record.data["n"]
+                self._journal.append(Kind.PHASE, record.data, record.time)  # in no row's place: no watermark counts it
         elif feed.number == 0 or record.kind in OF_ALL:
             self._pass_on(feed, record)
 

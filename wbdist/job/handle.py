@@ -29,6 +29,7 @@ from wbdist.job import slots
 from wbdist.job.accumulation import Group
 from wbdist.job.ending import Fenced, Preempted, exit_code_of, leave_verdict
 from wbdist.job.fence import SERVER, FenceWatch
+from wbdist.job.phases import Phases, ask_when_submitted
 from wbdist.job.plan import Plan, agree_on_plan, decide, position_of, seed_everything
 from wbdist.job.run_copies import RunCopies
 from wbdist.job.slots import Slot
@@ -155,6 +156,7 @@ class Job:
         """
         bootstrap.check_main_guard()
         process_end.chain_excepthook()
+        self._phases = Phases.of_process()
         try:
             self._open()
         except BaseException as error:
@@ -189,7 +191,8 @@ class Job:
                 config_changes=self._spec.settings.config_changes,
                 environment_changes=self._spec.settings.environment_changes,
             )
-            self._chosen = self._checkpoints.choose(PEER_TIMEOUT)
+            with self._phases.during("restore"):
+                self._chosen = self._checkpoints.choose(PEER_TIMEOUT)
             slot = self._take_slot(self._directory)
             per_rank = self._strategy == "per_rank"
             position = position_of(self._chosen, self._plan, slot.number, slot.parked, per_rank=per_rank)
@@ -202,6 +205,10 @@ class Job:
         self._stopping = Stopping(self._peers, self._hub)
         self._stack.callback(self._stopping.close)
         self._runs = strategies.open_runs(self._strategy, self._identity, self._peers, self._run_spec(position), self._late)
+        if self.rank == 0 or self._strategy == "per_rank":
+            self._phases.record(self.run.keep_phase, lambda: self._step)
+        if self.rank == 0:
+            ask_when_submitted(self._phases, ask=self._spec.settings.notices != sources.OFF)
         if self.rank == 0 and self.attempt > 1:
             self._runs.run.settings.say(going_on(self.attempt, self._plan.cause, self._chosen))
         if self.rank == 0 and self._copies is not None and self._directory is not None:
@@ -224,7 +231,8 @@ class Job:
         return slot
 
     def _decide(self) -> Plan:
-        return decide(self._spec, self._id, self._directory, self._copies, self._stack)
+        with self._phases.during("startup" if self._copies is None else "restore"):
+            return decide(self._spec, self._id, self._directory, self._copies, self._stack)
 
     # The parts a training script uses -------------------------------------------------------------------
 
@@ -288,7 +296,8 @@ class Job:
         if self._checkpoints is None:
             return
         self._checkpoints.track(**stateful)
-        restored = self._checkpoints.restore(PEER_TIMEOUT)
+        with self._phases.during("restore"):
+            restored = self._checkpoints.restore(PEER_TIMEOUT)
         if restored is not None:
             self._step = self._saved_step = self._committed_step = restored.manifest.step
             for note in restored.notes:
@@ -323,6 +332,7 @@ class Job:
             raise UsageError("job.steps() is running already; a job has one loop over its steps at a time")
         self._close_step()
         self._group = Group(accumulate)
+        self._phases.enter("train")
         self._in_steps = True
         try:
             batches = data.epochs(epochs, ahead=accumulate)
@@ -355,6 +365,7 @@ class Job:
         """
         if not self._in_steps:
             self._close_step()
+            self._phases.working()
         self._runs.log(data, step=self._step if step is None else step, reduce=reduce)
 
     @property
@@ -393,6 +404,7 @@ class Job:
 
     def _stop(self) -> NoReturn:
         """All ranks, in step, at the same boundary: what the notice leaves time for, then Preempted."""
+        self._phases.enter("stop")
         notice = self._stopping.check()
         if notice.fenced:
             raise FencedError(notice.reason)
@@ -407,7 +419,8 @@ class Job:
             if plan.act == "save":
                 saved = timed(lambda: self._save(PREEMPTION, block=True, timeout=plan.timeout(PEER_TIMEOUT)))
             elif plan.act == "finish" and self._pending is not None:
-                self._pending.wait(plan.timeout(PEER_TIMEOUT))
+                with self._phases.during("save"):
+                    self._pending.wait(plan.timeout(PEER_TIMEOUT))
         except EnvironmentFault as error:
             failure = error  # the machine goes all the same, and an earlier checkpoint may stand
         self._report_progress()
@@ -457,14 +470,15 @@ class Job:
         step = self._step
         if step == self._saved_step and not block:
             return
-        pending = self._checkpoints.save(
-            step,
-            lambda: self._runs.drain(step - 1, timeout),
-            history=self._runs.tail,
-            block=block,
-            timeout=timeout,
-            reason=reason,
-        )
+        with self._phases.during("save"):
+            pending = self._checkpoints.save(
+                step,
+                lambda: self._runs.drain(step - 1, timeout),
+                history=self._runs.tail,
+                block=block,
+                timeout=timeout,
+                reason=reason,
+            )
         self._save_began = time.monotonic() - pending.stall_s + pending.waited_s
         self._report_progress()  # of the save before: that one is done when the next has begun
         self._pending = pending
@@ -505,6 +519,7 @@ class Job:
 
         Raises Fenced when it is that another job has taken the run over.
         """
+        self._phases.enter("stop")
         try:
             if error is None and self._stopping.asked:
                 self._leave_told()
@@ -540,27 +555,34 @@ class Job:
         if self._tracked:
             self._save("end")
         if self._checkpoints is not None:
-            self._checkpoints.close(PEER_TIMEOUT)
+            with self._phases.during("save"):
+                self._checkpoints.close(PEER_TIMEOUT)
         self._report_progress()
         self._settle_copies(through_run=True)
-        self._runs.finish(0)
-        if self.rank == 0 and self.attempt > 1:
-            self._runs.run.settings.say(in_total(self._runs.run, self.attempt))
+        self._finish(0)
+        if self.rank == 0:
+            for line in in_total(self._runs.run, self.attempt):
+                self._runs.run.settings.say(line)
         self._leave_group()
         self._settle_copies()
 
     def _leave_preempted(self, error: Preempted) -> None:
         left = self._stopping.left
         if self._checkpoints is not None and (left is None or self._pending is None):
-            self._checkpoints.close(PEER_TIMEOUT)
+            with self._phases.during("save"):
+                self._checkpoints.close(PEER_TIMEOUT)
         if left is not None:
             self._runs.run.hurry(left)
         self._report_progress()
         self._settle_copies(COPY_TIMEOUT if left is None else max(0.0, left), through_run=True)
-        self._runs.finish(exit_code_of(error))
+        self._finish(exit_code_of(error))
         self._leave_group()
         self._settle_copies(COPY_TIMEOUT if self._stopping.left is None else max(0.0, self._stopping.left))
         self._stopping.let_go()
+
+    def _finish(self, exit_code: int) -> None:
+        self._phases.end()
+        self._runs.finish(exit_code)
 
     def _settle_copies(self, timeout: float = COPY_TIMEOUT, *, through_run: bool = False) -> None:
         """Rank 0, last of all: its peers have left, and what is not copied is lost with this machine's disk.
@@ -584,7 +606,7 @@ class Job:
         self._stopping.close(failed=True)  # first: peers that were told to stop learn at once that there is no common stop
         if self._checkpoints is not None:
             self._checkpoints.__exit__(type(error), error, None)
-        self._runs.finish(exit_code_of(error))
+        self._finish(exit_code_of(error))
 
     def _leave_fenced(self, error: FencedError) -> NoReturn:
         if self.rank == 0 and not intent.supervised():

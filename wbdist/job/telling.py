@@ -5,9 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 from wbdist.checkpoint.manifest import Manifest, committed
+from wbdist.core.goodput import goodput
 from wbdist.errors import Error
 from wbdist.protocol import reads
 from wbdist.run.handle import Run
+from wbdist.run.local_timeline import local_phases
 
 PATIENCE = 2.0
 """Seconds that the last line waits for the server's numbers; it is said without them then."""
@@ -34,18 +36,42 @@ def going_on(attempt: int, cause: str, chosen: Manifest | None) -> str:
     return f"attempt {attempt} goes on from step {chosen.step} ({chosen.name}): {why}; {lost}"
 
 
-def in_total(run: Run, attempt: int) -> str:
-    """The job is done after `attempt` (2 or more) attempts: what that cost. Asks the server, at most about PATIENCE seconds."""
-    said = f"done in {attempt} attempts"
+def in_total(run: Run, attempt: int) -> list[str]:
+    """The job is done after `attempt` attempts: what that cost, a line each. Asks the server, at most about PATIENCE seconds;
+    else reads the journals that are here."""
+    told = _asked(run)
+    said = []
+    if attempt > 1:
+        line = f"done in {attempt} attempts"
+        if told is not None:
+            rows, lost = sum(one.rows_archived for one in told), sum(one.lost_seconds for one in told)
+            cost = f"{lost:.1f} s of training done in vain ({rows} rows archived)" if rows else "nothing done in vain"
+            line += f", {cost}; see: wbdist attempts {run.path}"
+        said.append(line)
+    phases = {one.attempt: one.phases for one in told or () if one.phases is not None} or _read(run)
+    if (found := goodput(phases.values())) is not None:
+        unknown = [str(number) for number in range(1, attempt) if number not in phases]
+        where = f"; attempts that are not here: {', '.join(unknown)}" if unknown else ""
+        said.append(f"{found}{where}")
+    return said
+
+
+def _asked(run: Run) -> list[reads.RemoteAttempt] | None:
     if run.settings.mode != "online" or not run.url:
-        return said
+        return None
     try:
         from wbdist.run.reader import Api
 
         api = Api(timeout=PATIENCE, settings=run.settings)
-        attempts = reads.read_attempts(api.execute(reads.attempts(run.entity, run.project, run.id)))
+        return reads.read_attempts(api.execute(reads.attempts(run.entity, run.project, run.id)))
     except Error:
-        return said
-    rows, lost = sum(one.rows_archived for one in attempts), sum(one.lost_seconds for one in attempts)
-    cost = f"{lost:.1f} s of training done in vain ({rows} rows archived)" if rows else "nothing done in vain"
-    return f"{said}, {cost}; see: wbdist attempts {run.path}"
+        return None
+
+
+def _read(run: Run) -> dict[int, dict[str, float]]:
+    if run.journal_path is None:
+        return {}
+    try:
+        return local_phases(Path(run.journal_path).parents[1], run.project, run.entity, run.id)
+    except OSError:
+        return {}

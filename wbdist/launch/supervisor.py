@@ -25,7 +25,7 @@ from typing import Literal
 import msgspec
 
 from wbdist.errors import EXIT_FAILED_FOR_GOOD, EXIT_FENCED, EXIT_FINISHED, EXIT_PREEMPTED, EXIT_RETRYABLE, UsageError
-from wbdist.launch import intent
+from wbdist.launch import intent, times
 from wbdist.launch.attempt import Attempt, RankHandle, Signals, StartRanks
 from wbdist.launch.judgement import Judgement, judge
 from wbdist.launch.requeue import requeue
@@ -138,6 +138,8 @@ class _Supervisor:
         """The newest committed step that a rank has reported."""
         self._idle = 0
         """Attempts in a row without a new one."""
+        self._start = times.Start(times.process_began())
+        """When this start of the ranks began, and what became of the one before."""
 
     def run(self) -> int:
         number, cause = 0, ""
@@ -151,14 +153,18 @@ class _Supervisor:
             if code is not None:
                 return code
             number, cause = number + 1, judgement.why
+            self._start = msgspec.structs.replace(self._start, began=times.now())
 
     def _attempt(self, number: int, cause: str) -> tuple[Judgement, int | None]:
         intents = self._directory / f"{number:04d}"
         intents.mkdir()
         port = _free_port()
-        ranks = self._start_ranks(environments(self._spec, number=number, cause=cause, intents=str(intents), port=port))
+        told = environments(self._spec, number=number, cause=cause, intents=str(intents), port=port)
+        ranks = self._start_ranks([{**one, **times.variables(self._start)} for one in told])
         attempt = Attempt(ranks, grace=self._spec.grace, signals=self._signals, sentinel=self._sentinel, say=self._say)
         ends = attempt.run()
+        ended = times.of_monotonic(min(end.at for end in ends))
+        self._start = times.Start(self._start.began, self._start.began, ended)
         said = intent.read_all(intents)
         ends = [msgspec.structs.replace(end, said=said.get(end.rank)) for end in ends]
         newest = intent.read_progress(intents)

@@ -40,6 +40,17 @@ class Pod:
     def explain(self, number: int) -> Notice | None:
         """When the pod will be killed and why it is deleted, as far as the API server says; may take some seconds."""
         del number
+        pod = self._ask("the pod's end is not known, WBDIST_GRACE says how long it may take")
+        return None if pod is None else _notice_of(pod)
+
+    def created(self) -> float | None:
+        """Unix time at which the pod was made, for a scheduler to place; None where the API server does not say."""
+        pod = self._ask("when the pod was made is not known, nor how long it waited")
+        made = "" if pod is None else pod.get("metadata", {}).get("creationTimestamp") or ""
+        return datetime.fromisoformat(made).timestamp() if made else None
+
+    def _ask(self, unknown: str) -> dict[str, Any] | None:
+        """The pod as the API server has it; may take some seconds. None, and `unknown` in the log, when it does not say."""
         import requests
 
         account = Path(self._env.get("WBDIST_SERVICE_ACCOUNT") or ACCOUNT)
@@ -56,10 +67,11 @@ class Pod:
                     timeout=TIMEOUT,
                 )
             answer.raise_for_status()
-            return _notice_of(answer.json())
+            found: dict[str, Any] = answer.json()
         except (OSError, requests.RequestException) as error:
-            log.info("kubernetes: the pod's end is not known (%s); WBDIST_GRACE says how long it may take", error)
+            log.info("kubernetes: %s: %s", unknown, error)
             return None
+        return found
 
 
 def _notice_of(pod: dict[str, Any]) -> Notice | None:

@@ -37,6 +37,13 @@ class SlurmJob:
             said = self._env.get("SLURM_JOB_END_TIME", "")
             return float(said) if said.isdigit() else None
 
+    def submitted(self) -> float | None:
+        """Unix time at which it was submitted, or queued again; None where the controller does not say."""
+        try:
+            return datetime.fromisoformat(self._ask().get("SubmitTime", "")).timestamp()
+        except ValueError:
+            return None
+
     def explain(self, number: int) -> Notice | None:
         """What stands behind the signal `number`: cancelled by a person, or only its time. May take PATIENCE seconds."""
         del number

@@ -83,7 +83,7 @@ _ATTEMPTS = """
 query RunAttempts($project: String!, $entity: String!, $name: String!) {
   project(name: $project, entityName: $entity) {
     run(name: $name) {
-      attempts { attempt nonce baseAttempt baseStep startedAt endedAt cause endCause exitCode rows rowsLive lostSeconds }
+      attempts { attempt nonce baseAttempt baseStep startedAt endedAt cause endCause exitCode rows rowsLive lostSeconds phases }
     }
   }
 }
@@ -145,7 +145,10 @@ class RemoteAttempt(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
     rows: int
     rows_live: int
     lost_seconds: float = 0.0
-    """Training in vain: run time between its last visible row, or its base, and its last row."""
+    """Training in vain: what was done of it beyond the checkpoint that a later attempt went on from."""
+    phases: dict[str, float] | None = None
+    """Seconds by phase, from the end of the attempt before (of the first: from its submission) to its own end: queued, down,
+    startup, restore, train, lost, save, stop. None for a run that no job has written."""
 
     @property
     def rows_archived(self) -> int:

@@ -419,6 +419,14 @@ class Run(ArtifactMethods, AbsentNames):
         """Numbers about how this process fared, beside its system metrics; not in step, durable when it returns."""
         self._keep_sample(dict(facts))
 
+    def keep_phase(self, mark: Mapping[str, Any]) -> None:
+        """A mark of the attempt's timeline (`core/goodput.py`): any thread, not in step, durable when it returns. One that the
+        journal cannot take is said in the log alone: the next one has its numbers, too."""
+        try:
+            self._journal.append(Kind.PHASE, mark)
+        except (JournalError, ShutdownError) as error:
+            logger.warning("run %s: a mark of its timeline is lost: %s", self.id, error)
+
     def finish(self, exit_code: int | None = None, *, cause: str = "exit", quiet: bool | None = None) -> None:
         """Ends the run: the pending row is closed, everything is durable (fsynced) when this returns; about 5 ms.
 

@@ -75,6 +75,8 @@ class Kind(IntEnum):
     """One artifact to log: `run.artifact_logging.ArtifactRecord`."""
     ALERT = 13
     """One `Run.alert`: {"title", "text", "level", "wait" (seconds), "_step" (of the row that is open then)}."""
+    PHASE = 14
+    """A mark of the attempt's timeline: `core.goodput.Mark`."""
     SCHEMA = 32
     """Internal: keys and types of packed rows."""
     ROW_PACKED = 33

@@ -10,6 +10,7 @@ from urllib.parse import quote
 
 import msgspec
 
+from wbdist.core.goodput import Goodput, goodput
 from wbdist.core.states import TERMINAL
 from wbdist.errors import DeadlineError, UsageError
 from wbdist.protocol import edits, reads
@@ -169,6 +170,10 @@ class RunRecord:
     def attempts(self) -> list[RemoteAttempt]:
         """The run's attempts, oldest first; only a wbdist server has them (CommError elsewhere)."""
         return reads.read_attempts(self._api.execute(reads.attempts(*self._address)))
+
+    def goodput(self) -> Goodput | None:
+        """Where the job's wall-clock time went, over all attempts; None for a run that no job has written. Raises CommError."""
+        return goodput(attempt.phases for attempt in self.attempts() if attempt.phases is not None)
 
     def lineage(self) -> list[edits.Ancestor]:
         """What this history was built on by resuming, forking and rewinding, newest first (W&B's page: "Forked From").

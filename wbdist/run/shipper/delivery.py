@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from wbdist.core.position import ALERTS, CONSOLE, FILES, HISTORY, SUMMARY
+from wbdist.core.position import ALERTS, CONSOLE, FILES, HISTORY, PHASES, SUMMARY
 from wbdist.errors import JournalCorruptError
 from wbdist.protocol import file_stream, operations, reads
 from wbdist.protocol.attempts import FEATURE, Ended, StreamAnswer, StreamStamp
@@ -409,6 +409,7 @@ class Delivery:
             self._facts_sent = version
         if not self._ours:
             self._send_foreign_alerts()
+            translator.lines[PHASES].clear()  # there are no attempts that they could belong to
         while True:
             chunks, counts = self._batch()
             last = all(counts.get(stream, 0) == len(lines) for stream, lines in translator.lines.items())

@@ -8,7 +8,7 @@ from typing import Any
 
 import msgspec
 
-from wbdist.core.position import ALERTS, ARTIFACTS, CONSOLE, EVENTS, FILES, HISTORY
+from wbdist.core.position import ALERTS, ARTIFACTS, CONSOLE, EVENTS, FILES, HISTORY, PHASES
 from wbdist.core.rows import RowAssembler
 from wbdist.core.summary import INTERNAL, SummaryTracker
 from wbdist.protocol import jsonvalues
@@ -32,9 +32,9 @@ class Translator:
         self._summary = SummaryTracker(header.summary)
         self.skip: dict[str, int] = {}
         """stream -> lines below this seq are on the server: they are counted, not made."""
-        self.produced = {HISTORY: 0, EVENTS: 0, CONSOLE: 0, ALERTS: 0, FILES: 0, ARTIFACTS: 0}
+        self.produced = {HISTORY: 0, EVENTS: 0, CONSOLE: 0, ALERTS: 0, PHASES: 0, FILES: 0, ARTIFACTS: 0}
         """stream -> seq of the next line."""
-        self.lines: dict[str, list[str]] = {HISTORY: [], EVENTS: [], CONSOLE: [], ALERTS: []}
+        self.lines: dict[str, list[str]] = {HISTORY: [], EVENTS: [], CONSOLE: [], ALERTS: [], PHASES: []}
         """stream -> lines made and not yet taken; the last has seq `produced - 1`."""
         self.files: list[tuple[int, dict[str, Any]]] = []
         """Versions of files not yet taken, with their seqs: their contents go another way than lines."""
@@ -85,6 +85,8 @@ class Translator:
                 self._line(EVENTS, self._event_line, record)
             elif kind is Kind.ALERT:
                 self._line(ALERTS, self._alert_line, record)
+            elif kind is Kind.PHASE:
+                self._line(PHASES, _phase_line, record)
             elif kind is Kind.FILE:
                 self.files.append((self.produced[FILES], record.data))
                 self.produced[FILES] += 1
@@ -156,6 +158,10 @@ def json_line(value: dict[str, Any]) -> str:
     text = _encode(value)
     # The fast encoder writes NaN as null; so do real Nones, and then the slow way gives the same.
     return jsonvalues.dumps(value) if b"null" in text else text.decode()
+
+
+def _phase_line(record: Record) -> str:
+    return json_line({**record.data, "_timestamp": record.time})
 
 
 def _console_line(record: Record) -> str:

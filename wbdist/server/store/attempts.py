@@ -15,12 +15,14 @@ from wbdist.errors import UsageError
 from wbdist.protocol.attempts import BeginAttempt, BegunAttempt
 from wbdist.server.store import branches, definitions
 from wbdist.server.store.branches import Beneath, Frozen, Origin, Source
+from wbdist.server.store.chunks import ColumnCache
 from wbdist.server.store.derived import recount
 from wbdist.server.store.forks import recount_forks
 from wbdist.server.store.interface import AttemptRow, BranchError
 from wbdist.server.store.lost import lost_seconds
 from wbdist.server.store.merging import merged_config
 from wbdist.server.store.schema import attempts, cursors, runs
+from wbdist.server.store.timeline import timed
 from wbdist.server.store.views import view_of
 
 _SUPERSEDED = "superseded"
@@ -208,12 +210,15 @@ def reopen(db: sa.Connection, pk: int, attempt: int) -> None:
     db.execute(sa.update(attempts).where(where).values(ended_at=None, end_cause="", exit_code=None))
 
 
-def describe(db: sa.Connection, pk: int, current: int) -> list[AttemptRow]:
+def describe(db: sa.Connection, pk: int, current: int, cache: ColumnCache) -> list[AttemptRow]:
     """All attempts, oldest first."""
     view = view_of(db, pk, current)
     out = []
+    forks = set()
     for row in db.execute(sa.select(attempts).where(attempts.c.run_pk == pk).order_by(attempts.c.attempt)).mappings():
         base = None if row["base"] is None else msgspec.json.decode(row["base"], type=Watermark)
+        if row["base_run"] is not None:
+            forks.add(row["attempt"])
         out.append(
             AttemptRow(
                 attempt=row["attempt"],
@@ -230,4 +235,4 @@ def describe(db: sa.Connection, pk: int, current: int) -> list[AttemptRow]:
                 lost_seconds=lost_seconds(db, view, row["attempt"]),
             )
         )
-    return out
+    return timed(db, view, out, frozenset(forks), cache)

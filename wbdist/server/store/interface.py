@@ -113,7 +113,10 @@ class AttemptRow(msgspec.Struct, kw_only=True):
     rows_live: int
     """History lines of it that are visible now."""
     lost_seconds: float
-    """Training in vain: run time between its last visible row, or its base, and its last row; 0 when all are visible."""
+    """Training in vain: as its marks tell, else run time between its last visible row, or its base, and its last row; 0 when
+    all are visible."""
+    phases: dict[str, float] | None = None
+    """Where its wall-clock time went (`core.goodput.PHASES`); None for a run that no job has written."""
 
 
 class Appended(msgspec.Struct, kw_only=True):

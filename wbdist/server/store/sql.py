@@ -253,7 +253,7 @@ class SqlStore:
     def attempts(self, pk: int) -> list[AttemptRow]:
         with self._db.read() as db:
             current = self._current(db, pk)
-            return [] if current is None else attempts.describe(db, pk, current)
+            return [] if current is None else attempts.describe(db, pk, current, self._cache)
 
     # Lines ----------------------------------------------------------------------------------------------
 
