@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 import torch
+import xxhash
 from support.ranks import ThreadCoordinator, alone, run_ranks
 from support.training import position
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 from torch.distributed.checkpoint.state_dict_loader import load
 
+from wbdist.checkpoint import mapped
 from wbdist.checkpoint.checkpointer import Checkpointer
 from wbdist.checkpoint.files import FileLayer
 from wbdist.checkpoint.image import PAGE, Box, lay_out
@@ -157,3 +160,38 @@ def test_buffers_are_rank_zeros(tmp_path: Path) -> None:
     checkpoints.restore(timeout=20)
     assert restored.running_mean is not None
     assert restored.running_mean.unique().tolist() == [1.0]
+
+
+def test_an_optimizer_is_read_into_the_memory_that_it_has(tmp_path: Path) -> None:
+    """State that is there already is overwritten where it lies, bit by bit; nothing is allocated for it."""
+    model, optimizer = stepped(1)
+    with Checkpointer(tmp_path, alone(), attempt=1) as checkpoints:
+        checkpoints.track(model=model, optimizer=optimizer)
+        checkpoints.save(1, block=True, timeout=60)
+    wanted = {key: slot[key].clone() for slot in optimizer.state.values() for key in ("step", "exp_avg", "exp_avg_sq")}
+    model, optimizer = stepped(3)
+    places = {key: slot[key].data_ptr() for slot in optimizer.state.values() for key in wanted}
+    with Checkpointer(tmp_path, alone(), attempt=2) as checkpoints:
+        checkpoints.track(model=model, optimizer=optimizer)
+        assert checkpoints.restore(timeout=60) is not None
+    for slot in optimizer.state.values():
+        assert {key: slot[key].data_ptr() for key in wanted} == places
+        assert all(torch.equal(slot[key], value) for key, value in wanted.items())
+
+
+def stepped(steps: int) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
+    model = torch.nn.Linear(3, 2, bias=False)
+    optimizer = torch.optim.AdamW(model.parameters())
+    for step in range(steps):
+        model.weight.grad = torch.full((2, 3), float(step + 1))
+        optimizer.step()
+    return model, optimizer
+
+
+@pytest.mark.parametrize("size", [0, 1, PAGE, 3 * PAGE, 3 * PAGE + 1])
+def test_files_are_hashed_in_windows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int) -> None:
+    """What is read piece by piece has the digest of the whole, whatever the size."""
+    monkeypatch.setattr(mapped, "_WINDOW", PAGE)
+    content = os.urandom(size)
+    (tmp_path / "f").write_bytes(content)
+    assert digest(tmp_path / "f") == xxhash.xxh3_128_hexdigest(content)

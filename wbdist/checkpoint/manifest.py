@@ -12,12 +12,14 @@ from __future__ import annotations
 
 import os
 import re
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import xxhash
 
+from wbdist.checkpoint.mapped import windows
 from wbdist.core.position import RunPosition
 from wbdist.errors import CheckpointCorruptError, CheckpointError
 
@@ -27,7 +29,8 @@ TEMPORARY = ".tmp"
 """Suffix of directories that are being written or removed; never a checkpoint."""
 QUARANTINE = "quarantine"
 _NAME = re.compile(r"step-(\d+)\.a(\d+)")
-_CHUNK = 1 << 20
+_READERS = min(8, os.cpu_count() or 1)
+"""Threads that verify: ranks wrote a file each, and neither one core nor one request keeps a good disk busy."""
 
 
 class FileEntry(msgspec.Struct, frozen=True):
@@ -210,30 +213,32 @@ def verify(manifest: Manifest) -> None:
     Any process; blocks for as long as reading takes. Raises CheckpointCorruptError that lists every file that is
     missing, of another size, or of another content.
     """
-    directory = Path(manifest.directory)
-    problems = []
-    for name, expected in sorted(manifest.files.items()):
-        path = directory / name
-        try:
-            size = path.stat().st_size
-            if size != expected.size:
-                problems.append(f"{name} has {size} bytes instead of {expected.size}")
-            elif digest(path) != expected.xxh3:
-                problems.append(f"{name} has another content than was written")
-        except FileNotFoundError:
-            problems.append(f"{name} is missing")
-        except OSError as error:
-            problems.append(f"{name} cannot be read: {error}")
+    with ThreadPoolExecutor(_READERS, "wbdist-verify") as readers:
+        found = readers.map(lambda item: _problem(Path(manifest.directory), *item), sorted(manifest.files.items()))
+        problems = [problem for problem in found if problem]
     if problems:
         raise CheckpointCorruptError(f"checkpoint {manifest.directory} is damaged: {'; '.join(problems)}")
+
+
+def _problem(directory: Path, name: str, expected: FileEntry) -> str:
+    """What is wrong with a file; empty for nothing."""
+    path = directory / name
+    try:
+        size = path.stat().st_size
+        if size != expected.size:
+            return f"{name} has {size} bytes instead of {expected.size}"
+        if digest(path) != expected.xxh3:
+            return f"{name} has another content than was written"
+    except FileNotFoundError:
+        return f"{name} is missing"
+    except OSError as error:
+        return f"{name} cannot be read: {error}"
+    return ""
 
 
 def digest(path: Path) -> str:
     """XXH3-128 of a file, hexadecimal."""
     hasher = xxhash.xxh3_128()
-    buffer = bytearray(_CHUNK)
-    view = memoryview(buffer)
-    with path.open("rb", buffering=0) as file:
-        while count := file.readinto(buffer):
-            hasher.update(view[:count])
+    for window in windows(path):
+        hasher.update(window)
     return hasher.hexdigest()

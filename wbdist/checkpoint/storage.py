@@ -6,7 +6,6 @@ number of ranks.
 
 from __future__ import annotations
 
-import mmap
 from collections.abc import Iterator, Mapping
 from math import prod
 from pathlib import Path
@@ -14,11 +13,9 @@ from pathlib import Path
 import torch
 
 from wbdist.checkpoint.image import SUFFIX, Box, Stored, parse
+from wbdist.checkpoint.mapped import mapped
 from wbdist.checkpoint.tree import Spec, Tensors
 from wbdist.errors import CheckpointCorruptError
-
-_POPULATE_READ = 22
-"""MADV_POPULATE_READ: reads the file now and tells of a bad disk as an error, where a later access would be a SIGBUS."""
 
 
 class TensorFiles:
@@ -29,28 +26,35 @@ class TensorFiles:
         self._directory = directory
         self._boxes: dict[str, list[tuple[Stored, torch.Tensor]]] = {}
         for path in sorted(directory.glob(f"*{SUFFIX}")):
-            file = _mapped(path)
+            # torch has no read-only tensors; a write to one of these must never reach the file.
+            file = torch.frombuffer(mapped(path), dtype=torch.uint8)
             for stored in parse(file, str(path)):
                 self._boxes.setdefault(stored.name, []).append((stored, file))
 
-    def read(self, name: str, spec: Spec, wanted: tuple[tuple[int, ...], tuple[int, ...]] | None = None) -> torch.Tensor:
-        """The tensor `name`, or its part at `wanted` = (offset, shape).
+    def read(
+        self,
+        name: str,
+        spec: Spec,
+        wanted: tuple[tuple[int, ...], tuple[int, ...]] | None = None,
+        into: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """The tensor `name`, or its part at `wanted` = (offset, shape): in `into`, of that type and shape, which is returned.
 
-        What lies in a file as one box comes as a view of the file, private to this process: its owner must copy it. Raises
-        CheckpointCorruptError when elements are absent.
+        Without `into`, what lies in a file as one box comes as a view of the file, private to this process: its owner must
+        copy it. Raises CheckpointCorruptError when elements are absent.
         """
         offset, shape = wanted or ((0,) * len(spec.shape), spec.shape)
         boxes = [stored.within(file, spec.dtype) for stored, file in self._boxes.get(name, ())]
         for box in boxes:
             if (box.offset, tuple(box.tensor.shape)) == (offset, shape):
-                return box.tensor
-        whole = torch.empty(shape, dtype=spec.dtype)
+                return box.tensor if into is None else into.copy_(box.tensor)
+        whole = torch.empty(shape, dtype=spec.dtype) if into is None else into
         found = 0
         for box in boxes:
             overlap = _overlap(box, offset, shape)
             if overlap is not None:
-                into, part = overlap
-                whole[into].copy_(box.tensor[part])
+                place, part = overlap
+                whole[place].copy_(box.tensor[part])
                 found += box.tensor[part].numel()
         if found != prod(shape):
             raise CheckpointCorruptError(
@@ -71,22 +75,6 @@ def _overlap(box: Box, offset: tuple[int, ...], shape: tuple[int, ...]) -> tuple
         into.append(slice(low - want, high - want))
         part.append(slice(low - has, high - has))
     return tuple(into), tuple(part)
-
-
-def _mapped(path: Path) -> torch.Tensor:
-    with path.open("rb") as file:
-        # Copy on write: torch has no read-only tensors, and a write to one of these must never reach the file.
-        region = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-    _populate(region)
-    return torch.frombuffer(region, dtype=torch.uint8)
-
-
-def _populate(region: mmap.mmap) -> None:
-    try:
-        region.madvise(_POPULATE_READ)
-    except OSError as error:
-        if error.errno != 22:  # EINVAL: a kernel before 5.14 does not know it; pages come as they are touched
-            raise
 
 
 def read_tensors(directory: Path, wanted: Mapping[str, Spec]) -> Tensors:

@@ -92,19 +92,29 @@ def tensors_for(name: str, target: Stateful | None, wanted: Mapping[str, Spec], 
 
     Raises StateMissingError, CheckpointCorruptError.
     """
-    copied = _copied_on_load(name, target)
+    copied, held = _copied_on_load(name, target), _held(name, target)
     layout = split(name, target.layout())[1] if isinstance(target, (ShardedModule, ShardedOptimizer)) else {}
     found: Tensors = {}
     for key, spec in wanted.items():
-        here = layout.get(key)
+        here, own = layout.get(key), held.get(key)
         if is_sharded(here):
             check_shape(key, spec.shape, here)
-            found[key] = like(here, files.read(key, spec, wanted_box(here)).clone())
+            offset, shape = wanted_box(here)
+            found[key] = like(here, files.read(key, spec, (offset, shape), torch.empty(shape, dtype=spec.dtype)))
+        elif key in copied:
+            found[key] = files.read(key, spec)
+        elif own is not None and (own.dtype, tuple(own.shape)) == (spec.dtype, spec.shape):
+            found[key] = files.read(key, spec, into=own)
         else:
-            tensor = files.read(key, spec)
             # Views of the files are for who copies them; whatever is kept needs memory of its own.
-            found[key] = tensor if key in copied else tensor.clone()
+            found[key] = files.read(key, spec, into=torch.empty(spec.shape, dtype=spec.dtype))
     return found
+
+
+def _held(name: str, target: Stateful | None) -> Tensors:
+    """The tensors that a plain optimizer has already, to be read into: fresh memory costs more than the copy does."""
+    plain = isinstance(target, torch.optim.Optimizer) and type(target).load_state_dict is torch.optim.Optimizer.load_state_dict
+    return split(name, {"state": target.state_dict()["state"]})[1] if target is not None and plain else {}
 
 
 def _copied_on_load(name: str, target: Stateful | None) -> frozenset[str]:
