@@ -125,6 +125,10 @@ class ResumableLoader:
         that is handed out, and an epoch's workers start before the last batches of the epoch before are handed out."""
         return LookAhead(self._arriving_until(end), partial(self._turn_to, end), ahead if self.looks_ahead else 0)
 
+    def abandon(self) -> None:
+        """Main thread: what `epochs` gave is not asked again. Ends its workers at once, which may be waiting for their data."""
+        self._workers.kill()
+
     def _arriving_until(self, end: int) -> Iterator[Arrival | None]:
         first = self.epoch
         for epoch in range(first, end):

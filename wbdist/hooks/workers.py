@@ -17,8 +17,8 @@ from multiprocessing.process import BaseProcess
 
 _PR_SET_PDEATHSIG = 1
 _IGNORED = (signal.SIGTERM, signal.SIGINT)
-_alive: weakref.WeakSet[BaseProcess] = weakref.WeakSet()
-"""Of this process."""
+_all: weakref.WeakSet[BaseProcess] = weakref.WeakSet()
+"""Of all loaders of this process."""
 
 
 class Workers:
@@ -28,6 +28,7 @@ class Workers:
         self._then = then
         self._parent = 0
         self._mask: set[int] = set()
+        self._processes: weakref.WeakSet[BaseProcess] = weakref.WeakSet()
 
     @contextmanager
     def starting(self) -> Iterator[None]:
@@ -40,9 +41,16 @@ class Workers:
             yield
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, self._mask)
-            _alive.update(set(multiprocessing.active_children()) - before)
+            started = set(multiprocessing.active_children()) - before
+            self._processes.update(started)
+            _all.update(started)
+
+    def kill(self) -> None:
+        """Main thread: ends them now, whatever they are waiting for. The iterator that they work for is of no use any more."""
+        _kill(self._processes)
 
     def __call__(self, worker: int) -> None:
+        self._processes.clear()
         signal.set_wakeup_fd(-1)  # a forked worker shares the parent's: its signals would be read as the parent's
         for number in _IGNORED:
             signal.signal(number, signal.SIG_IGN)
@@ -55,14 +63,19 @@ class Workers:
             self._then(worker)
 
 
-def _end_all() -> None:
-    """At this process's exit: multiprocessing would end them by SIGTERM, which they ignore, and wait for them."""
-    workers = list(_alive)
-    if workers:
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler takes a worker's death for a failure
+def _kill(processes: weakref.WeakSet[BaseProcess]) -> None:
+    workers = list(processes)
+    processes.clear()
+    if not workers:
+        return
+    was = signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler takes a worker's death for a failure
     for worker in workers:
         worker.kill()
+    for worker in workers:
+        worker.join()
+    signal.signal(signal.SIGCHLD, was)
 
 
-atexit.register(_end_all)
-os.register_at_fork(after_in_child=_alive.clear)
+# At this process's exit: multiprocessing would end them by SIGTERM, which they ignore, and wait for them.
+atexit.register(_kill, _all)
+os.register_at_fork(after_in_child=_all.clear)

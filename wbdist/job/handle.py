@@ -351,6 +351,9 @@ class Job:
                 self._open_step = data
                 yield batch
                 self._close_step()
+        except Preempted:
+            data.abandon()  # torch would wait 5 s for a worker that waits for its data
+            raise
         finally:
             # A `break` and an exception in the body look alike from in here (GeneratorExit), so the open step is left
             # open: the next call on the job closes it, and leaving the job by an exception forgets it.
