@@ -7,7 +7,10 @@ from pathlib import Path
 
 import psutil
 import pytest
+from job.conftest import jobs, server
 from support.feeding import Ranks
+
+__all__ = ["jobs", "server"]
 
 
 @pytest.fixture

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from support.agents import Agents
 from support.feeding import rows_of
 from support.jobs import SCRIPT, JobProcess, Jobs, Server
 from support.ranks import ThreadCoordinator, run_ranks
@@ -86,42 +87,6 @@ def refused(directory: Path) -> Any:
     return rank
 
 
-class Agents:
-    """One torchrun agent a host, with one rank each; a host is a name, and may be a network namespace."""
-
-    def __init__(self, jobs: Jobs, address: str, most: int, *script: str) -> None:
-        self._jobs = jobs
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self._endpoint = f"{address}:{probe.getsockname()[1]}"
-        self._most = most
-        self._script = script
-        self.of_host: dict[str, JobProcess] = {}
-
-    def start(self, host: str, *within: str, local: str = "127.0.0.1", **environment: str) -> JobProcess:
-        command = [
-            *within,
-            *(sys.executable, "-m", "torch.distributed.run", "--nnodes", f"2:{self._most}", "--nproc-per-node", "1"),
-            *("--rdzv-backend", "c10d", "--rdzv-endpoint", self._endpoint, "--rdzv-id", "slots", "--local-addr", local),
-            *("--rdzv-conf", f"is_host={int(not self.of_host)},last_call_timeout=4,keep_alive_interval=1,join_timeout=100"),
-            *("--max-restarts", "20", str(SCRIPT), *self._script),
-        ]
-        env = {
-            **os.environ,
-            "WANDB_HOST": host,
-            "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
-            "OMP_NUM_THREADS": "1",
-            **environment,
-        }
-        agent = JobProcess(command, self._jobs.cwd, env)
-        self._jobs.started.append(agent)
-        self.of_host[host] = agent
-        return agent
-
-    def output(self) -> str:
-        return "".join(f"--- {host}\n{agent.output()[-1500:]}\n" for host, agent in self.of_host.items())
-
-
 def started(jobs: Jobs, hosts: str, *args: str) -> list[JobProcess]:
     """A rank on each host, numbered in this order."""
     with socket.socket() as probe:
@@ -181,7 +146,7 @@ def test_two_hosts(strategy: str, jobs: Jobs, two_hosts: list[tuple[str, str, st
     """Proves that ranks on two hosts, which share nothing but a network and the checkpoint directory, are one job: the
     rendezvous, the aggregator's feeds and the saves go over the wire between them."""
     args = ("--name", "job", "--checkpoint-dir", "ckpt", "--strategy", strategy, "--epochs", "2")
-    agents = Agents(jobs, two_hosts[0][1], 2, *args)
+    agents = Agents(jobs, two_hosts[0][1], "2", SCRIPT, *args)
     for namespace, address, interface in two_hosts:
         (jobs.cwd / namespace).mkdir()
         agents.start(

@@ -21,6 +21,12 @@ from wbdist.launch import doctor
         ("t.py", "import signal\nsignal.signal(signal.SIGUSR1, print)\n", {"SIGUSR1": "problem"}),
         ("job.sh", "torchrun --nproc-per-node 2 train.py\n", {"torchrun": "warning"}),
         ("job.sh", "torchrun --shutdown-timeout 110 train.py\n", {"script": "ok"}),
+        ("job.sh", "torchrun --shutdown-timeout 110 --nnodes 3:4 train.py\n", {"elastic": "problem"}),
+        (
+            "job.sh",
+            "export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1\ntorchrun --shutdown-timeout 110 --nnodes=3:4 train.py\n",
+            {"script": "ok"},
+        ),
         ("job.sh", "#SBATCH --signal=USR2@170\nexec srun wbdist launch train.py\n", {"script": "ok"}),
         ("t.py", "import wbdist\ndef f(): pass\nwbdist.launch(f, nprocs=2)\n", {"guard": "problem"}),
         ("t.py", "from multiprocessing import Pool\nwith Pool(2) as p:\n    p.map(abs, [1])\n", {"guard": "problem"}),

@@ -5,6 +5,8 @@ all run       -> a rank fails -> the others have PEERS_FAIL seconds to fail by t
               -> a rank leaves preempted -> the others have the grace to do the same
               -> the supervisor gets a signal -> every rank gets it once, and has the grace; then SIGKILL
 a rank ended  -> what is left of its process group has LEFTOVERS seconds (a resource tracker cleans up), then SIGKILL
+
+With several hosts the first three are told to the others, and what happens there comes here in the same way (`Elsewhere`).
 """
 
 from __future__ import annotations
@@ -17,7 +19,9 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import FrameType, TracebackType
-from typing import Any, Protocol, Self
+from typing import Any, Literal, Protocol, Self
+
+import msgspec
 
 from wbdist.errors import EXIT_PREEMPTED, UsageError
 from wbdist.launch.judgement import RankEnd, signal_name
@@ -55,6 +59,32 @@ class RankHandle(Protocol):
 StartRanks = Callable[[Sequence[Mapping[str, str]]], Sequence[RankHandle]]
 """One environment (additions to ours) a rank -> the started ranks, in order. Called on the main thread. Each rank leads a
 process group of its own, from the start or soon, and calls `worker.tie_to_parent` first thing."""
+
+
+class Trouble(msgspec.Struct, frozen=True, tag="trouble"):
+    """Something on one host that concerns the ranks of all."""
+
+    kind: Literal["signal", "kill", "failed", "leaving"]
+    """A signal came; a second Ctrl-C; a rank, or the host, failed; a rank leaves preempted."""
+    sentence: str
+    signal: int = 0
+    grace: float = 0.0
+    """Seconds that the ranks have then."""
+
+
+class Elsewhere(Protocol):
+    """The other hosts of the job."""
+
+    @property
+    def wake(self) -> int:
+        """A descriptor that is readable while `told` has something to say."""
+        ...
+
+    def told(self) -> list[Trouble]:
+        """What has happened there since the last call."""
+        ...
+
+    def tell(self, trouble: Trouble, /) -> None: ...
 
 
 class Signals:
@@ -112,10 +142,19 @@ class Attempt:
     """The ranks of one attempt. `run` once; main thread."""
 
     def __init__(
-        self, ranks: Sequence[RankHandle], *, grace: float, signals: Signals, sentinel: Sentinel, say: Callable[[str], None]
+        self,
+        ranks: Sequence[RankHandle],
+        *,
+        grace: float,
+        signals: Signals,
+        sentinel: Sentinel,
+        say: Callable[[str], None],
+        first_rank: int = 0,
+        elsewhere: Elsewhere | None = None,
     ) -> None:
-        self._ranks = dict(enumerate(ranks))
+        self._ranks = dict(enumerate(ranks, first_rank))
         self._grace = grace
+        self._elsewhere = elsewhere
         self._signals, self._sentinel, self._say = signals, sentinel, say
         self._ends: dict[int, RankEnd] = {}
         self._told: set[int] = set()
@@ -130,6 +169,8 @@ class Attempt:
         """Blocks until no rank, and nothing in their process groups, is alive; how each ended, by rank."""
         selector = selectors.DefaultSelector()
         selector.register(self._signals.wake, selectors.EVENT_READ)
+        if self._elsewhere is not None:
+            selector.register(self._elsewhere.wake, selectors.EVENT_READ)
         descriptors = self._open_pidfds(selector)
         try:
             for handle in self._ranks.values():
@@ -144,7 +185,7 @@ class Attempt:
                 for key, _ in selector.select(None if wait == float("inf") else max(wait, 0.0)):
                     if key.fd == self._signals.wake:
                         self._signals.drain()
-                    else:
+                    elif key.fd in descriptors:
                         selector.unregister(key.fd)  # readable for good once the rank has ended
         finally:
             selector.close()
@@ -170,6 +211,8 @@ class Attempt:
         now = time.monotonic()
         for received in self._signals.take():
             self._on_signal(received, now)
+        for trouble in [] if self._elsewhere is None else self._elsewhere.told():
+            self._on_trouble(trouble, now)
         for rank, handle in self._ranks.items():
             if rank not in self._ends and handle.poll() is not None:
                 self._on_end(rank, handle, now)
@@ -193,15 +236,48 @@ class Attempt:
 
     def _on_signal(self, received: int, now: float) -> None:
         if self.stopped_by is None:
-            self.stopped_by = received
-            self._say(f"{signal_name(received)}: passed on; the ranks have {self._grace:g} s to save and leave")
-            for rank in self._alive():
-                self._send(rank, _for_rank(received, self._ranks[rank].pid))
-            self._term_at, self._kill_at = float("inf"), now + self._grace
+            self._stop(received, signal_name(received), self._grace, now)
+            self._tell(Trouble("signal", signal_name(received), signal=received, grace=self._grace))
         elif received == signal.SIGINT:
-            self._say("Ctrl-C again: killing the ranks now")
-            self._kill()
-            self._kill_at = float("inf")
+            self._tell(Trouble("kill", "Ctrl-C again"))
+            self._kill_now("Ctrl-C again")
+
+    def _stop(self, received: int, what: str, grace: float, now: float) -> None:
+        self.stopped_by = received
+        self._say(f"{what}: passed on; the ranks have {grace:g} s to save and leave")
+        for rank in self._alive():
+            self._send(rank, _for_rank(received, self._ranks[rank].pid))
+        self._term_at, self._kill_at = float("inf"), now + grace
+
+    def _kill_now(self, what: str) -> None:
+        self._say(f"{what}: killing the ranks now")
+        self._kill()
+        self._kill_at = float("inf")
+
+    def _on_trouble(self, trouble: Trouble, now: float) -> None:
+        """Something happened on another host."""
+        if trouble.kind == "kill":
+            self._kill_now(trouble.sentence)
+        elif trouble.kind == "signal":
+            if self.stopped_by is None:
+                self._stop(trouble.signal, trouble.sentence, trouble.grace, now)
+        elif self._undisturbed:
+            if trouble.kind == "leaving":
+                self._kill_at = now + trouble.grace
+            else:
+                self._peer_failed(trouble.sentence, now)
+
+    @property
+    def _undisturbed(self) -> bool:
+        """Nothing has happened yet that the ranks are to leave for."""
+        return self.stopped_by is None and self._kill_at == float("inf")
+
+    def _peer_failed(self, sentence: str, now: float) -> None:
+        others = self._alive()
+        if others:
+            self._say(f"{sentence}; stopping {_named(others)}")
+            self._term_at = now + PEERS_FAIL
+            self._kill_at = self._term_at + PEERS_STOP
 
     def _on_end(self, rank: int, handle: RankHandle, now: float) -> None:
         code = handle.returncode
@@ -210,15 +286,19 @@ class Attempt:
         self._leftovers[handle.pid] = now + LEFTOVERS
         if not group_is_alive(handle.pid):
             self._gone(handle.pid)
-        others = self._alive()
-        if code == 0 or not others or self.stopped_by is not None or self._kill_at != float("inf"):
+        if code == 0 or not self._undisturbed:
             return
         if code == EXIT_PREEMPTED:
-            self._kill_at = now + self._grace
+            self._tell(Trouble("leaving", self._ends[rank].sentence, grace=self._grace))
+            if self._alive():
+                self._kill_at = now + self._grace
         else:
-            self._say(f"{self._ends[rank].sentence}; stopping {_named(others)}")
-            self._term_at = now + PEERS_FAIL
-            self._kill_at = self._term_at + PEERS_STOP
+            self._tell(Trouble("failed", self._ends[rank].sentence))
+            self._peer_failed(self._ends[rank].sentence, now)
+
+    def _tell(self, trouble: Trouble) -> None:
+        if self._elsewhere is not None:
+            self._elsewhere.tell(trouble)
 
     def _gone(self, pid: int) -> None:
         self._leftovers.pop(pid, None)

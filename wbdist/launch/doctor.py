@@ -56,6 +56,10 @@ def script(path: Path) -> list[Finding]:
         fix = "use wbdist launch (--grace is each rank's own), or set TORCH_ELASTIC_SHUTDOWN_TIMEOUT"
         says = f"{path.name} uses torchrun: ranks of a node share 30 s after a signal, and its exit code is 1 whatever they say"
         found.append(Finding("torchrun", "warning", says, fix))
+    if path.suffix != ".py" and re.search(r"--nnodes[= ]\d+:\d+", text) and "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1" not in text:
+        fix = "export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 on all hosts"
+        says = f"{path.name} lets hosts join while the job runs, which ends the job with torch 2.13's shared store"
+        found.append(Finding("elastic", "problem", says, fix))
     if path.suffix == ".py":
         found += _guard(path, text)
     return found or [Finding("script", "ok", f"{path.name}: no SIGUSR1, no torchrun, processes are started under a guard")]

@@ -1,43 +1,32 @@
 """Keeps the ranks of one job on this host alive, together, and leaves nothing behind.
 
-One attempt after the other: start all ranks, wait (`attempt.py`), judge (`judgement.py`), start again or leave. The
-supervisor imports neither torch nor the run client, so it costs little more than an interpreter.
-
-The budget of restarts is spent by attempts in a row that committed nothing new: a job that moves on between crashes may crash
-as often as the machine likes, one that does not move stops soon. A preempted attempt counts in the same way when it is started
-again in place. The pause before a restart grows with the same number.
+One attempt after the other: start all ranks, wait (`attempt.py`), judge (`judgement.py`), start again or leave
+(`policy.py`). The supervisor imports neither torch nor the run client, so it costs little more than an interpreter.
 """
 
 from __future__ import annotations
 
 import os
-import random
 import secrets
 import shutil
-import signal
 import socket
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Literal
 
 import msgspec
 
-from wbdist.errors import EXIT_FAILED_FOR_GOOD, EXIT_FENCED, EXIT_FINISHED, EXIT_PREEMPTED, EXIT_RETRYABLE, UsageError
+from wbdist.errors import UsageError
 from wbdist.launch import intent, times
 from wbdist.launch.attempt import Attempt, RankHandle, Signals, StartRanks
 from wbdist.launch.judgement import Judgement, judge
+from wbdist.launch.policy import Decision, OnPreempt, Policy
 from wbdist.launch.requeue import requeue
 from wbdist.launch.sentinel import Sentinel
 from wbdist.launch.worker import LAUNCHER_PID
 
 __all__ = ["LaunchSpec", "RankHandle", "StartRanks", "environments", "supervise"]
-
-BACKOFF = (1.0, 30.0)
-"""First and longest pause before a restart without progress, in seconds; doubled each time, times 0.75 to 1.25."""
-STAY_STOPPED = (signal.SIGINT, signal.SIGHUP)
-"""A person stopped it (Ctrl-C, the terminal closed): never started again in place."""
 
 
 class LaunchSpec(msgspec.Struct, frozen=True, kw_only=True):
@@ -50,7 +39,7 @@ class LaunchSpec(msgspec.Struct, frozen=True, kw_only=True):
     """Restarts in a row without a new committed checkpoint."""
     grace: float = 30.0
     """Seconds the ranks have to save and leave after a signal."""
-    on_preempt: Literal["exit", "relaunch", "requeue"] = "exit"
+    on_preempt: OnPreempt = "exit"
     """`exit`: leave with 75 and let the scheduler requeue. `relaunch`: the machine stays, so start again in place. `requeue`:
     have Slurm queue its job again, and leave with 75."""
 
@@ -80,7 +69,7 @@ def supervise(
             supervisor = _Supervisor(
                 spec,
                 start_ranks,
-                say=say or _say,
+                say=say or say_to_person,
                 last_lines=last_lines,
                 signals=signals,
                 sentinel=sentinel,
@@ -112,7 +101,8 @@ def environments(spec: LaunchSpec, *, number: int, cause: str, intents: str, por
     return [{**common, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(spec.nprocs)]
 
 
-def _say(line: str) -> None:
+def say_to_person(line: str) -> None:
+    """A line on standard error, marked as ours."""
     try:
         sys.stderr.write(f"wbdist launch: {line}\n")
         sys.stderr.flush()
@@ -134,10 +124,7 @@ class _Supervisor:
     ) -> None:
         self._spec, self._start_ranks, self._say, self._last_lines = spec, start_ranks, say, last_lines
         self._signals, self._sentinel, self._directory = signals, sentinel, directory
-        self._committed = -1
-        """The newest committed step that a rank has reported."""
-        self._idle = 0
-        """Attempts in a row without a new one."""
+        self._policy = Policy(max_restarts=spec.max_restarts, on_preempt=spec.on_preempt)
         self._start = times.Start(times.process_began())
         """When this start of the ranks began, and what became of the one before."""
 
@@ -147,11 +134,14 @@ class _Supervisor:
             again = f", attempt {number + 1}" if number else ""
             self._say(f"starting {self._spec.name} on {self._spec.nprocs} rank(s){again}")
             judgement, stopped_by = self._attempt(number, cause)
-            code = self._leave_with(judgement, stopped_by)
-            if code is None:
-                code = self._pause(judgement)
-            if code is not None:
-                return code
+            decision = self._policy.decide(judgement, stopped_by)
+            if judgement.culprit is not None and self._last_lines is not None:
+                for line in self._last_lines(judgement.culprit):
+                    self._say(f"  rank {judgement.culprit}: {line}")
+            if decision.exit_code is None:
+                decision = self._pause(decision)
+            if decision.exit_code is not None:
+                return leave_with(decision, self._say)
             number, cause = number + 1, judgement.why
             self._start = msgspec.structs.replace(self._start, began=times.now())
 
@@ -167,51 +157,25 @@ class _Supervisor:
         self._start = times.Start(self._start.began, self._start.began, ended)
         said = intent.read_all(intents)
         ends = [msgspec.structs.replace(end, said=said.get(end.rank)) for end in ends]
-        newest = intent.read_progress(intents)
-        self._idle = 0 if newest > self._committed else self._idle + 1
-        self._committed = max(newest, self._committed)
-        return judge(ends, attempt.stopped_by, committed=self._committed >= 0), attempt.stopped_by
+        self._policy.note(intent.read_progress(intents))
+        return judge(ends, attempt.stopped_by, committed=self._policy.committed >= 0), attempt.stopped_by
 
-    def _leave_with(self, judgement: Judgement, stopped_by: int | None) -> int | None:
-        """The exit code when the job is over, None when it is started again; says which, and why."""
-        code, why = judgement.exit_code, judgement.why
-        if judgement.culprit is not None and self._last_lines is not None:
-            for line in self._last_lines(judgement.culprit):
-                self._say(f"  rank {judgement.culprit}: {line}")
-        tries = f"{self._idle} attempt(s) in a row without a new checkpoint"
-        spent = self._idle > self._spec.max_restarts
-        if code == EXIT_FINISHED:
-            self._say(why)
-        elif code in {EXIT_FAILED_FOR_GOOD, EXIT_FENCED}:
-            self._say(f"{why}; not started again (exit code {code})")
-        elif code == EXIT_PREEMPTED:
-            if self._spec.on_preempt == "relaunch" and stopped_by not in STAY_STOPPED and not spent:
-                return None
-            then = "run the same command to continue"
-            if self._spec.on_preempt == "requeue" and stopped_by not in STAY_STOPPED:
-                then = requeue().sentence
-            self._say(f"{why}; {then} (exit code {code})")
-        elif stopped_by is not None:
-            self._say(f"{why} (exit code {code})")
-        elif spent:
-            self._say(f"{why}; {tries}, giving up (--max-restarts {self._spec.max_restarts}, exit code {EXIT_RETRYABLE})")
-            code = EXIT_RETRYABLE
-        else:
-            return None
-        return code
+    def _pause(self, decision: Decision) -> Decision:
+        """Before the next attempt: `decision`, or another one when a signal says that there is to be none."""
+        self._say(decision.sentence)
+        if decision.pause:
+            self._signals.sleep(decision.pause)
+        return next((self._policy.stopped(received) for received in self._signals.take()), decision)
 
-    def _pause(self, judgement: Judgement) -> int | None:
-        """Before the next attempt; the exit code when a signal says that there is to be none."""
-        first, longest = BACKOFF
-        pause = min(first * 2 ** (self._idle - 1), longest) * random.uniform(0.75, 1.25) if self._idle else 0.0
-        self._say(f"{judgement.why}; starting again" + (f" in {pause:.1f} s" if pause else ""))
-        if pause:
-            self._signals.sleep(pause)
-        for received in self._signals.take():
-            code = EXIT_PREEMPTED if self._committed >= 0 else 128 + received
-            self._say(f"{signal.Signals(received).name} between two attempts: leaving (exit code {code})")
-            return code
-        return None
+
+def leave_with(decision: Decision, say: Callable[[str], None]) -> int:
+    """Does and says what is left to do at the end of a job; its exit code. Blocks as `requeue` does, when that is asked for."""
+    assert decision.exit_code is not None
+    said = decision.sentence
+    if decision.requeue:
+        said = f"{said}; {requeue().sentence} (exit code {decision.exit_code})"
+    say(said)
+    return decision.exit_code
 
 
 def _free_port() -> int:
