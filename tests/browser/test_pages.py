@@ -54,6 +54,17 @@ def test_run_page_shows_what_the_store_holds(served: Any, tab: Any) -> None:
         ["after a preemption", "process lost", "150", "150", "30", "3.0s"],
         ["after a lost process", "finished", "300", "140", "–", "–"],
     ]
+    timeline = page.locator(".timeline")
+    expect(timeline).to_contain_text("Goodput 70.5 % of 1m 1s over 3 attempts")
+    bars = timeline.get_by_role("img")
+    expect(bars).to_have_count(3)
+    assert [bar.get_attribute("aria-label") for bar in bars.all()] == [
+        "Attempt 1: start-up 2.0s, train 14s, lost 3.0s, save 0.6s, stop 0.4s",
+        "Attempt 2: down 2.5s, start-up 1.0s, restore 0.5s, train 15s, lost 3.0s, save 1.0s",
+        "Attempt 3: down 1.4s, start-up 1.2s, restore 0.4s, train 14s, save 0.8s, stop 0.2s",
+    ]
+    lengths = [bar.bounding_box()["width"] for bar in bars.nth(1).locator(".phase").all()]
+    assert lengths[3] == pytest.approx(5 * lengths[4], rel=0.1), "train 15 s, lost 3 s"
     expect(page.get_by_role("region", name="Alerts").get_by_role("listitem")).to_contain_text(
         "WARN Restarted a process was lost"
     )

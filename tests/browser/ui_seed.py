@@ -8,7 +8,8 @@ import random
 from collections.abc import Iterable
 from typing import Any
 
-from wbdist.core.position import ALERTS, CONSOLE, HISTORY, Watermark
+from wbdist.core.goodput import OWN
+from wbdist.core.position import ALERTS, CONSOLE, HISTORY, PHASES, Watermark
 from wbdist.core.states import RunEvent
 from wbdist.protocol.attempts import BeginAttempt
 from wbdist.server.store.interface import RunFields, Store
@@ -52,6 +53,12 @@ class SeededRun:
     def alert(self, title: str, text: str, level: str, step: int) -> None:
         line = {"title": title, "text": text, "level": level, "_step": step, "_timestamp": self.now}
         self._append(ALERTS, 0, [json.dumps(line)])
+
+    def mark(self, n: int, phase: str, step: int, at: float, *spent: float) -> None:
+        """One of the timeline, `at` seconds ago; `spent` in the order of OWN, the rest nothing."""
+        told = dict(zip(OWN, [*spent, *[0.0] * len(OWN)], strict=False))
+        line = {"n": n, "phase": phase, "step": step, **told, "_timestamp": self.now - at}
+        self._append(PHASES, n, [json.dumps(line)])
 
     def _append(self, stream: str, seq: int, lines: list[str]) -> None:
         nonce = f"n{self.attempt}"
@@ -116,13 +123,20 @@ def preempted_then_killed(store: Store, now: float, project: str, run_id: str = 
     )
     run.begin()
     run.print("2026-11-21T06:00:01.120000 starting 2 ranks", "2026-11-21T06:00:02.310000 epoch 1 loss 2.27")
+    run.mark(0, "train", 0, 0.0, 2.0)
     run.log([row(i) for i in range(180)], 18)
+    run.mark(1, "save", 150, 4.0, 2.0, 0.0, 14.0)
+    run.mark(2, "end", 180, 0.0, 2.0, 0.0, 17.0, 0.6, 0.4)
     run.print("ERROR 2026-11-21T06:00:20.000000 SIGTERM: saving, then exit 75")
     run.end(RunEvent.PREEMPT, RunEvent.EXIT_NONZERO, cause="preempted", exit_code=75)
     run.now += 4
     run.begin(keep_rows=150, keep_lines=3, last_step=149, cause="preempted")
     run.print("2026-11-21T06:00:25.000000 attempt 2 continues at step 150")
+    run.mark(0, "train", 150, 0.0, 1.0, 0.5)
     run.log([row(i) for i in range(150, 330)], 19)
+    run.mark(1, "save", 300, 4.0, 1.0, 0.5, 15.0)
+    run.mark(2, "train", 300, 3.0, 1.0, 0.5, 15.0, 1.0)
+    run.mark(3, "train", 330, 0.0, 1.0, 0.5, 18.0, 1.0)
     run.end(RunEvent.LOST, cause="lost")
     run.now += 3
     run.begin(keep_rows=150, keep_lines=1, last_step=299, cause="lost")
@@ -130,7 +144,9 @@ def preempted_then_killed(store: Store, now: float, project: str, run_id: str = 
     run.print(
         "2026-11-21T06:00:48.000000 attempt 3 continues at step 300", "2026-11-21T06:00:58.000000 \x1b[32maccuracy 0.981\x1b[0m"
     )
+    run.mark(0, "train", 300, 0.0, 1.2, 0.4)
     run.log([row(i) for i in range(300, 440)], 15)
+    run.mark(1, "end", 440, 0.0, 1.2, 0.4, 14.0, 0.8, 0.2)
     run.end(RunEvent.EXIT_ZERO, exit_code=0)
     return run
 

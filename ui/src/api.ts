@@ -24,6 +24,8 @@ export interface Run {
   summary: Record<string, unknown>;
 }
 
+export type Phase = "queued" | "down" | "startup" | "restore" | "train" | "lost" | "save" | "stop";
+
 export interface Attempt {
   attempt: number;
   base_attempt: number | null;
@@ -37,6 +39,8 @@ export interface Attempt {
   rows_live: number;
   /** Training done in vain. */
   lost_seconds: number;
+  /** Seconds by phase; null where no job has written the run. */
+  phases: Record<Phase, number> | null;
   live: boolean;
 }
 

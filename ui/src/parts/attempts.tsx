@@ -5,6 +5,7 @@ import { duration, number, plural } from "../format";
 import { incarnation, Link, runPath } from "../router";
 import { Moment, useNow } from "./frame";
 import type { Marker } from "./plot";
+import { Timeline } from "./timeline";
 
 const FEW = 8;
 
@@ -94,7 +95,7 @@ export function Attempts({ place, id, attempts }: { place: Place; id: string; at
                       "–"
                     )}
                   </td>
-                  <td role="cell" class={attempt.lost_seconds ? "num" : "num none"} data-label="Lost" title={attempt.lost_seconds ? "Training done in vain: from the last row that stayed to the last that was logged" : ""}>
+                  <td role="cell" class={attempt.lost_seconds ? "num" : "num none"} data-label="Lost" title={attempt.lost_seconds ? "Training done in vain: what no later attempt went on from" : ""}>
                     {attempt.lost_seconds ? duration(attempt.lost_seconds) : "–"}
                   </td>
                 </tr>
@@ -108,6 +109,7 @@ export function Attempts({ place, id, attempts }: { place: Place; id: string; at
           Show {plural(attempts.length - shown.length, "earlier attempt")}
         </button>
       )}
+      <Timeline attempts={attempts} bars={shown.length} />
     </section>
   );
 }
