@@ -48,6 +48,7 @@ format: $(VENV)/.dev  ## Reformat and apply safe fixes.
 	$(BIN)/ruff check --fix .
 
 bench: $(VENV)/.dev  ## The benchmarks, against peers, in one run each.
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench]'
 	@for b in benchmarks/*.py; do echo "== $$b"; $(BIN)/python $$b || exit 1; done
 
 clean:  ## Remove what was built and what the demo left (stops the demo's server first).
