@@ -264,6 +264,38 @@ def test_all_processes_killed_then_sync(ranks: Ranks, tmp_path: Path, monkeypatc
     }
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("seed", range(6))
+def test_eight_ranks_killed_at_once(ranks: Ranks, seed: int) -> None:
+    """Proves that of 8 ranks that log as fast as they can, killed with their aggregator at a random moment, one after the other
+    in a random order, the run has after a replay each step that any of them was promised, with the values of all of those."""
+    rng = random.Random(seed)
+    ranks.start(8, strategy="rank0", steps=200_000)
+    ranks.until("open", 8, 60)
+    aggregator = psutil.Process(ranks.events("open")[0]["aggregator"])
+    (journal,) = ranks.journals()
+    wait_until(lambda: len(rows_of(journal)) > rng.randint(1, 3000), "some rows", 60)
+    doomed = [*ranks.processes, aggregator]
+    for process in rng.sample(doomed, len(doomed)):
+        process.send_signal(signal.SIGKILL)
+    ranks.wait()
+    aggregator.wait(30)
+    sync_replays([journal.resolve()], without_missing=False)
+    counts: dict[int, int] = {}
+    for path in find_journals(ranks.root / "wandb"):
+        with JournalReader.open(path) as reader:
+            rank = reader.header.rank
+            while reader.header.role == "feed" and (records := reader.read(1 << 22)):
+                for record in records:
+                    if record.kind is Kind.ROW and "count" in record.data:
+                        assert record.step is not None
+                        counts[record.step] = counts.get(record.step, 0) + rank + 1
+    rows = ranks.rows()
+    assert [row["_step"] for row in rows] == list(range(len(rows)))
+    assert {row["_step"]: row["count"] for row in rows if "count" in row} == counts
+
+
 def test_sync_says_what_it_cannot_replay(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     """Proves that `wbdist sync` ends with 70 and names the ranks when feeds of the newest attempt are on other machines."""
     job = Attempt(world, 1, random.Random(5))

@@ -24,9 +24,11 @@ QUICK = (9, 10)
 """Seeds: 2 ranks with one run, and with a run each; online, with a server that comes and goes."""
 
 
-def play(seed: int, job: Kind, directory: Path, references: References) -> int:
+def play(
+    seed: int, job: Kind, directory: Path, references: References, *, world_size: int | None = None, strategy: str | None = None
+) -> int:
     """The number of kills; raises FaultError."""
-    plan = make_plan(seed, job=job)
+    plan = make_plan(seed, job=job, world_size=world_size, strategy=strategy)
     with Trial(directory / f"{job}-{seed}", plan) as trial:
         trial.run()
         verify(trial, references.get(plan))
@@ -58,6 +60,18 @@ def test_hundreds_of_kills(tmp_path: Path, references: References, job: Kind, le
         if kills >= least or len(failures) >= 3:
             break
     assert not failures, "\n\n".join(failures)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("strategy", ["rank0", "per_rank"])
+def test_eight_ranks(tmp_path: Path, references: References, strategy: str) -> None:
+    """The same with 8 ranks, 24 kills or more a strategy: any producer, or the aggregator, at any moment."""
+    kills = 0
+    for seed in itertools.count(800):
+        if kills >= 24:
+            break
+        kills += play(seed, "light", tmp_path, references, world_size=8, strategy=strategy)
 
 
 def test_every_aim_points_at_something() -> None:
