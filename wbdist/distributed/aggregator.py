@@ -12,6 +12,7 @@ Started by rank 0 with a `Plan` on stdin; answers on stdout with one `Started` i
 
 from __future__ import annotations
 
+import gc
 import os
 import queue
 import signal
@@ -346,6 +347,8 @@ def main() -> None:
         signal.signal(number, signal.SIG_IGN)
     # The readers need the interpreter for microseconds at a time; at the usual 5 ms a turn they would starve the work.
     sys.setswitchinterval(0.0005)
+    # Rows come and go in tens of thousands, without cycles.
+    gc.set_threshold(100_000, 20, 50)
     plan = msgspec.msgpack.decode(sys.stdin.buffer.read(), type=Plan)
     try:
         run = open_run(plan.spec)

@@ -54,6 +54,12 @@ class StepAligner(Generic[R]):
 
     def add(self, step: int, row: R) -> None:
         """A finished row; its rank has passed its step. Rows of steps that were complete before are ignored (a replay)."""
+        self.put(step, row)
+        if step >= self._next[row.rank]:
+            self._next[row.rank] = step + 1
+
+    def put(self, step: int, row: R) -> None:
+        """As `add`, for who says afterwards, for many rows at once, what their rank has passed."""
         if step >= self._closed:
             entries = self._rows.get(step)
             if entries is None:
@@ -63,8 +69,6 @@ class StepAligner(Generic[R]):
                 entries.append(row)
         elif step >= self._replayed:
             self.late[row.rank] += 1
-        if step >= self._next[row.rank]:
-            self._next[row.rank] = step + 1
 
     def passed(self, rank: int, step: int) -> None:
         """The rank will add to `step` at the lowest."""

@@ -6,12 +6,13 @@ only what is uncommon (a key logged twice in a step, text, nested values) become
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from wbdist.core.reducers import Columns, Ops, reduce_rows
 from wbdist.core.rows import merge
-from wbdist.run.journal import Schema
+from wbdist.run.journal import Kind, Schema
+from wbdist.run.journal_format import KIND_AT, STEP_AT, TIME_AT, VALUES_AT
 
 
 class Layout:
@@ -108,6 +109,27 @@ class FeedRows:
             merge(joined, more)
         self._row = FeedRow(self._rank, together, joined, self.ops, time)
         return None
+
+    def add_packed(self, layout: Layout, packed: list[tuple[Any, ...]], done: Callable[[int, FeedRow], None]) -> None:
+        """The same for many calls of one layout; `done` is given each row that is finished, with its step."""
+        row, at = self._row, self.step
+        rank, ops, make = self._rank, self.ops, tuple.__new__
+        for call in packed:
+            step = call[STEP_AT]
+            if row is None or step != at:
+                if row is not None:
+                    assert at is not None
+                    done(at, row)
+                # As FeedRow(...), in half the time.
+                row, at = make(FeedRow, (rank, layout, call[VALUES_AT:], ops, call[TIME_AT])), step
+            else:
+                self._row, self.step = row, at
+                self.add(layout, call[VALUES_AT:], step, call[TIME_AT])
+                row = self._row
+            if call[KIND_AT] == Kind.ROW_PACKED_COMMIT:
+                done(step, row)
+                row = at = None
+        self._row, self.step = row, at
 
     def close(self) -> FeedRow | None:
         """The open row, which is complete now."""

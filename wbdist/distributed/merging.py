@@ -21,6 +21,7 @@ from wbdist.distributed.alignment import StepAligner
 from wbdist.distributed.intake import FeedRow, FeedRows, Layout, Layouts, reduced
 from wbdist.errors import EXIT_RETRYABLE
 from wbdist.run.journal import FrameDecoder, JournalReader, JournalWriter, Kind, Record
+from wbdist.run.journal_format import STEP_AT
 
 OF_RANK = "_rank"
 """Key of what another rank than 0 said, and of any sample of system metrics, in the run's journal: whose it is."""
@@ -128,24 +129,16 @@ class Merger:
         assert feed.rows is not None
         found, end = feed.decoder.decode_rows(frames, skip)
         feed.received += end - skip
-        rows, layouts, aligner, number = feed.rows, feed.layouts, self.aligner, feed.number
+        rows, layouts, aligner = feed.rows, feed.layouts, self.aligner
         for item in found:
-            if type(item) is not tuple:
-                assert isinstance(item, Record)
+            if isinstance(item, Record):
                 self._take_record(feed, rows, item)
                 continue
-            schema, values, step, time, commits = item
-            layout = layouts.get(schema.number)
+            layout = layouts.get(item.schema.number)
             if layout is None:
-                layout = layouts[schema.number] = self._layouts.of(schema)
-            before = rows.step
-            if (row := rows.add(layout, values, step, time)) is not None:
-                assert before is not None
-                aligner.add(before, row)
-            if commits:
-                self._close_row(rows)
-            else:
-                aligner.passed(number, step)
+                layout = layouts[item.schema.number] = self._layouts.of(item.schema)
+            rows.add_packed(layout, item.rows, aligner.put)
+            aligner.passed(feed.number, item.rows[-1][STEP_AT] + (rows.step is None))
         self.keep_promise(feed)
         return end == len(frames)
 

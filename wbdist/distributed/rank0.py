@@ -83,6 +83,7 @@ class FeedRun(RankRun):
         self._cut: list[tuple[Path, int]] = []
         self._cut_step = -1
         self._declared: set[tuple[str, ...]] = set()
+        self._declared_last: dict[str, tuple[str, ...]] = {}
         self._ops: dict[str, str] = {}
         journal = self.run.journal
         assert isinstance(journal, JournalWriter)
@@ -92,9 +93,9 @@ class FeedRun(RankRun):
         self.run.on_finish(self._complete)
 
     def log(self, data: Mapping[str, Any], step: int | None = None, reduce: str | Mapping[str, str] = DEFAULT) -> None:
-        if not isinstance(reduce, str) or (reduce, *data) not in self._declared:
-            self._declare(data, reduce)
-        self.run.log(data, step=step)
+        if reduce is not DEFAULT or self._ops:
+            self._declare_what_is_new(data, reduce)
+        self.run.log(data, step)
         if step is not None and step > self._feeder.passed:
             self._feeder.passed = step
 
@@ -133,6 +134,14 @@ class FeedRun(RankRun):
         self._peers.close()
         self._feeder_peers.close()
 
+    def _declare_what_is_new(self, data: Mapping[str, Any], reduce: str | Mapping[str, str]) -> None:
+        if not isinstance(reduce, str):
+            self._declare(data, reduce)
+        elif self._declared_last.get(reduce) != (keys := tuple(data)):
+            if (reduce, *keys) not in self._declared:
+                self._declare(data, reduce)
+            self._declared_last[reduce] = keys
+
     def _declare(self, data: Mapping[str, Any], reduce: str | Mapping[str, str]) -> None:
         """Journals what is new in how keys are reduced, before the row that needs it. Each is said once."""
         check_reduce(reduce)
@@ -146,6 +155,7 @@ class FeedRun(RankRun):
             self.run.define_reduction(changed)
             self._ops.update(changed)
             self._declared.clear()
+            self._declared_last.clear()
         if isinstance(reduce, str) and len(self._declared) < 1024:  # ever new keys: then they are looked at each time
             self._declared.add((reduce, *data))
 

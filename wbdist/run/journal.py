@@ -238,6 +238,12 @@ class JournalWriter:
         `time`: Unix seconds, becomes `_timestamp`.
         """
         with self.lock:
+            if (
+                step is not None
+                and commit is not None
+                and self._append_in_place(data, step, time, _COMMIT if commit else _OPEN)
+            ):
+                return
             shape = self._shapes.find(data)
             row = data if shape else flat_row(data)
             while True:
@@ -250,6 +256,28 @@ class JournalWriter:
                         continue
                 if self._store(self._row_frame(row, seq, step, commit, time), seq, self.rule, row):
                     return
+
+    def _append_in_place(self, row: Mapping[str, Any], step: int, time: float, kind: int) -> bool:
+        """As the shape of the last row that was packed in place, if it has that; else a known one of its own becomes that.
+
+        A third of the time of the long way. Past the rule, so for writers whose process has no handlers that log.
+        """
+        shape, values = self._shape, row.values()
+        if shape.keys != tuple(row) or shape.types != tuple(map(type, values)):
+            if (known := self._shapes.find(row)) is not None:
+                self._fold()
+                self._shape = known
+            return False
+        try:
+            shape.pack_into(shape.frame, 8, self._seq, kind, shape.number, step, time, *values)
+            _head_into(shape.frame, 0, shape.size, crc32(shape.body, shape.size))
+            if (written := self._write(shape.frame)) == shape.length:
+                self._seq += 1
+                return True
+            self._window.take_back(written)
+        except (ValueError, OSError, struct.error):
+            pass  # no room, or a number too large for its place: the long way
+        return False
 
     def append(self, kind: Kind, payload: Mapping[str, Any], time: float | None = None) -> int:
         """Journals a record of any other kind; returns its seq. Durable and failing as `log`. `time`: default now."""
