@@ -246,6 +246,7 @@ def test_all_processes_killed_then_sync(ranks: Ranks, tmp_path: Path, monkeypatc
     for process in [*ranks.processes, aggregator]:
         process.send_signal(signal.SIGKILL)
     ranks.wait()
+    aggregator.wait(60)
     root = ranks.root / "wandb"
     assert removable(root, 1e12, include_unsynced=False) == []
     made, problems = sync_replays([journal.resolve()], without_missing=False)
@@ -315,12 +316,13 @@ def test_the_next_attempt_replays_what_the_last_one_left(ranks: Ranks) -> None:
     """Proves that a job that goes on brings what its dead ranks had logged last into a journal by itself."""
     ranks.start(2, strategy="rank0", steps=30, gate={"0": 20, "1": 25})
     ranks.until("open", 2)
-    psutil.Process(ranks.events("open")[0]["aggregator"]).send_signal(signal.SIGSTOP)
+    aggregator = psutil.Process(ranks.events("open")[0]["aggregator"])
+    aggregator.send_signal(signal.SIGSTOP)
     ranks.until("gate", 2)
-    psutil.Process(ranks.events("open")[0]["aggregator"]).kill()
-    for process in ranks.processes:
+    for process in [*ranks.processes, aggregator]:
         process.kill()
     ranks.wait()
+    aggregator.wait(60)
     following = Ranks(ranks.root / "again")
     try:
         (ranks.root / "wandb").rename(following.root / "wandb")
