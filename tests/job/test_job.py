@@ -129,7 +129,8 @@ def test_training_does_not_notice_a_dead_server(server: Server, jobs: Jobs) -> N
 
 @pytest.mark.slow
 def test_preempted_job_exits_75_and_the_same_command_continues(server: Server, jobs: Jobs) -> None:
-    """Proves the contract with schedulers: 75 means 'saved, requeue me', and requeueing is running the same command."""
+    """Proves the contract with schedulers: 75 means 'saved, requeue me', and requeueing is running the same command. What
+    saves cost each rank is read beside the history, which is equal."""
     args = ("--name", "job", "--checkpoint-dir", "ckpt", "--step-seconds", "0.05")
     job = jobs.start(*args)
     poll(lambda: steps_done("job") >= 8, "8 steps")
@@ -138,6 +139,10 @@ def test_preempted_job_exits_75_and_the_same_command_continues(server: Server, j
     poll(lambda: the_run("job").state == "preempted", "the state preempted")
     assert jobs.start(*args).wait() == 0
     assert comparable(the_run("job")) == comparable(reference(jobs))
+    measured = the_run("job").history(stream="system", pandas=False)
+    for rank in range(2):
+        name = f"system.checkpoint.disk.bytes/l:rank{rank}"
+        assert sum(row.get(name, 0) > 0 for row in measured) >= 2, name
 
 
 def test_ctrl_c_is_one_clean_stop(server: Server, jobs: Jobs) -> None:

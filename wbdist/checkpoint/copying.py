@@ -148,9 +148,19 @@ def bring_newest(
 class Shipping:
     """Copies committed checkpoints to the store, the newest first, on a thread of its own. Made on rank 0; `close` it."""
 
-    def __init__(self, copies: Elsewhere, directory: Path, *, attempt: int, keep: Keep) -> None:
-        """What `keep` holds stays at the store, and the one that this attempt started from."""
+    def __init__(
+        self,
+        copies: Elsewhere,
+        directory: Path,
+        *,
+        attempt: int,
+        keep: Keep,
+        told: Callable[[Manifest, float], None] = lambda manifest, seconds: None,
+    ) -> None:
+        """What `keep` holds stays at the store, and the one that this attempt started from. `told` is called on the thread that
+        copies, with each checkpoint that is there now and the seconds that it took."""
         self._copies = copies
+        self._told = told
         self._outbox = directory / OUTBOX
         self._attempt = attempt
         self._keep = keep
@@ -246,5 +256,7 @@ class Shipping:
         started = time.monotonic()
         self._copies.ship(manifest, kept if (kept / MANIFEST).exists() else Path(manifest.directory), self._attempt)
         self.shipped = manifest.name
-        log.info("%s is at %s after %.1f s", manifest.name, self._copies.url, time.monotonic() - started)
+        seconds = time.monotonic() - started
+        log.info("%s is at %s after %.1f s", manifest.name, self._copies.url, seconds)
+        self._told(manifest, seconds)
         self._copies.prune(self._keep, {self._base, manifest.name})

@@ -25,7 +25,7 @@ from wbdist.distributed import bootstrap, coordination, strategies
 from wbdist.distributed.identity import detect
 from wbdist.distributed.lateness import LatePolicy
 from wbdist.errors import EXIT_FAILED_FOR_GOOD, EXIT_PREEMPTED, CheckpointError, EnvironmentFault, FencedError, UsageError
-from wbdist.job import slots
+from wbdist.job import save_metrics, slots
 from wbdist.job.accumulation import Group
 from wbdist.job.ending import Fenced, Preempted, exit_code_of, leave_verdict
 from wbdist.job.fence import SERVER, FenceWatch
@@ -214,7 +214,14 @@ class Job:
         if self.rank == 0 and self._copies is not None and self._directory is not None:
             if isinstance(self._copies, RunCopies):
                 self._copies.bind(self.run, self._plan.run_id)
-            shipping = self._shipping = Shipping(self._copies, self._directory, attempt=self.attempt, keep=self._keep)
+            tier = "run" if self._copies.through_run else "store"
+            shipping = self._shipping = Shipping(
+                self._copies,
+                self._directory,
+                attempt=self.attempt,
+                keep=self._keep,
+                told=lambda manifest, seconds: self.run.log_system(save_metrics.of_copy(tier, manifest, seconds)),
+            )
             self._stack.callback(self._shipping.close)
             self._stack.callback(FenceWatch(lambda: Standing(shipping.fenced()), self._hub.tell).close)
             if self._chosen is not None:
@@ -506,6 +513,7 @@ class Job:
         if self._pending is not None and self._pending.done():
             if self._pending.durable_at is not None:
                 self._committed_step = self._pending.step
+                self.run.log_system(save_metrics.of_save(self._pending))
                 self._costs.add(self._pending.stall_s - self._pending.waited_s + self._pending.write_s)
                 if self.rank == 0:
                     intent.write_progress(self._pending.step)

@@ -511,16 +511,24 @@ class Run(ArtifactMethods, AbsentNames):
     def sample_system(self) -> None:
         """From now on, system metrics of this process, and of the machine as the spec says, are kept with the run."""
         settings, spec = self.settings, self._spec
-        label = settings.x_label or (f"rank{spec.rank}" if spec.role == "feed" else "")
         self._sampling = sampler.Subscription(
             self._keep_sample,
             settings.x_stats_sampling_interval,
             host=spec.sample == "all",
-            label=label,
+            label=self._system_label(),
             disk_paths=settings.x_stats_disk_paths,
             gpus=settings.x_stats_gpu_device_ids,
         )
         sampler.subscribe(self._sampling)
+
+    def log_system(self, metrics: Mapping[str, float]) -> None:
+        """Keeps numbers among the system metrics, as `system.<name>`: told by time and not by step, and so the place for what
+        two runs of the same computation need not have alike. Any thread; one small write. Nothing where system metrics are
+        switched off, or the run has ended."""
+        suffix = f"/l:{label}" if (label := self._system_label()) else ""
+        with self._lock:
+            if self._state == "open" and not self.settings.x_disable_stats:
+                self._keep_sample({f"system.{name}{suffix}": value for name, value in metrics.items()})
 
     def interrupt_when_stopped(self) -> None:
         """From now on the main thread gets a SIGINT when somebody asks on the server that this run stop. Nothing offline."""
@@ -652,6 +660,9 @@ class Run(ArtifactMethods, AbsentNames):
         except (JournalError, TypeError) as error:
             console.detach(self._keep_line)
             logger.warning("run %s: console output is not kept any more: %s", self.id, error)
+
+    def _system_label(self) -> str:
+        return self.settings.x_label or (f"rank{self._spec.rank}" if self._spec.role == "feed" else "")
 
     def _keep_sample(self, metrics: dict[str, float]) -> None:
         try:
