@@ -10,6 +10,9 @@ from typing import Any
 import psutil
 import pytest
 from support.jobs import Jobs, Machine, Server
+from support.namespaces import two_hosts
+
+__all__ = ["two_hosts"]
 
 
 @pytest.fixture

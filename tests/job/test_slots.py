@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import os
-import shutil
 import socket
-import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -112,31 +109,6 @@ def test_three_then_two_then_three_hosts(server: Server, jobs: Jobs) -> None:
     steps = {host: [row["_step"] for row in run.scan_history(keys=["_step", "loss"])] for host, run in runs.items()}
     assert steps == {"a": list(range(14)), "c": list(range(14)), "d": [*range(4), *range(10, 14)]}
     assert {run.state for run in runs.values()} == {"finished"}
-
-
-@pytest.fixture
-def two_hosts() -> Iterator[list[tuple[str, str, str]]]:
-    """(namespace, address, interface) of two network namespaces joined by a cable: two hosts and nothing else."""
-    if os.geteuid() != 0 or shutil.which("ip") is None:
-        pytest.skip("making network namespaces needs root and iproute2")
-    mark = f"wb{os.getpid() % 10000}"
-    hosts = [(f"{mark}n{n}", f"10.231.{os.getpid() % 250}.{n + 1}", f"{mark}v{n}") for n in (0, 1)]
-
-    def ip(*args: str) -> None:
-        subprocess.run(["ip", *args], check=True, capture_output=True, timeout=20)
-
-    try:
-        for namespace, _, _ in hosts:
-            ip("netns", "add", namespace)
-        ip("link", "add", hosts[0][2], "netns", hosts[0][0], "type", "veth", "peer", hosts[1][2], "netns", hosts[1][0])
-        for namespace, address, interface in hosts:
-            ip("-n", namespace, "addr", "add", f"{address}/24", "dev", interface)
-            ip("-n", namespace, "link", "set", interface, "up")
-            ip("-n", namespace, "link", "set", "lo", "up")
-        yield hosts
-    finally:
-        for namespace, _, _ in hosts:
-            subprocess.run(["ip", "netns", "del", namespace], check=False, capture_output=True, timeout=20)
 
 
 @pytest.mark.slow

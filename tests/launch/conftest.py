@@ -7,7 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from job.conftest import jobs, server
 from support.launching import SCRIPT, Launch, Launched
+from support.namespaces import two_hosts
+
+__all__ = ["jobs", "server", "two_hosts"]
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -24,7 +25,8 @@ def submit(cluster: Cluster, cwd: Path, script: Path, *arguments: str, options: 
         main, ["submit", "slurm", "--dry-run", "--name", "t", "--grace", "15", *options, str(script), *arguments]
     )
     assert rendered.exit_code == 0, rendered.output
-    (cwd / "job.sbatch").write_text(rendered.output)
+    # The cluster's nodes are this machine under names that nobody resolves.
+    (cwd / "job.sbatch").write_text(re.sub("(?m)^head=.*", "head=localhost", rendered.output))
     cluster.environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     return cluster.run("sbatch", "--parsable", "--chdir", str(cwd), str(cwd / "job.sbatch")).strip()
 
@@ -33,8 +35,8 @@ def state(cluster: Cluster, job: str) -> str:
     return cluster.facts(job).get("JobState", "")
 
 
-def counted(cwd: Path) -> list[list[str]]:
-    path = cwd / "counted"
+def counted(cwd: Path, rank: str = "") -> list[list[str]]:
+    path = cwd / f"counted{rank}"
     return [line.split() for line in path.read_text().splitlines()] if path.exists() else []
 
 
@@ -56,6 +58,23 @@ def test_preempted_job_is_requeued_and_goes_on(slurm: Cluster, tmp_path: Path) -
     assert {restart for restart, _ in lines} == {"0", "1"}
     assert "SIGTERM" in (tmp_path / "told.0").read_text()
     assert f"Slurm job {job} is queued again" in log(tmp_path)
+
+
+def test_job_on_two_nodes_is_requeued_once_and_goes_on(slurm: Cluster, tmp_path: Path) -> None:
+    """Proves the same for launchers on two nodes that are one job: both save, one asks for the requeue, and both go on where
+    they were, numbered as srun numbers their nodes."""
+    tmp_path.chmod(0o755)
+    job = submit(slurm, tmp_path, JOB, "200", options=("--nodes", "2"))
+    slurm.until(lambda: min(len(counted(tmp_path, rank)) for rank in (".0", ".1")) > 10, "the job to count")
+    slurm.run("sbatch", "--partition=high", "--nodes=2", "--output=/dev/null", "--wrap=sleep 2")
+    slurm.until(lambda: state(slurm, job) == "PENDING", "the job to be queued again")
+    slurm.until(lambda: state(slurm, job) == "COMPLETED", "the job to complete", timeout=90)
+    for rank in (".0", ".1"):
+        lines = counted(tmp_path, rank)
+        assert [int(number) for _, number in lines] == list(range(1, 201)), log(tmp_path)
+        assert {restart for restart, _ in lines} == {"0", "1"}
+    assert log(tmp_path).count(f"Slurm job {job} is queued again") == 1
+    assert slurm.facts(job)["Restarts"] == "1"
 
 
 def test_cancelled_job_is_not_requeued(slurm: Cluster, tmp_path: Path) -> None:

@@ -43,13 +43,15 @@ def run(command: list[str], cwd: Path, **env: str) -> subprocess.CompletedProces
     return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=60, check=False)
 
 
-@pytest.mark.parametrize("command", RENDERED, ids=lambda command: command.split()[1])
+@pytest.mark.parametrize("command", RENDERED, ids=lambda command: "-".join(command.split()[1:6:2]))
 def test_files_to_copy_are_what_submit_renders(command: str) -> None:
     """Proves that the files of launchers/ are up to date, and the README's commands right."""
     done = CliRunner().invoke(main, shlex.split(command))
     assert done.exit_code == 0, done.output
     names = {"slurm": "slurm.sbatch", "ec2": "ec2-user-data.sh", "gce": "gce-startup.sh", "ray": "ray.sh"}
     place = command.split()[1]
+    if "--nodes" in command:
+        names["slurm"] = "slurm-nodes.sbatch"
     assert done.output == (LAUNCHERS / names.get(place, f"{place}.yaml")).read_text()
 
 

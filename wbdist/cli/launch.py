@@ -25,7 +25,9 @@ PER_START = ("MASTER_PORT", "WBDIST_CAUSE", "WBDIST_INCARNATION", "WBDIST_INTENT
 )
 @click.option("--nnodes", default="1", show_default=True, help="Hosts of the job; the same command runs on each.")
 @click.option("--rdzv-endpoint", metavar="HOST:PORT", help="Where the hosts meet: one of them, and a free port there.")
-@click.option("--node-rank", type=click.IntRange(0), help="Number of this host; 0 has the rendezvous. [default: by arrival]")
+@click.option(
+    "--node-rank", type=click.IntRange(0), help="Number of this host; 0 has the rendezvous. [default: srun's, else by arrival]"
+)
 @click.option("--rdzv-id", envvar="SLURM_JOB_ID", default="wbdist", help="Tells jobs apart. [default: the Slurm job's id]")
 @click.option(
     "--join-timeout",
@@ -156,6 +158,9 @@ def _meeting(  # noqa: PLR0917  (as click names them)
         )
     if place is None:
         raise click.UsageError(f"--nnodes {nnodes} needs --rdzv-endpoint HOST:PORT: one of the hosts, and a free port there")
+    step = [os.environ.get(f"SLURM_{name}", "") for name in ("STEP_NUM_NODES", "STEP_NUM_TASKS", "NODEID")]
+    if node_rank is None and step[:2] == [nnodes, nnodes]:  # srun has started one of us on each node, and numbers them
+        node_rank = int(step[2])
     try:
         host, port = endpoint(place)
         return Meeting(

@@ -100,13 +100,21 @@ def submit(submission: Submission) -> int:
 @click.option("--time", help="Time limit, as for sbatch.")
 @click.option("--partition", help="Partition.")
 @click.option("--cpus", type=click.IntRange(1), help="CPUs for the whole job. [default: one a rank]")
+@click.option(
+    "--nodes",
+    default=1,
+    show_default=True,
+    type=click.IntRange(1),
+    help="Nodes; --nproc, --cpus, --gpus are then each node's.",
+)
 @click.option("--extra", multiple=True, metavar="OPTION", help="Another option for sbatch, such as --extra=--account=a.")
 def _slurm(wanted: Wanted, **options: Any) -> Submission:
-    """A Slurm batch job on one node, queued again by the job itself after a preemption.
+    """A Slurm batch job on one node or several, queued again by the job itself after a preemption.
 
     \b
     Example:
         wbdist submit slurm --nproc 4 --gpus 4 --time 8:00:00 --partition spot train.py --lr 0.1
+        wbdist submit slurm --nodes 2 --nproc 8 --gpus 8 train.py
     """
     return slurm.render(wanted, **options)
 

@@ -16,7 +16,7 @@ RESUMABLE = 75
 
 
 class Wanted(msgspec.Struct, frozen=True, kw_only=True):
-    """One job on one machine."""
+    """One job, as it is on one machine."""
 
     script: str
     arguments: tuple[str, ...] = ()
@@ -35,9 +35,10 @@ class Wanted(msgspec.Struct, frozen=True, kw_only=True):
         if not re.fullmatch(r"[a-z0-9]([-a-z0-9]{0,50}[a-z0-9])?", self.name):
             raise UsageError(f"name {self.name!r}: use small letters, digits and dashes, at most 52 characters")
 
-    def command(self, *, on_preempt: str) -> list[str]:
-        """The supervised job as a command line, for `exec`: a shell in between would keep the signals to itself."""
-        options = ["--nproc", str(self.nproc), "--grace", f"{self.grace:g}", "--on-preempt", on_preempt]
+    def command(self, *where: str, on_preempt: str) -> list[str]:
+        """The supervised job as a command line, for `exec`: a shell in between would keep the signals to itself. `where`: how
+        the machines of one job find each other."""
+        options = [*where, "--nproc", str(self.nproc), "--grace", f"{self.grace:g}", "--on-preempt", on_preempt]
         script = ["-m", self.script] if self.module else [self.script]
         return [self.python, "-m", "wbdist", "launch", *options, *script, *self.arguments]
 
