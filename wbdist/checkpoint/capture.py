@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Any
 
 import msgspec
@@ -67,5 +68,10 @@ def _taken_apart(states: Mapping[str, Any]) -> tuple[dict[str, Any], Tensors]:
 
 
 def _listing(tensors: Tensors) -> str:
-    lines = (f"{name} {tensor.dtype} {tuple(tensor.shape)}\n" for name, tensor in tensors.items())
+    return _digest(tuple((name, tensor.dtype, tensor.shape) for name, tensor in tensors.items()))
+
+
+@lru_cache(maxsize=8)  # from save to save it is the same
+def _digest(tensors: tuple[tuple[str, torch.dtype, torch.Size], ...]) -> str:
+    lines = (f"{name} {dtype} {tuple(shape)}\n" for name, dtype, shape in tensors)
     return xxhash.xxh3_64_hexdigest("".join(lines).encode())

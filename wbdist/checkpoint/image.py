@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
+from functools import lru_cache
+from math import prod
 from typing import Any
 
 import msgspec
@@ -78,22 +80,30 @@ def lay_out(boxes: Iterable[Box]) -> Layout:
     """The file that holds `boxes`; names are unique. Does not look at any values."""
     # Larger elements first: every box is aligned for its own type then, without holes.
     ordered = sorted(boxes, key=lambda box: -box.tensor.itemsize)
+    header, starts, size = _plan(tuple((box.name, box.tensor.dtype, box.tensor.shape, box.offset) for box in ordered))
+    return Layout(header, tuple(map(Place, ordered, starts)), size)
+
+
+@lru_cache(maxsize=8)  # from save to save it is the same
+def _plan(boxes: tuple[tuple[str, torch.dtype, torch.Size, tuple[int, ...]], ...]) -> tuple[bytes, tuple[int, ...], int]:
+    """Header, where each box starts, size of the file: of boxes by name, type, shape and offset."""
     entries: dict[str, Any] = {}
     offsets: dict[str, dict[str, list[int]]] = {}
+    starts = []
     position = 0
-    for box in ordered:
-        known = _TYPES.get(box.tensor.dtype)
-        shape = [*box.tensor.shape] if known else [*box.tensor.shape, box.tensor.itemsize]
-        end = position + box.tensor.nbytes
-        entries[box.name] = {"dtype": known or "U8", "shape": shape, "data_offsets": [position, end]}
-        offsets[box.name] = {"saved_offsets": [*box.offset] if known else [*box.offset, 0]}
+    for name, dtype, whole, offset in boxes:
+        known = _TYPES.get(dtype)
+        shape = [*whole] if known else [*whole, dtype.itemsize]
+        end = position + dtype.itemsize * prod(whole)
+        entries[name] = {"dtype": known or "U8", "shape": shape, "data_offsets": [position, end]}
+        offsets[name] = {"saved_offsets": [*offset] if known else [*offset, 0]}
+        starts.append(position)
         position = end
     said = {"__metadata__": {"format": "pt", "DCP_VERSION": "1.0", _SHARDING: json.dumps(offsets)}, **entries}
     text = json.dumps(said, separators=(",", ":")).encode()
     text += b" " * (-(len(text) + 8) % PAGE)
     header = len(text).to_bytes(8, "little") + text
-    starts = (len(header) + entries[box.name]["data_offsets"][0] for box in ordered)
-    return Layout(header, tuple(map(Place, ordered, starts)), len(header) + position)
+    return header, tuple(len(header) + start for start in starts), len(header) + position
 
 
 class Stored(msgspec.Struct, frozen=True):

@@ -7,7 +7,10 @@ written by rank 0 whole: the buffers of a batch norm, for one, differ between ra
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Sequence
+from functools import lru_cache
+from math import prod
 
 import torch
 import xxhash
@@ -20,6 +23,8 @@ _SAMPLED = 16
 """Tensors, the largest ones, of which samples are compared."""
 _SAMPLE = 64
 """Elements of each."""
+_WHOLE = (0, -1)
+"""All rows."""
 
 
 def share_out(tensors: Tensors, alike: frozenset[str], rank: int, world_size: int) -> list[Box]:
@@ -28,37 +33,50 @@ def share_out(tensors: Tensors, alike: frozenset[str], rank: int, world_size: in
     Together the boxes of all ranks hold every element once. A tensor is cut between rows of its first dimension; of a DTensor
     each rank writes its shard.
     """
+    shared_out = ((name, tensor) for name, tensor in tensors.items() if name in alike and not is_sharded(tensor))
+    cuts = _cuts(tuple((name, tensor.dtype, tensor.shape) for name, tensor in shared_out), rank, world_size)
     boxes = []
-    total = sum(tensor.nbytes for name, tensor in tensors.items() if name in alike)
-    first, last = total * rank // world_size, total * (rank + 1) // world_size
-    start = 0
     for name, tensor in tensors.items():
         if is_sharded(tensor):
             box = own_box(name, tensor)
             if box is not None:
                 boxes.append(box)
-            continue
-        if name not in alike:
-            if rank == 0:
+        elif name in alike:
+            rows = cuts.get(name)
+            if rows == _WHOLE:
                 boxes.append(Box(name, tensor, (0,) * tensor.dim()))
-            continue
-        # A row is written by the rank within whose bytes it begins.
-        rows = tensor.shape[0] if tensor.dim() else 1
-        row = tensor.nbytes // rows if rows else 0
+            elif rows is not None:
+                boxes.append(Box(name, tensor[rows[0] : rows[1]], (rows[0], *(0,) * (tensor.dim() - 1))))
+        elif rank == 0:
+            boxes.append(Box(name, tensor, (0,) * tensor.dim()))
+    return boxes
+
+
+@lru_cache(maxsize=8)  # from save to save it is the same
+def _cuts(tensors: tuple[tuple[str, torch.dtype, torch.Size], ...], rank: int, world_size: int) -> dict[str, tuple[int, int]]:
+    """Which rows of which tensors `rank` writes. A row is written by the rank within whose bytes it begins."""
+    sizes = [dtype.itemsize * prod(shape) for _, dtype, shape in tensors]
+    total = sum(sizes)
+    first, last = total * rank // world_size, total * (rank + 1) // world_size
+    cuts = {}
+    start = 0
+    for (name, _, shape), size in zip(tensors, sizes, strict=True):
+        rows = shape[0] if shape else 1
+        row = size // rows if rows else 0
         if row:
             low, high = (min(max(-(-(bound - start) // row), 0), rows) for bound in (first, last))
             if (low, high) == (0, rows):
-                boxes.append(Box(name, tensor, (0,) * tensor.dim()))
+                cuts[name] = _WHOLE
             elif low < high:
-                boxes.append(Box(name, tensor[low:high], (low, *(0,) * (tensor.dim() - 1))))
-        start += tensor.nbytes
-    return boxes
+                cuts[name] = (low, high)
+        start += size
+    return cuts
 
 
 def samples(tensors: Tensors, alike: frozenset[str]) -> Tensors:
     """A few elements of the largest shared-out tensors: that the ranks do hold them alike is worth a look at each save."""
-    largest = sorted(alike & tensors.keys(), key=lambda name: (-tensors[name].nbytes, name))[:_SAMPLED]
-    return {name: _spread(tensors[name]) for name in largest if tensors[name].is_contiguous()}
+    largest = heapq.nsmallest(_SAMPLED, ((-tensors[name].nbytes, name) for name in alike & tensors.keys()))
+    return {name: _spread(tensors[name]) for _, name in largest if tensors[name].is_contiguous()}
 
 
 def _spread(tensor: torch.Tensor) -> torch.Tensor:

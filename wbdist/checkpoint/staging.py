@@ -50,8 +50,8 @@ class Arena:
         Values on the host are copied when this returns. Those on CUDA devices are copied on a stream of their own, which
         the device's current stream waits for, so that later kernels cannot change them too early: the host goes on at once.
         """
-        sources = [place.box.tensor for layout in layouts for place in layout.places]
-        cuda = any(source.is_cuda for source in (*sources, *samples))
+        boxes = (place.box.tensor for layout in layouts for place in layout.places)
+        cuda = any(source.is_cuda for source in (*boxes, *samples))
         starts, size = [], 0
         for layout in layouts:
             starts.append(size)
@@ -62,22 +62,33 @@ class Arena:
             size += -(-sample.nbytes // 16) * 16
         memory = self._take(size, pinned=cuda)
         files = [memory[start : start + layout.size] for start, layout in zip(starts, layouts, strict=True)]
-        copies = [
-            (place.within(file), place.box.tensor)
-            for file, layout in zip(files, layouts, strict=True)
-            for place in layout.places
-        ]
         beside = [
             memory[start : start + sample.nbytes].view(sample.dtype).view(sample.shape)
             for start, sample in zip(sample_starts, samples, strict=True)
         ]
-        copies += zip(beside, samples, strict=True)
+        for target, sample in zip(beside, samples, strict=True):
+            if not sample.is_cuda:
+                target.copy_(sample)
+        plainly = torch.get_num_threads() < _THREADED
         for file, layout in zip(files, layouts, strict=True):
-            file[: len(layout.header)] = torch.frombuffer(bytearray(layout.header), dtype=torch.uint8)
-        for target, source in copies:
-            if not source.is_cuda:
-                _copy(target, source)
-        return Staged(files, beside, _copy_from_devices(copies) if cuda else ())
+            address = file.data_ptr()
+            ctypes.memmove(address, layout.header, len(layout.header))
+            for place in layout.places:
+                source = place.box.tensor
+                if plainly and source.is_cpu and source.is_contiguous() and not (source.is_conj() or source.is_neg()):
+                    ctypes.memmove(address + place.start, source.data_ptr(), source.nbytes)
+                elif not source.is_cuda:
+                    place.within(file).copy_(source)
+        if not cuda:
+            return Staged(files, beside)
+        on_devices = [
+            (place.within(file), place.box.tensor)
+            for file, layout in zip(files, layouts, strict=True)
+            for place in layout.places
+            if place.box.tensor.is_cuda
+        ]
+        on_devices += [(target, sample) for target, sample in zip(beside, samples, strict=True) if sample.is_cuda]
+        return Staged(files, beside, _copy_from_devices(on_devices))
 
     def _take(self, size: int, *, pinned: bool) -> torch.Tensor:
         kept = self._memory
@@ -96,18 +107,10 @@ def _pages(size: int) -> torch.Tensor:
     return torch.frombuffer(region, dtype=torch.uint8)
 
 
-def _copy(target: torch.Tensor, source: torch.Tensor) -> None:
-    if source.is_contiguous() and not source.is_conj() and not source.is_neg() and torch.get_num_threads() < _THREADED:
-        ctypes.memmove(target.data_ptr(), source.data_ptr(), source.nbytes)
-    else:
-        target.copy_(source)
-
-
 def _copy_from_devices(copies: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> list[Any]:
     by_device: dict[torch.device, list[tuple[torch.Tensor, torch.Tensor]]] = {}
     for target, source in copies:
-        if source.is_cuda:
-            by_device.setdefault(source.device, []).append((target, source))
+        by_device.setdefault(source.device, []).append((target, source))
     events = []
     for device, wanted in by_device.items():
         current, side = torch.cuda.current_stream(device), torch.cuda.Stream(device)  # type: ignore[no-untyped-call]

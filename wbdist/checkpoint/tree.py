@@ -11,6 +11,8 @@ import base64
 import json
 import sys
 from collections import Counter, OrderedDict
+from collections.abc import Iterable
+from functools import cache
 from typing import Any
 
 import msgspec
@@ -20,6 +22,9 @@ from wbdist.checkpoint.sharded import is_sharded
 from wbdist.errors import CheckpointCorruptError, UsageError
 
 Tensors = dict[str, torch.Tensor]
+_PLAIN = frozenset({type(None), bool, str, int, float})
+"""What JSON holds as it is."""
+_DENSE = frozenset({torch.Tensor, torch.nn.Parameter})
 
 
 class Spec(msgspec.Struct, frozen=True):
@@ -40,29 +45,37 @@ def split(name: str, state: Any) -> tuple[Any, Tensors]:
 
 
 def _split(path: str, value: Any, tensors: Tensors) -> Any:
-    if value is None or isinstance(value, (bool, str)):
-        return value
-    if type(value) in {int, float}:
+    kind = type(value)
+    if kind in _PLAIN:
         return value
     if isinstance(value, torch.Tensor):
         return {"T": _place(path, value, tensors), **_facts(path, value)}
     if isinstance(value, dict):
-        items = [[_split(path, key, {}), _split(f"{path}.{key}", item, tensors)] for key, item in value.items()]
+        # Plain values are most of a state, and this is the training thread: no call for each of them.
+        items = [
+            [
+                key if type(key) in _PLAIN else _split(path, key, {}),
+                item if type(item) in _PLAIN else _split(f"{path}.{key}", item, tensors),
+            ]
+            for key, item in value.items()
+        ]
         if isinstance(value, Counter):
             return {"counter": items}
         if isinstance(value, OrderedDict):
             # nn.Module hangs its modules' versions on the dict as an attribute; loading old layouts needs them.
             return {"o": items, "meta": _split(f"{path}._metadata", getattr(value, "_metadata", None), tensors)}
-        if type(value) is dict:
+        if kind is dict:
             return {"d": items}
-    if type(value) is list:
-        return [_split(f"{path}.{i}", item, tensors) for i, item in enumerate(value)]
-    if type(value) is tuple or isinstance(value, torch.Size):
-        return {"t": [_split(f"{path}.{i}", item, tensors) for i, item in enumerate(value)]}
+    if kind is list:
+        return _split_each(path, value, tensors)
+    if kind is tuple or isinstance(value, torch.Size):
+        return {"t": _split_each(path, value, tensors)}
+    if isinstance(value, str):  # of a class of its own
+        return value
     if isinstance(value, bytes):
         return {"b": base64.b64encode(value).decode()}
     if isinstance(value, torch.dtype):
-        return {"dtype": str(value).removeprefix("torch.")}
+        return {"dtype": _name(value)}
     if isinstance(value, torch.device):
         return {"device": str(value)}
     numpy = sys.modules.get("numpy")  # a value can only be numpy's when numpy is loaded
@@ -71,21 +84,25 @@ def _split(path: str, value: Any, tensors: Tensors) -> Any:
     if numpy is not None and isinstance(value, numpy.ndarray):
         return {"N": _split(path, torch.from_numpy(value), tensors)}
     raise UsageError(
-        f"state {path!r} holds a {type(value).__module__}.{type(value).__qualname__}, which cannot be stored without pickle. "
+        f"state {path!r} holds a {kind.__module__}.{kind.__qualname__}, which cannot be stored without pickle. "
         "Stored are tensors, numpy arrays, numbers, strings, bytes, None, and dicts, lists and tuples of them."
     )
+
+
+def _split_each(path: str, values: Iterable[Any], tensors: Tensors) -> list[Any]:
+    return [item if type(item) in _PLAIN else _split(f"{path}.{i}", item, tensors) for i, item in enumerate(values)]
 
 
 def _place(path: str, tensor: torch.Tensor, tensors: Tensors) -> str:
     name, n = path, 2
     while name in tensors:  # {"a": {"b": t}, "a.b": u} names two tensors alike
         name, n = f"{path}#{n}", n + 1
-    tensors[name] = tensor.detach()
+    tensors[name] = tensor.detach() if tensor.requires_grad else tensor
     return name
 
 
 def _facts(path: str, tensor: torch.Tensor) -> dict[str, Any]:
-    plain = type(tensor) in {torch.Tensor, torch.nn.Parameter} or is_sharded(tensor)
+    plain = type(tensor) in _DENSE or is_sharded(tensor)
     if not plain or tensor.layout is not torch.strided or tensor.is_quantized:
         raise UsageError(
             f"state {path!r} is a {type(tensor).__name__} of layout {tensor.layout}; only dense tensors and DTensors can be "
@@ -93,7 +110,12 @@ def _facts(path: str, tensor: torch.Tensor) -> dict[str, Any]:
         )
     if tensor.device.type == "meta":
         raise UsageError(f"state {path!r} is on the meta device: it has no values to save; materialise it first")
-    return {"dtype": str(tensor.dtype).removeprefix("torch."), "shape": list(tensor.shape)}
+    return {"dtype": _name(tensor.dtype), "shape": list(tensor.shape)}
+
+
+@cache
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def join(structure: Any, tensors: Tensors) -> Any:
