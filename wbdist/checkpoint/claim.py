@@ -19,6 +19,7 @@ import json
 import os
 import secrets
 import socket
+import struct
 import time
 from pathlib import Path
 from typing import Self
@@ -27,6 +28,9 @@ import msgspec
 
 from wbdist.core.ids import id_from_entropy
 from wbdist.errors import CheckpointError, JobAlreadyRunningError
+
+_FLOCK = "hhqqi"
+"""The kernel's `struct flock`."""
 
 
 class JobIdentity(msgspec.Struct, frozen=True):
@@ -157,6 +161,24 @@ def _next_attempt(directory: Path, cause: str) -> Attempt:
     )
     _write_durably(directory / "attempts" / f"{number:06d}.json", msgspec.json.encode(attempt))
     return attempt
+
+
+def holder(directory: Path) -> tuple[int, str] | None:
+    """(attempt, description) of the job that lives on `directory`; None when none does. Any other process than its own, any
+    time; takes nothing: the kernel is asked who has the lock. A job on another host is seen where the file system tells."""
+    try:
+        lock = os.open(directory / ".lock", os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return None
+    try:
+        asked = struct.pack(_FLOCK, fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
+        if struct.unpack(_FLOCK, fcntl.fcntl(lock, fcntl.F_GETLK, asked))[0] == fcntl.F_UNLCK:
+            return None
+        said = os.pread(lock, 200, 0).decode(errors="replace")
+    finally:
+        os.close(lock)
+    number = said.rpartition("attempt ")[2]
+    return (int(number), said) if number.isdigit() else (0, said or "a job that is starting")
 
 
 def run_of(directory: Path) -> str | None:

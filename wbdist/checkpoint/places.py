@@ -10,6 +10,7 @@ from typing import Protocol
 
 from wbdist.checkpoint import manifest as manifests
 from wbdist.checkpoint import retention
+from wbdist.checkpoint.claim import holder
 from wbdist.checkpoint.copies import Copies, is_url
 from wbdist.checkpoint.files import FileLayer
 from wbdist.checkpoint.manifest import QUARANTINE, TEMPORARY, Broken, Manifest
@@ -27,6 +28,9 @@ class Place(Protocol):
 
     def verify(self, manifest: Manifest) -> None:
         """Reads every file. Raises CheckpointCorruptError."""
+
+    def in_use(self) -> dict[str, str]:
+        """Checkpoints that a living job needs -> what for. On an object store nobody knows who lives: none."""
 
     def remove(self, manifest: Manifest) -> bool:
         """Whether it is gone."""
@@ -64,6 +68,16 @@ class Directory:
     def verify(self, manifest: Manifest) -> None:
         manifests.verify(manifest)
 
+    def in_use(self) -> dict[str, str]:
+        if (held := holder(self._path)) is None:
+            return {}
+        attempt, who = held
+        there = manifests.committed(self._path)
+        # A job starts from the newest that there is, and attempts before its own make no more.
+        base = next((manifest for manifest in there if manifest.attempt < attempt or not attempt), None)
+        needed = {} if base is None else {base.name: f"the job {who} started from it"}
+        return needed | {manifest.name: f"the job {who} would go on from it after a failure" for manifest in there[:1]}
+
     def remove(self, manifest: Manifest) -> bool:
         return retention.remove(FileLayer(), manifest)
 
@@ -90,6 +104,9 @@ class Store:
 
     def verify(self, manifest: Manifest) -> None:
         self._copies.verify(manifest)
+
+    def in_use(self) -> dict[str, str]:
+        return {}
 
     def remove(self, manifest: Manifest) -> bool:
         self._copies.remove(manifest.name)

@@ -111,7 +111,10 @@ def verify_checkpoints(where: str, names: tuple[str, ...], as_json: bool) -> Non
 @click.option("--json", "as_json", is_flag=True, help="One JSON array of the removed names on stdout.")
 @click.option("--force", is_flag=True, help="Also when no checkpoint would be left.")
 def remove_checkpoints(where: str, names: tuple[str, ...], as_json: bool, force: bool) -> None:
-    """Remove the checkpoints NAMES; refuses to remove the last one.
+    """Remove the checkpoints NAMES.
+
+    Refuses those that a living job needs: the one it started from, and the newest. Refuses to remove the last ones; stop
+    the job, and add --force, if that is meant.
 
     \b
     Example:
@@ -120,7 +123,11 @@ def remove_checkpoints(where: str, names: tuple[str, ...], as_json: bool, force:
     with _told():
         found = place(where)
         good, _ = found.scan()
-        chosen = [_find(good, where, name) for name in names]
+        chosen = [_find(good, where, name) for name in dict.fromkeys(names)]
+        needed = found.in_use()
+        for manifest in chosen:
+            if manifest.name in needed:
+                raise click.UsageError(f"{manifest.name} is in use: {needed[manifest.name]}; stop that job first")
         if len(chosen) >= len(good) and not force:
             raise click.UsageError(f"this would leave no checkpoint in {where}; add --force to do it")
         removed = [manifest.name for manifest in chosen if found.remove(manifest)]
