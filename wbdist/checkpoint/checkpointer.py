@@ -21,6 +21,7 @@ from typing import Any, Self
 
 from wbdist.checkpoint import changes
 from wbdist.checkpoint import restore as restoring
+from wbdist.checkpoint.best import Best
 from wbdist.checkpoint.capture import Captured, capture
 from wbdist.checkpoint.changes import Allowed
 from wbdist.checkpoint.commit import Committed, SaveRequest, clear_away, run_save
@@ -206,6 +207,7 @@ class Checkpointer:
         block: bool = False,
         timeout: float = 600.0,
         reason: str = "",
+        best: Best | None = None,
     ) -> PendingSave:
         """Saves the state after `step`. All ranks, in step, on the training thread, at a step boundary.
 
@@ -219,7 +221,7 @@ class Checkpointer:
         None: there is no run.
 
         `history` is called after it, on the same thread: the journals that this rank puts into the checkpoint, up to the
-        position, since losing this machine would lose them.
+        position, since losing this machine would lose them. `best` is kept in the manifest, for `keep_best`.
 
         `timeout` seconds bound the whole save. Raises what the previous save failed with (once; then saving goes on),
         UsageError for a state that cannot be stored, and with `block=True` what this save failed with: the error of any rank on
@@ -259,6 +261,7 @@ class Checkpointer:
             history=history,
             kept=self._kept,
             reason=reason,
+            best=best,
             config=self._surroundings.config,
             environment=self._surroundings.facts(),
             kinds=self._objects.kinds(),

@@ -22,6 +22,7 @@ from typing import Any
 import msgspec
 
 from wbdist.checkpoint import changes, retention, tree
+from wbdist.checkpoint.best import Best
 from wbdist.checkpoint.files import FileLayer
 from wbdist.checkpoint.history import Kept, write_history
 from wbdist.checkpoint.image import SUFFIX
@@ -78,6 +79,7 @@ class SaveRequest(msgspec.Struct, frozen=True, kw_only=True):
     kept: Kept
     """What this rank put there the last time."""
     reason: str
+    best: Best | None
     config: dict[str, Any]
     """In normal form."""
     environment: dict[str, str]
@@ -276,6 +278,7 @@ def _commit(layer: FileLayer, request: SaveRequest, temporary: Path, reports: li
         created=time.time(),
         environment=request.environment,
         kinds=request.kinds,
+        best=request.best,
         reason=request.reason,
         config_hash=changes.digest(request.config),
         config=request.config,

@@ -19,6 +19,7 @@ from typing import Any
 import msgspec
 import xxhash
 
+from wbdist.checkpoint.best import Best
 from wbdist.checkpoint.mapped import windows
 from wbdist.core.position import RunPosition
 from wbdist.errors import CheckpointCorruptError, CheckpointError
@@ -65,6 +66,8 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """Name of a tracked object -> name of its class."""
     config_hash: str
     """Of `config`, in normal form (`changes.digest`)."""
+    best: Best | None = None
+    """The best value of the metric that the job saves by, as of this step."""
     reason: str = ""
     """Why it was saved, for people: 'interval', 'preemption', ..."""
     config: dict[str, Any] = {}

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from math import isfinite
-from operator import neg, pos
 from pathlib import Path
 
 import msgspec
 
+from wbdist.checkpoint.best import Goal
 from wbdist.checkpoint.files import FileLayer
 from wbdist.checkpoint.manifest import QUARANTINE, TEMPORARY, Manifest, committed
 from wbdist.errors import FencedError, UsageError
@@ -62,8 +62,8 @@ class Keep(msgspec.Struct, frozen=True):
             raise UsageError(f"keep_last={self.last}: at least the newest checkpoint must stay; give 1 or more")
         if self.every is not None and self.every < 1:
             raise UsageError(f"keep_every={self.every}: give a number of steps, 1 or more")
-        if self.best is not None and not self._metric()[1]:
-            raise UsageError(f"keep_best={self.best!r}: give a metric's name, 'min:<name>' or 'max:<name>'")
+        if self.best is not None:
+            Goal.parse(self.best, "keep_best")
 
     def doomed(self, newest_first: Sequence[Manifest]) -> list[Manifest]:
         """Those of the committed checkpoints that no rule keeps."""
@@ -74,20 +74,21 @@ class Keep(msgspec.Struct, frozen=True):
             if manifest is not best and (self.every is None or manifest.step % self.every != 0)
         ]
 
-    def _metric(self) -> tuple[Callable[[float], float], str]:
-        """What to minimise of which metric."""
-        mode, colon, name = (self.best or "").partition(":")
-        if colon and mode in {"min", "max"}:
-            return (neg if mode == "max" else pos), name
-        return pos, self.best or ""
-
     def _best(self, newest_first: Sequence[Manifest]) -> Manifest | None:
         if self.best is None:
             return None
-        cost, name = self._metric()
-        known = [(manifest, manifest.run.summary.get(name)) for manifest in newest_first]
+        goal = Goal.parse(self.best, "keep_best")
+        # A summary tells of the last step that logged the metric; who saved because of it knows better.
+        told = [
+            (goal.cost(manifest.best.value), manifest)
+            for manifest in newest_first
+            if manifest.best is not None and manifest.best.goal == str(goal) and manifest.best.step == manifest.step
+        ]
+        if told:
+            return min(told, key=lambda pair: pair[0])[1]
+        known = [(manifest, manifest.run.summary.get(goal.metric)) for manifest in newest_first]
         rated = [
-            (cost(float(value)), manifest)
+            (goal.cost(float(value)), manifest)
             for manifest, value in known
             if isinstance(value, int | float) and not isinstance(value, bool) and isfinite(value)
         ]

@@ -20,8 +20,8 @@ class Group:
             )
         self._size = size
         self._taken = 0
-        self.save_is_due = False
-        """Since some batch of the group that is open."""
+        self.save_is_due = ""
+        """Why, since some batch of the group that is open; '' when none is."""
 
     def take(self, left: int) -> None:
         """One more batch is trained on, after which the epoch has `left`."""

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from wbdist.checkpoint.best import Goal
 from wbdist.checkpoint.changes import Allowed
 from wbdist.checkpoint.copies import Copies
 from wbdist.checkpoint.copying import Elsewhere, OnStore
@@ -46,6 +47,7 @@ def job(
     checkpoint_dir: str | os.PathLike[str] | None = None,
     checkpoint_copy: str | None = None,
     save_every: str | int | None = None,
+    save_best: str | None = None,
     keep_last: int = 2,
     keep_every: str | int | None = None,
     keep_best: str | None = None,
@@ -65,10 +67,11 @@ def job(
 
     `checkpoint_dir` is the job's identity: starting again with the same one continues the same run from its newest checkpoint.
     Without one, nothing is saved and a restart is a new run. `save_every` is a number of steps ("50 steps"), a time
-    ("10 minutes"), or "auto": the interval that loses the least, from what saves cost and how often this job has failed. A
-    checkpoint is also made at the end of the loop and on a preemption notice. The newest `keep_last` committed
-    ones stay, those of every `keep_every` steps, and the one at which the metric `keep_best` was lowest ("loss") or highest
-    ("max:accuracy").
+    ("10 minutes"), or "auto": the interval that loses the least, from what saves cost and how often this job has failed. With
+    `save_best` also each step is saved in which that metric is better than ever; all ranks log it, in the same steps within the
+    loop ("loss": the lowest mean of theirs, "max:accuracy": the highest). A checkpoint is also made at the end of the loop and
+    on a preemption notice. The newest `keep_last` committed ones stay, those of every `keep_every` steps, and the best by
+    `keep_best`, a metric as for `save_best`, and the same unless it is said.
 
     `checkpoint_copy` is an object store's address ("s3://bucket/jobs/digits", extra `s3`): committed checkpoints are copied
     there in the background, and a job whose disk is gone, or that starts on another machine, continues from there. "run" keeps
@@ -94,7 +97,10 @@ def job(
     if checkpoint_dir is not None and "://" in str(checkpoint_dir):
         url = str(checkpoint_dir)
         raise UsageError(f"checkpoint_dir={url!r} is not a directory; give a local one, and checkpoint_copy={url!r}")
-    keep = Keep(keep_last, steps_between(keep_every, "keep_every"), keep_best)
+    if save_best is not None and checkpoint_dir is None:
+        raise UsageError(f"save_best={save_best!r} needs checkpoint_dir=...: there is nowhere to save to")
+    goal = None if save_best is None else Goal.parse(save_best, "save_best")
+    keep = Keep(keep_last, steps_between(keep_every, "keep_every"), save_best if keep_best is None else keep_best)
     keep.check()
     arguments = {
         "project": project,
@@ -121,6 +127,7 @@ def job(
         checkpoint_dir=None if checkpoint_dir is None else Path(checkpoint_dir).absolute(),
         copies=_elsewhere(checkpoint_copy, spec, settings, strategy),
         save_every=save_every,
+        save_best=goal,
         keep=keep,
         strategy=strategy,
         late=late,

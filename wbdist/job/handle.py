@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, Self
 import msgspec
 
 from wbdist.checkpoint import manifest
+from wbdist.checkpoint.best import Goal
 from wbdist.checkpoint.checkpointer import Checkpointer, PendingSave
 from wbdist.checkpoint.copying import Elsewhere, Shipping
 from wbdist.checkpoint.history import share
@@ -27,6 +28,7 @@ from wbdist.distributed.lateness import LatePolicy
 from wbdist.errors import EXIT_FAILED_FOR_GOOD, EXIT_PREEMPTED, CheckpointError, EnvironmentFault, FencedError, UsageError
 from wbdist.job import save_metrics, slots
 from wbdist.job.accumulation import Group
+from wbdist.job.best import BestWatch
 from wbdist.job.ending import Fenced, Preempted, exit_code_of, leave_verdict
 from wbdist.job.fence import SERVER, FenceWatch
 from wbdist.job.phases import Phases, ask_when_submitted
@@ -60,6 +62,8 @@ COLLECTIVE_TIMEOUT = 1800.0
 COPY_TIMEOUT = 1800.0
 """Seconds that fetching a checkpoint from `checkpoint_copy` may take at the start, and the last copies at the end."""
 
+BEST = "best"
+"""A checkpoint's reason when a metric had its best value yet."""
 _END = object()
 _LEDGER_REDUCE = {"_samples": "sum53", "epoch": "first", "_consumed": "first", "_batch": "first", "_data": "first"}
 """Fingerprints of the ranks' shares add up (modulo 2**53) to the one of the step; the rest is alike on all ranks."""
@@ -76,6 +80,7 @@ class Job:
         checkpoint_dir: Path | None,
         copies: Elsewhere | None,
         save_every: str | int | None,
+        save_best: Goal | None = None,
         keep: Keep,
         strategy: strategies.Strategy,
         late: LatePolicy | None = None,
@@ -88,6 +93,8 @@ class Job:
         self._copies = copies
         self._shipping: Shipping | None = None
         self._save_every = save_every
+        self._save_best = save_best
+        self._best: BestWatch | None = None
         self._keep = keep
         self._strategy = strategy
         self._late = late
@@ -193,6 +200,9 @@ class Job:
             )
             with self._phases.during("restore"):
                 self._chosen = self._checkpoints.choose(PEER_TIMEOUT)
+            if self._save_best is not None:
+                known = None if self._chosen is None else self._chosen.best
+                self._best = BestWatch(self._save_best, self._peers, known)
             slot = self._take_slot(self._directory)
             per_rank = self._strategy == "per_rank"
             position = position_of(self._chosen, self._plan, slot.number, slot.parked, per_rank=per_rank)
@@ -376,6 +386,8 @@ class Job:
         if not self._in_steps:
             self._close_step()
             self._phases.working()
+        elif self._best is not None and step is None:
+            self._best.hear(data)
         self._runs.log(data, step=self._step if step is None else step, reduce=reduce)
 
     @property
@@ -464,10 +476,12 @@ class Job:
         if self._pending is not None:
             self._report_progress()
         if self._checkpoints is not None and self._checkpoints.due(self._step, PEER_TIMEOUT):
-            self._group.save_is_due = True
-        if self._group.save_is_due and not self._group.open:
-            self._group.save_is_due = False
-            self._save("interval")
+            self._group.save_is_due = "interval"
+        if self._best is not None and self._best.improved(self._step, PEER_TIMEOUT):
+            self._group.save_is_due = BEST
+        if not self._group.open and (due := self._group.save_is_due):
+            self._group.save_is_due = ""
+            self._save(due)
 
     def _save(self, reason: str, *, block: bool = False, timeout: float = PEER_TIMEOUT) -> None:
         if self._checkpoints is None:
@@ -488,6 +502,7 @@ class Job:
                 block=block,
                 timeout=timeout,
                 reason=reason,
+                best=None if self._best is None else self._best.saved_with(step, is_the_best=reason == BEST),
             )
         self._save_began = time.monotonic() - pending.stall_s + pending.waited_s
         self._report_progress()  # of the save before: that one is done when the next has begun
