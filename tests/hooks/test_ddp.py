@@ -127,8 +127,9 @@ def test_with_one_rank_there_is_nothing_to_watch(tmp_path: Path) -> None:
 
 def test_a_step_sums_in_the_same_order_first_or_not(tmp_path: Path) -> None:
     """Proves that three ranks whose DDP was made anew before any step, as after a kill, reach the very weights of those that
-    went straight on: plain, partly frozen with two types, with unused parameters looked for, accumulating, and watched."""
+    went straight on: partly frozen with two types, unused parameters, static graphs, sparse gradients, gradients that are
+    views of buckets, accumulating, watched, and wrapped by the script itself."""
     torchrun(3, "ddp_settled.py", tmp_path / "report.json", cwd=tmp_path)
     differing = json.loads((tmp_path / "report.json").read_text())
-    assert len(differing) == 5
+    assert len(differing) == 14
     assert not any(differing.values()), differing

@@ -312,6 +312,10 @@ class Job:
         self._tracked = True
         if self._checkpoints is None:
             return
+        if self.world_size > 1:
+            from wbdist.hooks.buckets import settle_tracked
+
+            settle_tracked(stateful.values())
         self._checkpoints.track(**stateful)
         with self._phases.during("restore"):
             restored = self._checkpoints.restore(PEER_TIMEOUT)

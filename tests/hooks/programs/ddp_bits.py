@@ -73,7 +73,7 @@ def draw(source: random.Random) -> dict[str, Any]:
     return {
         "hook": hook,
         "as_view": (as_view := source.random() < 0.5),
-        "sparse": not one and not as_view and source.random() < 0.2,
+        "sparse": hook not in {"power_sgd", "fp16", "bf16"} and not as_view and source.random() < 0.2,
         "bucket_mb": 25 if one else source.choice([25, 0.0005]),
         "unused_every": unused_every,
         "static": (static := not unused_every and source.random() < 0.4),
