@@ -56,7 +56,8 @@ from pathlib import Path
 import torch, torch.distributed as dist
 from torch.utils.data import TensorDataset
 import wbdist
-with wbdist.job(project="empty", checkpoint_dir=Path(sys.argv[1], "ckpt"), save_every=1, mode="offline", dir=sys.argv[1]) as job:
+os.chdir(sys.argv[1])
+with wbdist.job(project="empty", checkpoint_dir="ckpt", save_every=1, mode="offline") as job:
     grouped = time.time()
     data = job.loader(TensorDataset(torch.arange(100_000)), 1)
     ones = torch.nn.Parameter(torch.ones(1))
@@ -85,7 +86,7 @@ def until(condition: object, what: str, timeout: float = 90.0) -> None:
     while not condition():  # type: ignore[operator]
         if time.monotonic() > deadline:
             raise TimeoutError(what)
-        time.sleep(0.002)
+        time.sleep(0.005)
 
 
 class Job:
@@ -173,6 +174,7 @@ def main() -> int:
                 except TimeoutError as error:
                     print(f"{name}: hung waiting for {error}", flush=True)
                     continue
+                print(f"  {name}: " + "  ".join(f"{phase} {seconds:.3f}" for phase, seconds in found.items()), flush=True)
                 for phase, seconds in found.items():
                     values[name][phase].append(seconds)
     print(f"load {os.getloadavg()[0]:.1f}; seconds after the kill, medians of {args.rounds} rounds")

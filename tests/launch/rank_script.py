@@ -81,6 +81,8 @@ def main() -> int:
     if mode == "until" and rest[0] != str(RESTART):  # until RESTART [idle]: crashes in the attempts before, after a commit
         if RANK == 0 and "idle" not in rest:
             intent.write_progress(RESTART * 10)
+        while "idle" not in rest and intent.read_progress(Path(os.environ[intent.VARIABLE])) < 0:
+            time.sleep(0.005)  # a commit needs all ranks
         os.kill(os.getpid(), signal.SIGKILL)
     if mode == "preempted-once":
         if RESTART == 0:

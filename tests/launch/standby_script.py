@@ -16,6 +16,7 @@ if __name__ == "__main__":  # what it spawns need not wait for it
     import torch
 
 from wbdist.launch import intent
+from wbdist.launch.standby import PER_START
 
 RANK, RESTART = int(os.environ["RANK"]), int(os.environ["WBDIST_RESTART"])
 
@@ -38,7 +39,7 @@ def facts() -> dict[str, object]:
     process.join()
     queue.close()
     queue.join_thread()
-    starts = ("WBDIST_INCARNATION", "WBDIST_INTENT_DIR", "WBDIST_RESTART", "WBDIST_CAUSE", "MASTER_PORT")
+    starts = (*PER_START, "MASTER_PORT")
     return {
         "main": [__name__, __file__, sys.modules["__main__"].__dict__ is globals(), __spec__ is None, __package__],
         "argv": [sys.argv, sys.orig_argv],

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -13,7 +15,7 @@ import pytest
 from support.launching import Launch, Launched, until
 
 from wbdist.errors import UsageError
-from wbdist.launch import intent
+from wbdist.launch import attempt, intent
 from wbdist.launch.judgement import RankEnd, judge
 from wbdist.launch.supervisor import LaunchSpec, supervise
 
@@ -211,8 +213,6 @@ def test_supervisor_gives_back_what_it_took(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_kernel_without_pidfds(monkeypatch: pytest.MonkeyPatch) -> None:
     """Proves that where pidfd_open is refused (some sandboxes) ends are found by looking."""
-    import subprocess
-    import sys
 
     def refused(_pid: int, _flags: int = 0) -> int:
         raise OSError(38, "Function not implemented")
@@ -225,3 +225,35 @@ def test_kernel_without_pidfds(monkeypatch: pytest.MonkeyPatch) -> None:
     began = time.monotonic()
     assert supervise(LaunchSpec(nprocs=2), start, say=lambda _line: None) == 0
     assert time.monotonic() - began < 30
+
+
+@pytest.mark.parametrize("watches", [False, True])
+def test_a_killed_rank_takes_along_who_has_nothing_to_save(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, *, watches: bool
+) -> None:
+    """Proves that after SIGKILL to a rank the others are ended at once, unless they watch for SIGTERM: a job's rank, which
+    closes its run, is not told before its time, and ends by itself; and that the killed rank is the cause in either case."""
+    monkeypatch.setattr(attempt, "PEERS_FAIL", 1000.0)
+    handler = "signal.signal(signal.SIGTERM, lambda *_: print(1 / 0))" if watches else ""
+    script = tmp_path / "rank.py"
+    script.write_text(
+        f"import os, signal, sys, time\nfrom pathlib import Path\n{handler}\nPath(sys.argv[1] + '.ready').touch()\n"
+        "if sys.argv[1] == '1':\n    while not Path('0.ready').exists(): time.sleep(0.01)\n    os.kill(os.getpid(), 9)\n"
+        f"while not ({watches} and Path('noticed').exists()): time.sleep(0.01)\nsys.exit(70)\n"
+    )
+    said: list[str] = []
+    started: list[subprocess.Popen[bytes]] = []
+
+    def start(environments: Sequence[Mapping[str, str]]) -> list[subprocess.Popen[bytes]]:
+        command = [sys.executable, "-S", str(script)]
+        started.extend(subprocess.Popen([*command, one["RANK"]], cwd=tmp_path, process_group=0) for one in environments)
+        return started
+
+    def say(line: str) -> None:
+        said.append(line)
+        if "stopping rank 0" in line:
+            (tmp_path / "noticed").touch()
+
+    assert supervise(LaunchSpec(nprocs=2, max_restarts=0), start, say=say) == 70
+    assert [rank.returncode for rank in started] == [70 if watches else -S.SIGTERM, -S.SIGKILL]
+    assert "rank 1 was killed by SIGKILL; 1 attempt" in said[-1]

@@ -2,6 +2,8 @@
 
 all run       -> a rank fails -> the others have PEERS_FAIL seconds to fail by themselves (their collective raises within
                  milliseconds, and they say why), then SIGTERM, then PEERS_STOP seconds later SIGKILL
+              -> a rank is killed with SIGKILL -> SIGTERM at once for those that end by it, without a word: they have nothing to
+                 add, and to end by themselves takes an interpreter with torch a second
               -> a rank leaves preempted -> the others have the grace to do the same
               -> the supervisor gets a signal -> every rank gets it once, and has the grace; then SIGKILL
 a rank ended  -> what is left of its process group has LEFTOVERS seconds (a resource tracker cleans up), then SIGKILL
@@ -272,12 +274,17 @@ class Attempt:
         """Nothing has happened yet that the ranks are to leave for."""
         return self.stopped_by is None and self._kill_at == float("inf")
 
-    def _peer_failed(self, sentence: str, now: float) -> None:
+    def _peer_failed(self, sentence: str, now: float, *, killed: bool = False) -> None:
         others = self._alive()
         if others:
             self._say(f"{sentence}; stopping {_named(others)}")
             self._term_at = now + PEERS_FAIL
             self._kill_at = self._term_at + PEERS_STOP
+        for rank in others if killed else []:
+            pid = self._ranks[rank].pid
+            if not _catches(pid, signal.SIGTERM) and not _has_gpu(pid):
+                self._told.add(rank)
+                self._send(rank, signal.SIGTERM)
 
     def _on_end(self, rank: int, handle: RankHandle, now: float) -> None:
         code = handle.returncode
@@ -294,7 +301,7 @@ class Attempt:
                 self._kill_at = now + self._grace
         else:
             self._tell(Trouble("failed", self._ends[rank].sentence))
-            self._peer_failed(self._ends[rank].sentence, now)
+            self._peer_failed(self._ends[rank].sentence, now, killed=code == -signal.SIGKILL)
 
     def _tell(self, trouble: Trouble) -> None:
         if self._elsewhere is not None:
@@ -358,6 +365,16 @@ def _catches(pid: int, number: int) -> bool:
         return True
     caught = next((line.split()[1] for line in status.splitlines() if line.startswith("SigCgt:")), None)
     return caught is None or bool(int(caught, 16) >> (number - 1) & 1)
+
+
+def _has_gpu(pid: int) -> bool:
+    """Whether the process has a GPU open, whose communicators it should close itself: killing it can take the link's other
+    end along. True where that cannot be known."""
+    try:
+        maps = Path(f"/proc/{pid}/maps").read_text(errors="replace")
+    except OSError:
+        return True
+    return "/dev/nvidia" in maps or "/dev/kfd" in maps
 
 
 def _named(ranks: Sequence[int]) -> str:

@@ -41,13 +41,22 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from wbdist.launch import times
+
 IMPORTS = {
     "_multiarray_umath": ("numpy",),
     "libtorch_cpu": ("torch", "torch.distributed", "torch.nn.parallel", "torch.utils.data", "wbdist.job"),
 }
 """What a rank has mapped -> what is imported for it."""
 PER_RANK = ("RANK", "LOCAL_RANK", "MASTER_PORT")
-PER_START = ("WBDIST_CAUSE", "WBDIST_INCARNATION", "WBDIST_INTENT_DIR", "WBDIST_LAUNCHER_PID", "WBDIST_RESTART")
+PER_START = (
+    *times.PER_START,
+    "WBDIST_CAUSE",
+    "WBDIST_INCARNATION",
+    "WBDIST_INTENT_DIR",
+    "WBDIST_LAUNCHER_PID",
+    "WBDIST_RESTART",
+)
 PATIENCE = 5.0
 """Seconds for a rank to be forked; it takes 10 ms."""
 LOOKING = 60.0
