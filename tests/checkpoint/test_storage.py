@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,7 @@ from wbdist.checkpoint.files import FileLayer
 from wbdist.checkpoint.image import PAGE, Box, lay_out
 from wbdist.checkpoint.manifest import committed, digest, verify
 from wbdist.checkpoint.shares import share_out
-from wbdist.checkpoint.staging import Arena
+from wbdist.checkpoint.staging import Arena, Staged
 from wbdist.checkpoint.storage import TensorFiles, read_tensors
 from wbdist.checkpoint.tree import Spec
 from wbdist.errors import CheckpointCorruptError, CheckpointError
@@ -33,6 +34,7 @@ def written(directory: Path, tensors: dict[str, torch.Tensor], world_size: int, 
         if boxes:
             layout = lay_out(boxes)
             staged = Arena().stage([layout])
+            staged.copy()
             entry = FileLayer().store(directory / f"{rank}.safetensors", memoryview(staged.files[0].numpy()))
             assert (entry.size, entry.xxh3) == (layout.size, digest(directory / f"{rank}.safetensors"))
     return {name: Spec(tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
@@ -87,6 +89,7 @@ def test_big_data_goes_past_the_page_cache(tmp_path: Path) -> None:
     """A file of some MiB and some odd bytes is on disk whole; its tensors lie on pages, aligned for their types."""
     layout = lay_out([Box("a", torch.randn(1_500_001), (0,)), Box("b", torch.arange(7, dtype=torch.uint8), (0,))])
     staged = Arena().stage([layout])
+    staged.copy()
     assert staged.files[0].data_ptr() % PAGE == 0
     assert [place.start % place.box.tensor.itemsize for place in layout.places] == [0, 0]
     entry = FileLayer().store(tmp_path / "f", memoryview(staged.files[0].numpy()))
@@ -195,3 +198,55 @@ def test_files_are_hashed_in_windows(tmp_path: Path, monkeypatch: pytest.MonkeyP
     content = os.urandom(size)
     (tmp_path / "f").write_bytes(content)
     assert digest(tmp_path / "f") == xxhash.xxh3_128_hexdigest(content)
+
+
+def test_bytes_are_written_once_they_are_copied(tmp_path: Path) -> None:
+    """The disk begins before the copy is through, and never gets a byte of the save before."""
+    tensor, arena = torch.zeros(10 << 20), Arena()
+    layout = lay_out([Box("a", tensor, (0,))])
+    arena.stage([layout]).copy()
+    tensor.fill_(1)
+    staged = arena.stage([layout])
+    asked = threading.Event()
+    allowed, written, early = 0, 0, []
+
+    class Watching(FileLayer):
+        def write(self, fd: int, data: memoryview) -> int:
+            nonlocal written
+            early.append(written + len(data) > allowed)
+            written += (count := super().write(fd, data))
+            return count
+
+    def ready(_: Path, size: int) -> None:
+        nonlocal allowed
+        mine = threading.current_thread() is writer  # else the digest's
+        if mine:
+            asked.set()
+        staged.ready(0, size)
+        if mine:
+            allowed = size
+
+    entries = []
+    data = memoryview(staged.files[0].numpy())
+    writer = threading.Thread(target=lambda: entries.append(Watching().store_all({tmp_path / "f": data}, ready)), daemon=True)
+    writer.start()
+    assert asked.wait(60)
+    assert early == []
+    staged.copy()
+    writer.join(60)
+    assert early == [False] * 3
+    (entry,) = entries[0].values()
+    assert entry.xxh3 == digest(tmp_path / "f") == xxhash.xxh3_128_hexdigest(data)
+    assert bytes(data[-4:]) == torch.ones(1).numpy().tobytes()
+
+
+def test_a_copy_that_fails_is_no_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The call says why, nothing is committed of it, and the next save works."""
+    with Checkpointer(tmp_path, alone(), attempt=1) as checkpoints:
+        checkpoints.track(model=torch.nn.Linear(2, 2))
+        with monkeypatch.context() as patch:
+            patch.setattr(Staged, "_copy", lambda _: (_ for _ in ()).throw(RuntimeError("the device is gone")))
+            with pytest.raises(RuntimeError, match="the device is gone"):
+                checkpoints.save(1, timeout=60)
+        checkpoints.save(2, block=True, timeout=60)
+    assert [manifest.step for manifest in committed(tmp_path)] == [2]

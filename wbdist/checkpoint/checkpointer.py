@@ -275,6 +275,10 @@ class Checkpointer:
             target=self._finish, args=(pending, request, started + timeout), name=f"wbdist-{pending.name}", daemon=True
         )
         self._thread.start()
+        try:
+            staged.copy()  # what is copied is written at once
+        except Exception as problem:  # noqa: BLE001  (the background tells the peers; raised below)
+            error = problem
         pending.stall_s = time.monotonic() - started
         if error is not None:
             self._thread.join(timeout)
@@ -357,7 +361,7 @@ class Checkpointer:
             pending.error = CheckpointError(f"the checkpoint of step {request.step} was not committed: {what}")
             pending.error.__cause__ = error
         finally:
-            pending.write_s = time.monotonic() - started
+            pending.write_s = time.monotonic() - (request.staged.copied_at or started)
             pending._done.set()  # noqa: SLF001  (two halves of one thing)
         if committed is not None:
             clear_away(self._coordinator.rank, self._layer, request)

@@ -1,8 +1,9 @@
-"""One save, after staging: write, arrive, commit. Runs on a background thread of every rank; no collective.
+"""One save, from when its copy begins: arrive, write, commit. Runs on a background thread of every rank; no collective.
 
     begin    every rank says what it is about to save            (a rank that does not come is named)
     ready    rank 0 made the fresh directory step-<n>.a<m>.tmp
-             every rank writes its part, durably, learns where its run stands, and adds the history that no server has
+             every rank writes its part as it is copied, durably, learns where its run stands, and adds the history that
+             no server has
     done     every rank tells its files and digests, or its failure
     commit   rank 0 writes the manifest, renames the directory, syncs the parent; tells how it went
     (then)   rank 0 removes what retention lets go; the save is over before it
@@ -139,7 +140,7 @@ def run_save(coordinator: Coordinator, layer: FileLayer, request: SaveRequest, d
     def left() -> float:
         return max(0.0, deadline - time.monotonic())
 
-    request.staged.ready()
+    request.staged.samples_ready()
     listing = request.parts[SHARED].listing if SHARED in request.parts else ""
     samples = digests(request.sampled, request.staged.samples)
     arrival = _Arrival(request.step, request.shared, request.per_rank, listing, samples, request.failure)
@@ -252,14 +253,21 @@ def _open(layer: FileLayer, request: SaveRequest, temporary: Path) -> None:
 
 def _write_parts(layer: FileLayer, temporary: Path, rank: int, request: SaveRequest) -> dict[str, FileEntry]:
     wanted: dict[Path, memoryview] = {}
+    copied: dict[Path, int] = {}
     for sub, part in request.parts.items():
         directory = temporary / sub
         layer.make_directory(directory)
         if part.file is not None:
-            wanted[directory / f"{rank:05d}{SUFFIX}"] = request.staged.files[part.file].numpy().data
+            path = directory / f"{rank:05d}{SUFFIX}"
+            wanted[path], copied[path] = request.staged.files[part.file].numpy().data, part.file
         if part.structures is not None:
             wanted[directory / STATE] = memoryview(tree.encode(part.structures))
-    stored = layer.store_all(wanted)
+
+    def ready(path: Path, size: int) -> None:
+        if path in copied:
+            request.staged.ready(copied[path], size)
+
+    stored = layer.store_all(wanted, ready)
     for sub in request.parts:
         layer.sync_directory(temporary / sub)
     return {str(path.relative_to(temporary)): entry for path, entry in stored.items()}

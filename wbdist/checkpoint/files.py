@@ -11,8 +11,9 @@ import io
 import os
 import shutil
 import threading
-from collections.abc import Generator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import xxhash
@@ -25,6 +26,13 @@ _DIRECT = 1 << 20
 """Bytes from which on a file goes past the page cache."""
 _BLOCK = 4096
 _CHUNK = 16 << 20
+
+
+Ready = Callable[[Path, int], None]
+
+
+def _at_once(_: Path, __: int) -> None:
+    """The data is there."""
 
 
 class DigestStream(io.RawIOBase):
@@ -137,21 +145,22 @@ class FileLayer:
         """One new file; see `store_all`."""
         return self.store_all({path: data})[path]
 
-    def store_all(self, files: Mapping[Path, memoryview]) -> dict[Path, FileEntry]:
+    def store_all(self, files: Mapping[Path, memoryview], ready: Ready = _at_once) -> dict[Path, FileEntry]:
         """New files, all durable when this returns. Any thread; holds the GIL for microseconds only.
 
+        `ready(path, size)` returns once the first `size` bytes of that file's data may be read; what it raises ends this.
         All are written before the first is synced: what one sync makes the file system do serves the others.
 
         Big data in page-aligned memory goes to the disk as it is, past the page cache: written and synced through it, the
         same bytes cost five times the processor time, which training would miss (docs/adr/0004). Digests are made beside it.
         """
-        digests = _Digests(files)
+        digests = _Digests(files, ready)
         digests.start()
         opened: list[int] = []
         try:
             for path, data in files.items():
                 opened.append(self.create(path))
-                self._write_file(opened[-1], data)
+                self._write_file(opened[-1], data, partial(ready, path))
             for fd in opened:
                 self.sync_file(fd)
         finally:
@@ -159,26 +168,28 @@ class FileLayer:
                 os.close(fd)
         return {path: FileEntry(len(data), digests.of(path)) for path, data in files.items()}
 
-    def _write_file(self, fd: int, data: memoryview) -> None:
+    def _write_file(self, fd: int, data: memoryview, ready: Callable[[int], None]) -> None:
         aligned = len(data) // _BLOCK * _BLOCK
         if len(data) >= _DIRECT and _bypass_cache(fd, True):
-            self._write_all(fd, data[:aligned])
+            self._write_all(fd, data, 0, aligned, ready)
             _bypass_cache(fd, False)
         else:
             aligned = 0
-        self._write_all(fd, data[aligned:])
+        self._write_all(fd, data, aligned, len(data), ready)
 
-    def _write_all(self, fd: int, data: memoryview) -> None:
-        while data:
+    def _write_all(self, fd: int, data: memoryview, start: int, end: int, ready: Callable[[int], None]) -> None:
+        while start < end:
+            upto = min(start + _CHUNK, end)
+            ready(upto)
             try:
-                written = self.write(fd, data[:_CHUNK])
+                written = self.write(fd, data[start:upto])
             except OSError as error:
                 # Some file systems take the flag and refuse the blocks.
                 if error.errno != errno.EINVAL or not _bypass_cache(fd, False):
                     raise
                 continue
-            data = data[written:]
-            if written % _BLOCK and data:  # the disk is nearly full: what follows is no longer aligned
+            start += written
+            if written % _BLOCK and start < end:  # the disk is nearly full: what follows is no longer aligned
                 _bypass_cache(fd, False)
 
     @contextmanager
@@ -198,17 +209,25 @@ class FileLayer:
 class _Digests(threading.Thread):
     """Hashes while the disk writes; both let go of the GIL."""
 
-    def __init__(self, files: Mapping[Path, memoryview]) -> None:
+    def __init__(self, files: Mapping[Path, memoryview], ready: Ready) -> None:
         super().__init__(name="wbdist-digest", daemon=True)
         self._files = files
+        self._ready = ready
         self._found: dict[Path, str] = {}
+        self._failure: Exception | None = None
 
     def run(self) -> None:
-        for path, data in self._files.items():
-            self._found[path] = xxhash.xxh3_128_hexdigest(data)
+        try:
+            for path, data in self._files.items():
+                self._ready(path, len(data))
+                self._found[path] = xxhash.xxh3_128_hexdigest(data)
+        except Exception as error:  # noqa: BLE001  (raised by `of`)
+            self._failure = error
 
     def of(self, path: Path) -> str:
         self.join()
+        if self._failure is not None:
+            raise self._failure
         return self._found[path]
 
 

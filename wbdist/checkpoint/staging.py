@@ -9,33 +9,116 @@ from __future__ import annotations
 
 import ctypes
 import mmap
-from collections.abc import Iterable, Sequence
+import threading
+import time
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 
 from wbdist.checkpoint.image import PAGE, Layout
+from wbdist.errors import CheckpointError
 
 _THREADED = 4
 """From so many intra-op threads on, torch's parallel copy beats one thread of the C library's (which does not read the
 target's cache lines first: 10 GB/s against 5.8 GB/s on one core)."""
+_STRIDE = 16 << 20
+"""Bytes after which who waits for the copy is told of it: each time costs the training thread a switch."""
 
 
 class Staged:
-    """Copies that are complete once `ready` has returned; overwritten by the next `Arena.stage`."""
+    """One save's files in the region, and their copying. Overwritten by the next `Arena.stage`.
+
+    The training thread copies, another one reads what has been copied already: a disk need not wait for the last byte.
+    """
 
     def __init__(
-        self, files: Sequence[torch.Tensor] = (), samples: Sequence[torch.Tensor] = (), events: Sequence[Any] = ()
+        self,
+        layouts: Sequence[Layout] = (),
+        files: Sequence[torch.Tensor] = (),
+        samples: Sequence[tuple[torch.Tensor, torch.Tensor]] = (),
     ) -> None:
         self.files = files
         """One whole file each, as bytes."""
-        self.samples = samples
-        self._events = events
+        self.samples = [target for target, _ in samples]
+        self.copied_at: float | None = None
+        """When `copy` was through (`time.monotonic`)."""
+        self._layouts = layouts
+        self._live = samples
+        self._cuda = any(source.is_cuda for source in self._sources())
+        self._events: Sequence[Any] = ()
+        self._changed = threading.Condition()
+        self._reached = (0, 0)
+        """All files before this one are copied, and of this one so many bytes."""
+        self._failure: BaseException | None = None
+        for target, sample in samples:
+            if not sample.is_cuda:
+                target.copy_(sample)
 
-    def ready(self) -> None:
-        """Any thread: blocks until the devices have delivered their copies."""
+    def _sources(self) -> Iterator[torch.Tensor]:
+        yield from (place.box.tensor for layout in self._layouts for place in layout.places)
+        yield from (sample for _, sample in self._live)
+
+    def copy(self) -> None:
+        """The training thread's pause, once. Values on the host are copied when this returns.
+
+        Those on CUDA devices are copied on a stream of their own, which the device's current stream waits for, so that later
+        kernels cannot change them too early: the host goes on at once.
+        """
+        try:
+            self._copy()
+        except BaseException as error:
+            with self._changed:
+                self._failure = error
+                self._changed.notify_all()
+            raise
+        finally:
+            self.copied_at = time.monotonic()
+            self._layouts, self._live = (), ()  # the live tensors may go
+
+    def _copy(self) -> None:
+        plainly = torch.get_num_threads() < _THREADED
+        told = 0
+        for number, (file, layout) in enumerate(zip(self.files, self._layouts, strict=True)):
+            address = file.data_ptr()
+            ctypes.memmove(address, layout.header, len(layout.header))
+            for place in layout.places:
+                source = place.box.tensor
+                if plainly and source.is_cpu and source.is_contiguous() and not (source.is_conj() or source.is_neg()):
+                    ctypes.memmove(address + place.start, source.data_ptr(), source.nbytes)
+                elif not source.is_cuda:
+                    place.within(file).copy_(source)
+                if place.start - told >= _STRIDE and not self._cuda:
+                    told = place.start
+                    self._tell(number, told)
+            told = 0
+        if self._cuda:
+            pairs = zip(self.files, self._layouts, strict=True)
+            boxes = [(place.within(file), place.box.tensor) for file, layout in pairs for place in layout.places]
+            self._events = _copy_from_devices((target, live) for target, live in (*boxes, *self._live) if live.is_cuda)
+        self._tell(len(self.files), 0)
+
+    def _tell(self, file: int, size: int) -> None:
+        with self._changed:
+            self._reached = (file, size)
+            self._changed.notify_all()
+
+    def ready(self, file: int, size: int) -> None:
+        """Another thread: blocks until the first `size` bytes of `file` are what will be written; bounded by the copy's time.
+
+        Raises CheckpointError when the copy has failed.
+        """
+        with self._changed:
+            self._changed.wait_for(lambda: self._failure is not None or self._reached >= (file, size))
+            if self._failure is not None:
+                raise CheckpointError(f"the state could not be copied: {self._failure}") from self._failure
         for event in self._events:
             event.synchronize()
+
+    def samples_ready(self) -> None:
+        """Another thread: blocks until the samples are there, for those on devices until everything is."""
+        if self._cuda:
+            self.ready(len(self.files), 0)
 
 
 class Arena:
@@ -45,13 +128,8 @@ class Arena:
         self._memory: torch.Tensor | None = None
 
     def stage(self, layouts: Sequence[Layout], samples: Sequence[torch.Tensor] = ()) -> Staged:
-        """Copies the boxes of `layouts` into files, and `samples` beside them. The training thread's only pause.
-
-        Values on the host are copied when this returns. Those on CUDA devices are copied on a stream of their own, which
-        the device's current stream waits for, so that later kernels cannot change them too early: the host goes on at once.
-        """
-        boxes = (place.box.tensor for layout in layouts for place in layout.places)
-        cuda = any(source.is_cuda for source in (*boxes, *samples))
+        """Room for the files of `layouts`, to be filled by `Staged.copy`, with `samples` beside them, copied already."""
+        sources = (place.box.tensor for layout in layouts for place in layout.places)
         starts, size = [], 0
         for layout in layouts:
             starts.append(size)
@@ -60,35 +138,13 @@ class Arena:
         for sample in samples:
             sample_starts.append(size)
             size += -(-sample.nbytes // 16) * 16
-        memory = self._take(size, pinned=cuda)
+        memory = self._take(size, pinned=any(source.is_cuda for source in (*sources, *samples)))
         files = [memory[start : start + layout.size] for start, layout in zip(starts, layouts, strict=True)]
         beside = [
             memory[start : start + sample.nbytes].view(sample.dtype).view(sample.shape)
             for start, sample in zip(sample_starts, samples, strict=True)
         ]
-        for target, sample in zip(beside, samples, strict=True):
-            if not sample.is_cuda:
-                target.copy_(sample)
-        plainly = torch.get_num_threads() < _THREADED
-        for file, layout in zip(files, layouts, strict=True):
-            address = file.data_ptr()
-            ctypes.memmove(address, layout.header, len(layout.header))
-            for place in layout.places:
-                source = place.box.tensor
-                if plainly and source.is_cpu and source.is_contiguous() and not (source.is_conj() or source.is_neg()):
-                    ctypes.memmove(address + place.start, source.data_ptr(), source.nbytes)
-                elif not source.is_cuda:
-                    place.within(file).copy_(source)
-        if not cuda:
-            return Staged(files, beside)
-        on_devices = [
-            (place.within(file), place.box.tensor)
-            for file, layout in zip(files, layouts, strict=True)
-            for place in layout.places
-            if place.box.tensor.is_cuda
-        ]
-        on_devices += [(target, sample) for target, sample in zip(beside, samples, strict=True) if sample.is_cuda]
-        return Staged(files, beside, _copy_from_devices(on_devices))
+        return Staged(layouts, files, list(zip(beside, samples, strict=True)))
 
     def _take(self, size: int, *, pinned: bool) -> torch.Tensor:
         kept = self._memory
