@@ -64,7 +64,8 @@ class Rounds:
         """(connection, message), in order; whoever sends them empties it. A Welcome still lacks its proof."""
         self.members: dict[int, Member] = {}
         self._waiting: dict[int, Waiting] = {}
-        self.over = False
+        self._final: Outcome | None = None
+        """What became of the job, once it is over."""
         self._generation = 0
         self._running = False
         self._cause = ""
@@ -76,6 +77,10 @@ class Rounds:
         """Kinds of trouble that all have been told of in this generation."""
         self._lost: list[str] = []
         """Nodes lost in this generation, and why."""
+
+    @property
+    def over(self) -> bool:
+        return self._final is not None
 
     @property
     def standing(self) -> Standing:
@@ -93,6 +98,9 @@ class Rounds:
             if member.hello.instance == hello.instance:
                 self.lose(other, "it connected anew", now)
         number = self._place(hello)
+        if self._final is not None:
+            self.out += [(connection, Welcome("", number or 0, self._keep_alive)), (connection, self._final)]
+            return
         if number is None:
             self._waiting[connection] = Waiting(hello, address, now + self._keep_alive)
             return
@@ -124,10 +132,11 @@ class Rounds:
         if member is None or self.over:
             return
         lost = f"{member.name} was lost: {why}"
-        self._say(lost)
         if not self._running:
             self._deadline = max(self._deadline, now + self._join_timeout)
-        elif member.playing:
+        if not member.playing:
+            self._say(lost)
+        else:  # all are told
             self._lost.append(lost)
             self._tell_others(Trouble("failed", lost), connection)
             self._conclude_if_ended(now)
@@ -263,9 +272,9 @@ class Rounds:
         self._to_all(Outcome(None, sentence, judged.culprit, standing=self.standing))
 
     def _finish(self, decision: Decision, culprit: int | None = None) -> None:
-        self.over = True
         self._running = False
-        self._to_all(Outcome(decision.exit_code, decision.sentence, culprit, decision.requeue, self.standing))
+        self._final = Outcome(decision.exit_code, decision.sentence, culprit, decision.requeue, self.standing)
+        self._to_all(self._final)
 
     def _to_all(self, message: Message) -> None:
         self.out += [(connection, message) for connection in self.members]
