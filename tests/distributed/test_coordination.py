@@ -7,6 +7,7 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -18,6 +19,7 @@ import pytest
 from support.feeding import PROGRAMS, REPOSITORY
 
 from wbdist.core.coordination import Coordinator
+from wbdist.distributed import coordination
 from wbdist.distributed.coordination import AloneCoordinator, StoreCoordinator, connect, first_host, store_address
 from wbdist.distributed.identity import RankIdentity
 from wbdist.errors import DeadlineError, PeerLostError, UsageError
@@ -76,6 +78,43 @@ def test_incarnation_is_agreed_although_the_store_remembers_others() -> None:
     names = [incarnation(size) for size in (4, 2, 4, 4)]
     assert all(len(name) == 1 for name in names)
     assert len(set.union(*names)) == 4, "each incarnation has a name of its own"
+
+
+def test_a_rank_that_is_slow_to_hear_one_name_does_not_take_the_next_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Proves that ranks which agree twice on one store (`connect`, then `init_process_group`, no launcher naming them) have
+    the same names, also when rank 0 announces the second before another rank has seen the first one confirmed. (They
+    had not: that rank took the second name for the first, and both waited for each other until their time was up.)"""
+    from torch.distributed import HashStore
+
+    read, missed = coordination._read, threading.Event()
+
+    def read_late(store: Any, key: str) -> bytes:
+        if threading.current_thread().name == "slow" and key.endswith("/confirmed") and not missed.is_set():
+            missed.set()  # looked a moment too early, and then slept until rank 0 was on
+            first = read(store, "announced")
+            deadline = time.monotonic() + 30
+            while read(store, "announced") == first and time.monotonic() < deadline:
+                time.sleep(0.001)
+            return b""
+        return read(store, key)
+
+    monkeypatch.setattr(coordination, "_read", read_late)
+    store, names = HashStore(), {0: [""], 1: [""]}
+
+    def rank(number: int) -> None:
+        deadline = time.monotonic() + 20
+        for time_now in range(2):
+            name = coordination._agree_on_incarnation(store, me(number, 2), {}, deadline)  # type: ignore[arg-type]
+            names[number][time_now:] = [name]
+
+    threads = [threading.Thread(target=rank, args=(0,)), threading.Thread(target=rank, args=(1,), name="slow")]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert missed.is_set()
+    assert names[0] == names[1]
+    assert len(set(names[0])) == 2
 
 
 @pytest.mark.parametrize("size", [1, 2, 8])

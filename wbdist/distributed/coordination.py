@@ -219,13 +219,16 @@ def _agree_on_incarnation(store: Store, identity: RankIdentity, env: Mapping[str
     nonce, answered = secrets.token_hex(8), ""
     while time.monotonic() < deadline:
         announced = _read(place, "announced").decode()
-        if announced and announced != answered:
-            answered = announced
-            _write(place, f"{answered}/nonce/{identity.rank}", nonce)
+        # Looked for behind that: a living rank 0 announces its next name (`connect`, then `init_process_group`) only when it
+        # has confirmed this one. To answer the next with this nonce would leave the ranks with two names.
         if answered:
             confirmed = msgspec.json.decode(_read(place, f"{answered}/confirmed") or b"{}", type=dict[str, str])
             if confirmed.get(str(identity.rank)) == nonce:
                 return answered
+        if announced and announced != answered:
+            answered = announced
+            _write(place, f"{answered}/nonce/{identity.rank}", nonce)
+            continue
         time.sleep(0.01)
     raise PeerLostError(f"rank 0 did not confirm the incarnation to rank {identity.rank} in time; did it start, or die?")
 
