@@ -38,6 +38,8 @@ def write_randomly(journal: JournalWriter, chance: random.Random, first: int, st
             if chance.random() < 0.3:
                 journal.append(Kind.CONSOLE, {"text": f"in {step}", "stream": "stdout"}, time=6.0)
                 journal.append(Kind.ALERT, {"title": f"in {step}", "text": "", "level": "INFO", "wait": 0.0, "_step": step})
+                journal.append(Kind.FILE, {"path": "/x", "name": f"x{step}", "policy": "now"})
+                journal.append(Kind.ARTIFACT, {"name": f"a{step}"})
         how = chance.choice(("commit", "row", "next"))
         if how == "commit":
             journal.append(Kind.COMMIT, {})

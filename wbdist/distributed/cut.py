@@ -14,12 +14,19 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from wbdist.core.position import ALERTS, CONSOLE, EVENTS, HISTORY, RunPosition, Watermark
+from wbdist.core.position import ALERTS, ARTIFACTS, CONSOLE, EVENTS, FILES, HISTORY, RunPosition, Watermark
 from wbdist.core.rows import RowAssembler
 from wbdist.core.summary import SummaryTracker
 from wbdist.run.journal import JournalReader, Kind, Record
 
-_LINES = {Kind.CONSOLE: CONSOLE, Kind.STATS: EVENTS, Kind.ALERT: ALERTS}
+LINES = {
+    Kind.CONSOLE: CONSOLE,
+    Kind.STATS: EVENTS,
+    Kind.ALERT: ALERTS,
+    Kind.FILE: FILES,
+    Kind.ARTIFACT: ARTIFACTS,
+}
+"""Kind -> the stream in which each record of it is one line."""
 
 
 class _Row(NamedTuple):
@@ -46,6 +53,7 @@ class PositionCursor:
         self._header = header
         self._counts: dict[str, dict[str, int]] = {HISTORY: {}, CONSOLE: {}}
         self._step = header.starting_step - 1
+        self._time = header.created
         self._runtime = header.runtime
         self._summary = SummaryTracker(header.summary)
         self._waiting: deque[_Row] = deque()
@@ -96,6 +104,11 @@ class PositionCursor:
         """Of the last row within the cut; one below the starting step when there is none."""
         return self._step
 
+    @property
+    def time(self) -> float:
+        """Unix time of that row; when the attempt began when there is none."""
+        return self._time
+
     def close(self) -> None:
         for reader in self._readers:
             reader.close()
@@ -136,8 +149,8 @@ class PositionCursor:
         elif record.kind is Kind.DEFINE and "name" in record.data:
             self._rows.define(record.data)
             self._since_row.append(("define", record.data))
-        elif record.kind in _LINES:
-            self._since_row.append(("line", (_LINES[record.kind], self._writer)))
+        elif record.kind in LINES:
+            self._since_row.append(("line", (LINES[record.kind], self._writer)))
 
     def _queue_rows(self, rows: list[dict[str, Any]], frame: int) -> None:
         """`frame`: the one that finished them, or the last one before the call that did."""
@@ -164,6 +177,7 @@ class PositionCursor:
                     self._summary.change(value.get("set", {}), value.get("delete", ()))
             self._counts[HISTORY][writer] += 1
             self._step = row["_step"]
+            self._time = row["_timestamp"]
             self._runtime = row["_runtime"]
             self._summary.add_row(row)
             waiting.popleft()

@@ -16,8 +16,8 @@ from wbdist.core.position import RunPosition
 from wbdist.core.reducers import DEFAULT
 from wbdist.core.tails import JournalCopy, JournalPrefix
 from wbdist.distributed import opening
-from wbdist.distributed.cut import PositionCursor
 from wbdist.distributed.identity import RankIdentity
+from wbdist.distributed.parts_cut import RunCut
 from wbdist.distributed.rank_run import RankRun, check_reduce
 from wbdist.distributed.tail import Tail, fenced_message
 from wbdist.errors import UsageError
@@ -38,7 +38,7 @@ class OwnRun(RankRun):
         self.group = run.group
         self.strategy = strategy
         self.reason = reason
-        self._cursor: PositionCursor | None = None
+        self._cursor: RunCut | None = None
         self._lock = threading.Lock()
         self._tail = tail_of(run, earlier)
 
@@ -58,7 +58,7 @@ class OwnRun(RankRun):
         self.run.flush(0.0)
         with self._lock:
             if self._cursor is None:
-                self._cursor = PositionCursor([path])
+                self._cursor = RunCut(path)
             return self._cursor.position(step)
 
     def tail(self) -> list[JournalPrefix]:

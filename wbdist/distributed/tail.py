@@ -13,7 +13,7 @@ from pathlib import Path
 from wbdist.core.tails import JournalCopy, JournalPrefix
 from wbdist.errors import FencedError
 from wbdist.run import journal_copy
-from wbdist.run.journal import JournalReader
+from wbdist.run.journal import JournalReader, writer_alive
 from wbdist.run.shipper import client
 
 PATIENCE = 2.0
@@ -49,7 +49,7 @@ class Tail:
         """The server did not answer for a journal of this save: the others are not asked for."""
 
     def of(self, cut: Sequence[tuple[Path, int]], step: int) -> list[JournalPrefix]:
-        """What has to travel in a checkpoint after `step`, whose history ends with `cut`; only its last journal may still grow.
+        """What has to travel in a checkpoint after `step`, whose history ends with `cut`.
 
         Waits at most PATIENCE seconds for the server, once: later saves only look, until it is back. Raises FencedError
         when the server says that another attempt has the run; JournalCorruptError or OSError.
@@ -61,7 +61,7 @@ class Tail:
         own = [
             self._prefix(path, frame)
             for number, (path, frame) in reversed([*enumerate(cut, 1)])
-            if not self._has(path, step, ended=number < len(cut))
+            if not self._has(path, step, ended=number < len(cut) and not writer_alive(path))
         ]
         self._carried = [prefix for prefix in self._carried if not self._has(Path(prefix.path), step, ended=True)]
         return self._carried + own
