@@ -11,6 +11,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -216,6 +217,32 @@ def test_a_launchers_word_is_about_the_start_it_names() -> None:
     assert (own[1]["lost"], own[2]["down"]) == (70, 120)
     anothers = phases_of([first, life(2, 305, "end", startup=5, told=(200, 290))])
     assert (anothers[1]["lost"], anothers[2]["down"]) == (40, 150)
+
+
+def test_work_is_lost_from_the_checkpoint_on_that_the_next_attempt_was_built_on() -> None:
+    """Proves that of several saves the right one counts, also where each step had one."""
+    marks = [
+        Mark(step, 110 + 10 * step, "save", step, {**dict.fromkeys(OWN, 0.0), "train": 10.0 * step}) for step in range(1, 6)
+    ]
+    end = Life(2, 200, [Mark(0, 200, "end", 9, {**dict.fromkeys(OWN, 0.0), "train": 5.0})])
+    for step in range(1, 6):
+        told = phases_of([Life(1, 110, marks), msgspec.structs.replace(end, base=(1, step - 1))])
+        assert (told[1]["train"], told[1]["lost"]) == (10 * step, 50 - 10 * step)
+
+
+def test_an_outdated_submission_is_no_time_in_a_queue() -> None:
+    """Proves that what was submitted once and started again in other ways was down then; to the second, since schedulers' times
+    have no more."""
+    first, second = life(1, 110, "end", startup=10), life(2, 205, "end", startup=5)
+
+    def told(submitted: float) -> tuple[float, float]:
+        mark = msgspec.structs.replace(second.marks[0], submitted=submitted)
+        phases = phases_of([first, msgspec.structs.replace(second, marks=[mark])])[2]
+        return phases["queued"], phases["down"]
+
+    assert told(50) == (0, 90)
+    assert told(150) == (50, 40)
+    assert told(109) == (90, 0)
 
 
 @pytest.mark.parametrize(

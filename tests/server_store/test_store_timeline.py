@@ -33,7 +33,7 @@ def test_the_time_of_attempts(store: SqlStore) -> None:
     run.append(1, 0, [{**row, "_timestamp": 112.0 + 4 * row["_step"]} for row in rows(range(9))])
     assert [attempt.phases for attempt in store.attempts(run.pk)] == [None]
     run.append(1, 0, [*first[:3], {"n": 7, "phase": "lunch"}], stream=PHASES)
-    run.append(1, 0, first[2:], stream=PHASES, writer="w.1")
+    run.append(1, 0, first[2:], stream=PHASES, writer="v")  # whose lines stand before those of `w`
     run.append(1, 0, [{"system.cpu": 1.0, "_timestamp": 150.0}], stream=EVENTS)
     (alone,) = store.attempts(run.pk)
     assert alone.phases == {**ZERO, "queued": 0, "down": 0, "lost": 0, "startup": 12, "train": 37, "save": 1}
@@ -69,3 +69,5 @@ def test_a_fork_has_the_time_of_its_own_attempts(store: SqlStore) -> None:
     assert attempt.phases is not None
     assert (sum(attempt.phases.values()), attempt.phases["train"], attempt.lost_seconds) == (10, 5, 0)
     assert [attempt.lost_seconds for attempt in store.attempts(source.pk)] == [0]
+    store.begin_attempt(fork.pk, BeginAttempt(2, "n2", "w", cut(1, 3), base_run="source"), 1100.0)
+    assert [attempt.lost_seconds for attempt in store.attempts(fork.pk)] == [5, 0]
