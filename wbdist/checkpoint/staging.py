@@ -47,9 +47,10 @@ class Staged:
         self._live = samples
         self._cuda = any(source.is_cuda for source in self._sources())
         self._events: Sequence[Any] = ()
-        self._changed = threading.Condition()
+        self._lock = threading.Lock()
         self._reached = (0, 0)
         """All files before this one are copied, and of this one so many bytes."""
+        self._waiting: list[tuple[tuple[int, int], threading.Event]] = []
         self._failure: BaseException | None = None
         for target, sample in samples:
             if not sample.is_cuda:
@@ -68,9 +69,8 @@ class Staged:
         try:
             self._copy()
         except BaseException as error:
-            with self._changed:
-                self._failure = error
-                self._changed.notify_all()
+            self._failure = error
+            self._tell(len(self.files), 0)
             raise
         finally:
             self.copied_at = time.monotonic()
@@ -99,19 +99,28 @@ class Staged:
         self._tell(len(self.files), 0)
 
     def _tell(self, file: int, size: int) -> None:
-        with self._changed:
+        with self._lock:
             self._reached = (file, size)
-            self._changed.notify_all()
+            # Who has what it waits for, and nobody else: on a busy machine each thread that wakes takes the core from this one.
+            woken = [event for wanted, event in self._waiting if wanted <= self._reached]
+            self._waiting = [entry for entry in self._waiting if entry[0] > self._reached]
+        for event in woken:
+            event.set()
 
     def ready(self, file: int, size: int) -> None:
         """Another thread: blocks until the first `size` bytes of `file` are what will be written; bounded by the copy's time.
 
         Raises CheckpointError when the copy has failed.
         """
-        with self._changed:
-            self._changed.wait_for(lambda: self._failure is not None or self._reached >= (file, size))
-            if self._failure is not None:
-                raise CheckpointError(f"the state could not be copied: {self._failure}") from self._failure
+        there = threading.Event()
+        with self._lock:
+            if (file, size) <= self._reached:
+                there.set()
+            else:
+                self._waiting.append(((file, size), there))
+        there.wait()
+        if self._failure is not None:
+            raise CheckpointError(f"the state could not be copied: {self._failure}") from self._failure
         for event in self._events:
             event.synchronize()
 
