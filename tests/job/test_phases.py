@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,6 +21,7 @@ from wbdist.core.goodput import OWN, PHASES, SLACK, Life, Mark, goodput, phases_
 from wbdist.job.phases import Phases, ask_when_submitted
 from wbdist.launch import times
 from wbdist.launch.times import Start
+from wbdist.preemption.rehearsal.kubernetes import KubernetesApi
 from wbdist.run.journal import JournalHeader, JournalReader, JournalWriter, Kind
 from wbdist.run.local_timeline import local_phases
 
@@ -297,8 +299,8 @@ def test_journals_that_end_anywhere_partition_what_they_tell(tmp_path: Path) -> 
 
 
 def test_when_a_job_was_submitted(tmp_path: Path) -> None:
-    """Proves that Slurm is asked without holding anybody up, that a submitter's own word comes first, and that ranks which were
-    started again in place ask nobody."""
+    """Proves that Slurm, or Kubernetes where it allows that, is asked without holding anybody up; that a
+    submitter's own word comes first, and that ranks which were started again in place ask nobody."""
     program = tmp_path / "scontrol"
     program.write_text('#!/bin/sh\necho "JobId=7 JobState=RUNNING SubmitTime=2026-01-02T03:04:05 EndTime=Unknown"\n')
     program.chmod(0o755)
@@ -319,6 +321,10 @@ def test_when_a_job_was_submitted(tmp_path: Path) -> None:
     assert told({**slurm, "WBDIST_SUBMITTED": "1767300000.5"}) == [1767300000.5]
     assert told({**slurm, "WBDIST_RESTART": "1"}) == told({**slurm, "TORCHELASTIC_RESTART_COUNT": "2"}) == []
     assert told(slurm, ask=False) == told({**slurm, "SLURM_JOB_ID": ""}) == []
+    for allowed in (True, False):
+        with KubernetesApi(tmp_path, allowed=allowed) as api:
+            moments = told({**api.environment, "KUBERNETES_SERVICE_HOST": "localhost"})
+        assert [time.time() - 60 < moment <= time.time() for moment in moments] == [True] * allowed
 
 
 def test_how_a_process_came_to_be() -> None:

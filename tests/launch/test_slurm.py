@@ -12,6 +12,8 @@ from click.testing import CliRunner
 from support.slurm import Cluster, slurm
 
 from wbdist.cli import main
+from wbdist.core.goodput import goodput
+from wbdist.run.local_timeline import local_phases
 
 assert slurm  # the fixture
 pytestmark = pytest.mark.slow
@@ -99,7 +101,8 @@ def test_end_of_the_time_limit_is_a_notice(slurm: Cluster, tmp_path: Path) -> No
 
 
 def test_preempted_training_goes_on_in_the_same_run(slurm: Cluster, tmp_path: Path) -> None:
-    """Proves the whole of it with a job of two gloo ranks: one run, attempts 1 and 2, all steps once, over a preemption."""
+    """Proves the whole of it with a job of two gloo ranks: one run, attempts 1 and 2, all steps once, over a preemption; and
+    that the time in the queue is told as Slurm counts it."""
     script = tmp_path / "train.py"
     script.write_text(TRAIN)
     job = submit(slurm, tmp_path, script, options=("--nproc", "2", "--cpus", "1"))
@@ -113,6 +116,10 @@ def test_preempted_training_goes_on_in_the_same_run(slurm: Cluster, tmp_path: Pa
     assert len({end["run"] for end in ends}) == 1
     steps = [step for end in ends for step in end["steps"]]
     assert steps == list(range(len(steps)))
+    first, second = local_phases(tmp_path / "wandb", "p", "", ends[0]["run"]).values()
+    assert second["queued"] > 4, "Slurm starts a requeued job when its credential has expired, here after 5 s"
+    assert (first["down"], second["lost"]) == (0, 0)
+    assert f"wbdist: {goodput([first, second])}" in log(tmp_path)
 
 
 TRAIN = """

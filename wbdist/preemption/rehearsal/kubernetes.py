@@ -26,7 +26,7 @@ class KubernetesApi(Service):
         self._pod: dict[str, Any] = {
             "kind": "Pod",
             "apiVersion": "v1",
-            "metadata": {"name": POD, "namespace": NAMESPACE},
+            "metadata": {"name": POD, "namespace": NAMESPACE, "creationTimestamp": _moment(time.time())},
             "status": {"phase": "Running", "conditions": [{"type": "Ready", "status": "True"}]},
         }
         (mounts / "token").write_text(self._token)
@@ -43,7 +43,7 @@ class KubernetesApi(Service):
 
     def delete(self, grace: float, reason: str = "PreemptionByScheduler") -> None:
         """The pod is deleted: its time of deletion is the end of its grace. (The signal is the caller's to send.)"""
-        when = datetime.fromtimestamp(time.time() + grace, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+        when = _moment(time.time() + grace)
         with self.changed:
             self._pod["metadata"].update(deletionTimestamp=when, deletionGracePeriodSeconds=int(grace))
             self._pod["status"]["conditions"].append(
@@ -65,6 +65,10 @@ class KubernetesApi(Service):
             return _status(404, "NotFound")
         with self.changed:
             return Answer(200, msgspec.json.encode(self._pod).decode(), "application/json")
+
+
+def _moment(seconds: float) -> str:
+    return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
 def _status(code: int, reason: str) -> Answer:
