@@ -81,10 +81,10 @@ def attempt(directory: Path, *, without: str = "", killed_after: int | None = No
             "scheduler": scheduler,
             "scaler": scaler,
             "average": average,
-            "errors": errors,
             "data": data,
         }
-        job.track(**{name: piece for name, piece in pieces.items() if name != without})
+        own = {} if without == "errors" else {"errors": errors}
+        job.track(**{name: piece for name, piece in pieces.items() if name != without}, per_rank=own)
         for inputs, wanted in job.steps(data, epochs=STEPS // BATCHES, accumulate=2):
             noise = random.random() + float(np.random.random()) + float(torch.rand(()))
             loss = ((model(inputs).sum(1, keepdim=True) - wanted + 0.01 * noise) ** 2).mean()
@@ -99,7 +99,7 @@ def attempt(directory: Path, *, without: str = "", killed_after: int | None = No
             job.log({"loss": loss.item(), "scale": scaler.get_scale(), "lr": optimizer.param_groups[0]["lr"]})
             if killed_after is not None and job.step + 1 == killed_after:
                 raise Killed
-        states = {name: piece.state_dict() for name, piece in pieces.items()}
+        states = {name: piece.state_dict() for name, piece in {**pieces, "errors": errors}.items()}
         states["draws"] = (random.random(), float(np.random.random()), float(torch.rand(())))
         return bits(states)
 

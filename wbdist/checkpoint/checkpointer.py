@@ -156,8 +156,9 @@ class Checkpointer:
         """Adds objects under their names: anything with state_dict() and load_state_dict(). All ranks, the same names.
 
         Objects that all ranks hold alike (models, optimizers, schedulers, loaders) are saved once; with `per_rank=True` each
-        rank saves its own. The random generators of every rank are always saved. DDP and compiled modules are tracked as
-        the module inside. Raises UsageError for a name or object that is tracked already or has no state.
+        rank saves its own, and metrics of torchmetrics in any case. The random generators of every rank are always saved. DDP
+        and compiled modules are tracked as the module inside. Raises UsageError for a name or object that is tracked already
+        or has no state.
         """
         for name, value in stateful.items():
             self._objects.add(name, value, per_rank=per_rank)

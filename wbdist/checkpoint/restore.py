@@ -188,6 +188,9 @@ def _load(coordinator: Coordinator, objects: TrackedObjects, manifest: Manifest,
     _load_part(directory / SHARED, adapted(objects.shared), manifest)
     if coordinator.world_size != manifest.world_size:
         notes.append(f"the checkpoint was made by {manifest.world_size} ranks; this job has {coordinator.world_size}")
+    if objects.per_rank and rank == 0 and coordinator.world_size < manifest.world_size:
+        gone = f"ranks {coordinator.world_size} to {manifest.world_size - 1}"
+        notes.append(f"what {gone} held for themselves is not used: {sorted(objects.per_rank)}")
     if rank < manifest.world_size:
         states = _load_part(directory / rank_directory(rank), objects.per_rank, manifest)
         # Last: nothing between here and the training loop draws random numbers.

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 import torch
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
+from wbdist.checkpoint.metrics import Metrics, is_metric
 from wbdist.checkpoint.sharded import ShardedModule, ShardedOptimizer, check_shape, is_sharded, like, wanted_box
 from wbdist.checkpoint.storage import TensorFiles
 from wbdist.checkpoint.tree import Spec, Tensors, split
@@ -45,8 +46,10 @@ class TrackedObjects:
                 "Wrap plain values in an object that has them."
             )
         for other, known in {**self.shared, **self.per_rank}.items():
-            if known is value:
+            if known is value or (isinstance(known, Metrics) and known.metric is value):
                 raise UsageError(f"{name!r} and {other!r} are the same object; track it once")
+        if is_metric(value):
+            value, per_rank = Metrics(value), True
         (self.per_rank if per_rank else self.shared)[name] = value
 
     def kinds(self) -> dict[str, str]:

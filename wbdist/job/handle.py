@@ -299,11 +299,12 @@ class Job:
         kwargs.setdefault("seed", self._seed)
         return ResumableLoader(dataset, batch_size, rank=self.rank, world_size=self.world_size, **kwargs)
 
-    def track(self, **stateful: Any) -> None:
+    def track(self, *, per_rank: Mapping[str, Any] | None = None, **stateful: Any) -> None:
         """All ranks, in step, once, before `steps`: these objects are saved with every checkpoint, and restored here and now.
 
-        Anything with state_dict() and load_state_dict(). Blocks while the checkpoint is read. Raises StateMissingError
-        when the checkpoint was made with other names, CheckpointError when it cannot be read.
+        Anything with state_dict() and load_state_dict(). What each rank holds for itself goes by name into `per_rank`;
+        metrics of torchmetrics are such in any case. Blocks while the checkpoint is read. Raises StateMissingError when it
+        was made with other names, ConfigError when with another config, CheckpointError when it cannot be read.
         """
         if self._tracked:
             raise UsageError(
@@ -317,6 +318,7 @@ class Job:
 
             settle_tracked(stateful.values())
         self._checkpoints.track(**stateful)
+        self._checkpoints.track(per_rank=True, **per_rank or {})
         with self._phases.during("restore"):
             restored = self._checkpoints.restore(PEER_TIMEOUT)
         if restored is not None:
