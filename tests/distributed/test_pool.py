@@ -18,6 +18,7 @@ import pytest
 from support.feeding import wait_until
 
 import wbdist
+from wbdist.distributed.identity import detect
 from wbdist.distributed.pool import Pool
 from wbdist.distributed.pool_keeper import TaskFailedError, WorkerLostError
 from wbdist.errors import UsageError
@@ -157,6 +158,46 @@ def test_a_killed_worker_takes_along_its_own_task_only(pool: Pool) -> None:
     with pytest.raises(WorkerLostError, match="ended with exit code 7"):
         pool.apply(os._exit, (7,))
     assert len(set(pool.map(lambda _: (time.sleep(0.05), os.getpid())[1], range(24), chunksize=1))) == 3
+
+
+def test_work_ahead_waits_for_no_other_work(tmp_path: Path) -> None:
+    """Proves that the call that a worker has ahead goes to an idle one while the worker is at a long call, also when that has
+    not seen the function; and that a worker killed at a call loses that one, not what it has ahead."""
+    release = tmp_path / "release"
+
+    def work(n: int) -> int:
+        if n == 0:
+            wait_until(release.exists, "the release")
+        return n
+
+    def die(n: int) -> int:
+        if n == 0:
+            wait_until(release.exists, "the release")
+            os.kill(os.getpid(), signal.SIGKILL)
+        return -n
+
+    with Pool(2, context="fork") as pool:
+        for function, sign in ((work, 1), (die, -1)):
+            results = pool.imap_unordered(function, range(8))
+            other = pool.map_async(square, range(4), 1)
+            assert sorted(results.next(90) for _ in range(7)) == sorted(sign * n for n in range(1, 8))
+            assert other.get(90) == [0, 1, 4, 9]
+            release.touch()
+            if sign > 0:
+                assert results.next(90) == 0
+                release.unlink()
+            else:
+                with pytest.raises(WorkerLostError, match=r"imap_unordered\(.*die\) \[0\]"):
+                    results.next(90)
+
+
+def test_a_worker_is_no_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Proves that a pool made in a rank has workers that know that they are none, whatever they inherited."""
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with Pool(1, context="fork") as pool:
+        found = pool.apply(detect)
+    assert (found.source, found.rank, found.world_size) == ("pool", 0, 1)
 
 
 def test_workers_killed_at_any_moment_never_hang_the_pool(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from support.feeding import REPOSITORY, rows_of
 
-from wbdist.run.journal import JournalReader, find_journals
+from wbdist.run.journal import JournalHeader, JournalReader, find_journals
 
 PROGRAMS = Path(__file__).with_name("programs")
 
@@ -74,12 +74,16 @@ def test_gradients_are_the_same_bits_in_any_world(ranks: int, seed: int, tmp_pat
     check_bits(ranks, seed=seed, cases=60 if ranks < 8 else 25, tmp_path=tmp_path)
 
 
+def header_of(path: Path) -> JournalHeader:
+    with JournalReader.open(path) as reader:
+        return reader.header
+
+
 def runs_of(root: Path) -> dict[str, list[dict[str, Any]]]:
     """Run id -> history rows, of the journals below `root`."""
     found = {}
     for path in find_journals(root / "wandb"):
-        with JournalReader.open(path) as reader:
-            header = reader.header
+        header = header_of(path)
         if header.role == "run":
             found[header.run_id] = rows_of(path)
     return found
@@ -123,6 +127,26 @@ def test_with_one_rank_there_is_nothing_to_watch(tmp_path: Path) -> None:
     (rows,) = runs_of(tmp_path).values()
     assert len(rows) == 8
     assert not any(key.startswith("ddp/") for row in rows for key in row)
+
+
+@pytest.mark.slow
+def test_uneven_data_within_a_step(tmp_path: Path) -> None:
+    """Proves that torch's Join works inside a job's steps: ranks with fewer batches hang nobody, saves and an agreed stop
+    happen in between, and the job goes on to the history and the weights of one that was not stopped."""
+    for directory in ("stopped", "straight"):
+        (tmp_path / directory).mkdir()
+    assert "weights" not in torchrun(3, "ddp_uneven.py", tmp_path / "stopped", cwd=tmp_path / "stopped")
+    resumed = torchrun(3, "ddp_uneven.py", tmp_path / "stopped", cwd=tmp_path / "stopped")
+    straight = torchrun(3, "ddp_uneven.py", tmp_path / "straight", "straight", cwd=tmp_path / "straight")
+    assert resumed[resumed.index("weights") :].splitlines()[0] == straight[straight.index("weights") :].splitlines()[0]
+    found = []
+    for root in ("stopped", "straight"):
+        journals = [path for path in find_journals(tmp_path / root / "wandb") if header_of(path).role == "run"]
+        # A later attempt's rows are the true ones.
+        journals.sort(key=lambda path: header_of(path).attempt)
+        rows = {row["_step"]: row.get("batches") for path in journals for row in rows_of(path)}
+        found.append([rows[step] for step in range(10)])
+    assert found[0] == found[1] == [6.0] * 10
 
 
 def test_a_step_sums_in_the_same_order_first_or_not(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ import multiprocess.util
 from wbdist.distributed.pool_jobs import AsyncResult, MapResult, ResultIterator, check_chunksize, chunked
 from wbdist.distributed.pool_keeper import Chunk, Keeper
 from wbdist.distributed.pool_runs import Runs
-from wbdist.distributed.pool_worker import Call, pack
+from wbdist.distributed.pool_worker import Call, pack_call
 from wbdist.distributed.processes import packed
 from wbdist.errors import UsageError
 from wbdist.run.handle import Run
@@ -112,7 +112,7 @@ class Pool:
         """As `apply`, without waiting. Callbacks run in the pool's thread: keep them short."""
         number, function, what = self._job(func, "apply")
         job = AsyncResult(number, function, what, callback, error_callback)
-        call = Call(self._task(), 0, pack((tuple(args), dict(kwds or {}))))
+        call = Call(self._task(), 0, pack_call(tuple(args), kwds or {}))
         self._keeper.submit([Chunk(job, [call])])
         return job
 
@@ -201,7 +201,7 @@ class Pool:
             check_chunksize(chunksize)
         number, function, said = self._job(func, what)
         with self._numbering:
-            calls = [Call(next(self._runs.tasks), index, pack((given, {}))) for index, given in enumerate(arguments)]
+            calls = [Call(next(self._runs.tasks), index, pack_call(given, {})) for index, given in enumerate(arguments)]
         job = MapResult(number, function, said, len(calls), callback, error_callback)
         size = chunksize or max(1, -(-len(calls) // (4 * self._size)))
         if calls:
@@ -262,7 +262,7 @@ def _feed(  # noqa: PLR0917  (as its caller has them)
     index = 0
     try:
         for part in chunked(chunksize, iter(iterable)):
-            calls = [Call(task(), index + at, pack(((item,), {}))) for at, item in enumerate(part)]
+            calls = [Call(task(), index + at, pack_call((item,), {})) for at, item in enumerate(part)]
             if not keeper.submit_when(job, calls, ahead):
                 return
             index += len(part)

@@ -1,7 +1,10 @@
 """The thread that keeps a pool: starts workers, hands out work, takes results, notices deaths.
 
     starting --READY--> idle --chunk--> busy --its results--> idle --LEAVE--> leaving --> gone
-    any --killed--> gone: the call it was at is lost and said so, the calls of its chunk behind that go to another worker
+    any --killed--> gone: the call it was at is lost and said so, the calls that it has behind that go to another worker
+
+A busy worker has one more chunk ahead, which it begins while its last result is on the way. When nothing waits any more, an
+idle worker gets a chunk that another has ahead, unless that one has claimed it by now.
 
 Each worker has a socket of its own, which is never waited for: no lock, no queue is shared, so a worker that is killed at any
 instruction takes along nothing but its own task. (In multiprocessing.Pool it may take along the lock of a queue, for good.)
@@ -17,6 +20,7 @@ import selectors
 import signal
 import socket
 import threading
+import time
 import weakref
 from time import monotonic
 from typing import Any
@@ -37,6 +41,9 @@ TERMINATE = 5.0
 """Seconds between SIGTERM and SIGKILL to a worker that is to be ended; idle ones first have their runs' `finish_timeout`."""
 LOADING = 30.0
 """Seconds for the other workers that load an unguarded script to end of themselves: one of them tells the user why."""
+PAUSE = 0.001
+"""Seconds that a chunk's results may gather before the next look, while all workers have work: a result costs little then, and
+the thread takes less from workers on the same cores."""
 _RECEIVE = 1 << 20
 
 
@@ -76,7 +83,7 @@ _pipes: weakref.WeakSet[socket.socket] = weakref.WeakSet()
 
 
 class _Worker:
-    def __init__(self, number: int, process: Any, channel: socket.socket, place: int) -> None:
+    def __init__(self, number: int, process: Any, channel: socket.socket, place: int, claims: int) -> None:
         self.number = number
         self.process = process
         self.channel = channel
@@ -84,12 +91,17 @@ class _Worker:
         self.pidfd = os.pidfd_open(process.pid)
         self.ready = False
         self.leaving = False
-        self.chunk: Chunk | None = None
+        self.claims = claims
+        self.queue: collections.deque[Chunk] = collections.deque()
+        """What it is at, and what it has ahead."""
         self.reported = 0
-        """Calls of the chunk whose results are here."""
+        """Calls of the first of these whose results are here."""
         self.job = -1
-        """Whose function it has."""
+        """Whose function it has, or will have."""
+        self.skipping = False
+        """A chunk was taken back that it has not come to yet."""
         self.chunks = 0
+        """Done."""
         self.out = bytearray()
         self.received = bytearray()
         self.silent = False
@@ -125,6 +137,8 @@ class Keeper(threading.Thread):
         self._max_chunks = max_chunks
         self._finish_timeout = finish_timeout
         self._stillborn = 0
+        self._midway = False
+        """Nothing came but results of chunks that are not done: nothing has to be done now."""
         self._born = 0
         self._selector = selectors.DefaultSelector()
         self._wake, self._waker = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
@@ -189,7 +203,7 @@ class Keeper(threading.Thread):
         with self.changed:
             if self.terminating or self.broken is not None:
                 self._fail_jobs()
-            done = not self.pending and not any(worker.chunk for worker in self.workers)
+            done = not self.pending and not any(worker.queue for worker in self.workers)
             ending = self.terminating or self.broken is not None or (self.closing and done and not self.jobs)
             wanted = 0 if ending else self._size
         if ending:
@@ -199,6 +213,9 @@ class Keeper(threading.Thread):
         while sum(not worker.leaving for worker in self.workers) < wanted and self.broken is None:
             self._start()
         self._hand_out()
+        if self._midway:
+            time.sleep(PAUSE)
+            self._midway = False
         timeout = min((worker.deadline for worker in self.workers), default=float("inf")) - monotonic()
         for key, _ in self._selector.select(None if timeout == float("inf") else max(timeout, 0.0)):
             if key.data is None:
@@ -217,12 +234,14 @@ class Keeper(threading.Thread):
         ours, theirs = socket.socketpair()
         place = os.memfd_create("wbdist-pool")
         os.pwrite(place, PLACE.pack(-1), 0)
+        claims = os.eventfd(0, os.EFD_SEMAPHORE | os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         number = next(self._runs.workers)
         start = Start(number, self._runs.plan, self._initializer, os.getpid())
         steps = self._runs.steps
         # A Connection is what the spawning of processes knows how to hand down a descriptor in.
-        down = [PackageConnection(os.dup(fd)) for fd in (theirs.fileno(), place, *([steps.fd] if steps is not None else []))]
-        body = (start, down[0], down[1], down[2] if steps is not None else None)
+        fds = (theirs.fileno(), place, claims, *([steps.fd] if steps is not None else []))
+        down = [PackageConnection(os.dup(fd)) for fd in fds]
+        body = (start, *down[:3], down[3] if steps is not None else None)
         process = self._context.Process(target=run_worker, args=body, name=f"wbdist-pool-{number}")
         before = os.environ.get(SPAWNED)
         os.environ[SPAWNED] = "first" if self._born == 0 else "other"
@@ -235,6 +254,7 @@ class Keeper(threading.Thread):
             self._break(error)
             ours.close()
             os.close(place)
+            os.close(claims)
             return
         finally:
             if before is None:
@@ -245,26 +265,54 @@ class Keeper(threading.Thread):
             for connection in down:
                 connection.close()
         ours.setblocking(False)
-        worker = _Worker(number, process, ours, place)
+        worker = _Worker(number, process, ours, place, claims)
         self.workers.append(worker)
         self._selector.register(ours, selectors.EVENT_READ, worker)
         self._selector.register(worker.pidfd, selectors.EVENT_READ, worker)
 
     def _hand_out(self) -> None:
-        for worker in self.workers:
-            if not worker.ready or worker.leaving or worker.chunk is not None:
-                continue
-            with self.changed:
-                if not self.pending:
+        """To each idle worker a chunk, then one ahead to each."""
+        for ahead in (0, 1):
+            for worker in self.workers:
+                if not worker.ready or worker.leaving or worker.skipping or len(worker.queue) != ahead:
+                    continue
+                if self._max_chunks is not None and worker.chunks + ahead >= self._max_chunks:
+                    continue
+                chunk = self._next() if ahead else self._next() or self._taken_back()
+                if chunk is None:
                     return
-                chunk = worker.chunk = self.pending.popleft()
-                chunk.job.waiting -= 1
-                self.changed.notify_all()
-            worker.reported = 0
-            function = None if worker.job == chunk.job.number else chunk.job.function
-            worker.job = chunk.job.number
-            body = msgspec.msgpack.encode(Work(chunk.job.number, function, chunk.calls))
-            self._send(worker, message(Message.WORK, body))
+                self._hand(worker, chunk)
+
+    def _next(self) -> Chunk | None:
+        with self.changed:
+            if not self.pending:
+                return None
+            chunk = self.pending.popleft()
+            chunk.job.waiting -= 1
+            self.changed.notify_all()
+        return chunk
+
+    def _taken_back(self) -> Chunk | None:
+        """What a worker has ahead and has not begun."""
+        for worker in self.workers:
+            if len(worker.queue) < 2 or worker.silent:
+                continue
+            try:
+                os.eventfd_read(worker.claims)
+            except BlockingIOError:
+                continue
+            worker.skipping = True
+            worker.job = -1  # it may not have come to see the function
+            return worker.queue.pop()
+        return None
+
+    def _hand(self, worker: _Worker, chunk: Chunk) -> None:
+        worker.queue.append(chunk)
+        function = None if worker.job == chunk.job.number else chunk.job.function
+        worker.job = chunk.job.number
+        body = msgspec.msgpack.encode(Work(chunk.job.number, function, chunk.calls))
+        os.eventfd_write(worker.claims, 1)
+        self._send(worker, message(Message.WORK, body))
 
     def _send(self, worker: _Worker, data: bytes) -> None:
         worker.out += data
@@ -305,6 +353,7 @@ class Keeper(threading.Thread):
     def _take(self, worker: _Worker) -> None:
         received = worker.received
         at = 0
+        self._midway = len(received) < _RECEIVE // 16
         while len(received) - at >= HEAD.size:
             size = HEAD.unpack_from(received, at)[0]
             end = at + HEAD.size + size
@@ -315,6 +364,10 @@ class Keeper(threading.Thread):
             if kind == Message.READY:
                 worker.ready = True
                 self._stillborn = 0
+                self._midway = False
+            elif kind == Message.SKIPPED:
+                worker.skipping = False
+                self._midway = False
             elif kind == Message.BROKEN:
                 worker.leaving = True
                 self._break(_error(msgspec.msgpack.decode(body, type=Failure), "a worker could not begin"))
@@ -323,8 +376,7 @@ class Keeper(threading.Thread):
         del received[:at]
 
     def _result(self, worker: _Worker, index: int, good: bool, payload: bytes) -> None:
-        chunk = worker.chunk
-        assert chunk is not None
+        chunk = worker.queue[0]
         job = chunk.job
         worker.reported += 1
         self._stillborn = 0
@@ -339,7 +391,9 @@ class Keeper(threading.Thread):
         job.put(index, good, value)
         if worker.reported == len(chunk.calls):
             self.forget_settled(job)
-            worker.chunk = None
+            self._midway = False
+            worker.queue.popleft()
+            worker.reported = 0
             worker.chunks += 1
             if self._max_chunks is not None and worker.chunks >= self._max_chunks:
                 self._ask_to_leave(worker)
@@ -356,15 +410,16 @@ class Keeper(threading.Thread):
             elif self._stillborn >= STILLBORN:
                 said = f"{STILLBORN} workers in a row ended before they were ready; the last one, {worker.name}, {_how(code)}"
                 self._break(WorkerLostError(said, pid=worker.process.pid, exitcode=code))
-        if worker.chunk is not None:
-            self._lose(worker, worker.chunk)
+        for chunk in reversed(worker.queue):
+            self._lose(worker, chunk, worker.reported if chunk is worker.queue[0] else 0)
         worker.channel.close()
         os.close(worker.pidfd)
         os.close(worker.place)
+        os.close(worker.claims)
 
-    def _lose(self, worker: _Worker, chunk: Chunk) -> None:
+    def _lose(self, worker: _Worker, chunk: Chunk, reported: int) -> None:
         """The task it was at is lost; what it had not begun goes to another worker."""
-        rest = chunk.calls[worker.reported :]
+        rest = chunk.calls[reported:]
         current = PLACE.unpack(os.pread(worker.place, PLACE.size, 0))[0]
         begun = next((at + 1 for at, call in enumerate(rest) if call.task == current), 0)
         job, pid, code = chunk.job, worker.process.pid, worker.process.exitcode
@@ -398,7 +453,7 @@ class Keeper(threading.Thread):
         for worker in self.workers:
             if unguarded and not worker.ready:
                 limit = LOADING
-            elif worker.ready and worker.chunk is None:
+            elif worker.ready and not worker.queue:
                 if not worker.leaving:
                     self._ask_to_leave(worker)
                 limit = self._finish_timeout + TERMINATE

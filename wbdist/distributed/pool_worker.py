@@ -3,8 +3,11 @@
     pool -> worker                                worker -> pool
     WORK   a job's number (with its function,     READY    waits for work
            unless it is the last job's), and      RESULT   (index, good, payload) of a call
-           calls: (task, index, arguments)        BROKEN   why it cannot work at all
-    LEAVE  end well
+           calls: (task, index, arguments)        SKIPPED  work that was taken back
+    LEAVE  end well                               BROKEN   why it cannot work at all
+
+A worker has work ahead, so that it need not wait for the pool between two pieces. Each piece is claimed before it is begun, by
+one count of an eventfd: by the worker, or by the pool, which then gives it to another.
 
 Messages are MessagePack, length first. A call's arguments and result are pickled one by one, so that one that cannot be sent
 or read fails alone. The task that a worker is at stands in memory that it shares with the pool: that is how the pool knows,
@@ -21,6 +24,7 @@ import socket
 import struct
 import sys
 import traceback
+from collections.abc import Mapping
 from enum import IntEnum
 from typing import Any, Final
 
@@ -44,6 +48,7 @@ class Message(IntEnum):
     READY = 3
     RESULT = 4
     BROKEN = 5
+    SKIPPED = 6
 
 
 class Call(msgspec.Struct, array_like=True):
@@ -80,15 +85,25 @@ class Start(msgspec.Struct, frozen=True):
     parent: int
 
 
-def pack(values: Any) -> bytes:
-    """Arguments or a result. Plain scalars go the fast way; all else by dill. Raises whatever an object raises."""
-    if type(values) in _PLAIN or (type(values) is tuple and all(type(value) in _PLAIN for value in values)):
-        return pickle.dumps(values, 5)
-    return dumped(values)
+def pack(value: Any) -> bytes:
+    """A result. Plain scalars, and tuples of them, go the way that takes a microsecond; all else by dill, which takes tens of
+    them. Raises whatever an object raises."""
+    return b"p" + pickle.dumps(value, 5) if _is_plain(value) else b"d" + dumped(value)
+
+
+def pack_call(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bytes:
+    """Arguments, in the same two ways."""
+    call = (args, dict(kwargs))
+    plain = all(map(_is_plain, args)) and all(map(_is_plain, call[1].values()))
+    return b"p" + pickle.dumps(call, 5) if plain else b"d" + dumped(call)
 
 
 def unpack(data: bytes) -> Any:
-    return loaded(data)
+    return pickle.loads(memoryview(data)[1:]) if data[:1] == b"p" else loaded(data[1:])  # noqa: S301  (of our own process)
+
+
+def _is_plain(value: Any) -> bool:
+    return type(value) in _PLAIN or (type(value) is tuple and all(type(each) in _PLAIN for each in value))
 
 
 def message(kind: Message, body: bytes = b"") -> bytes:
@@ -101,14 +116,15 @@ def failure(error: BaseException) -> bytes:
     trace = "".join(traceback.format_exception(type(error), error, shown))
     summary = "".join(traceback.format_exception_only(error)).strip()
     try:
-        kept = None if isinstance(error, SystemExit | KeyboardInterrupt) else dumped(error)
+        kept = None if isinstance(error, SystemExit | KeyboardInterrupt) else pack(error)
     except Exception:  # noqa: BLE001  (then its text has to do)
         kept = None
     return msgspec.msgpack.encode(Failure(summary, trace, kept))
 
 
-def run_worker(start: Start, channel: Any, place: Any, steps: Any) -> None:
-    """Body of the process. The last three hold descriptors: the socket, the place of the current task, the run's steps."""
+def run_worker(start: Start, channel: Any, place: Any, claims: Any, steps: Any) -> None:
+    """Body of the process. All but the first hold descriptors: the socket, the place of the current task, the claims to pieces
+    of work, the run's steps."""
     _tie_to(start.parent)
     default_signals()
     # Ctrl-C reaches the whole terminal: the parent decides what becomes of the workers.
@@ -127,7 +143,7 @@ def run_worker(start: Start, channel: Any, place: Any, steps: Any) -> None:
         runs.end(1)
         return
     own.sendall(message(Message.READY))
-    _Worker(own, runs, place.fileno()).work()
+    _Worker(own, runs, place.fileno(), claims.fileno()).work()
     runs.end(0)
 
 
@@ -140,10 +156,11 @@ def _tie_to(parent: int) -> None:
 
 
 class _Worker:
-    def __init__(self, channel: socket.socket, runs: WorkerRuns, place: int) -> None:
+    def __init__(self, channel: socket.socket, runs: WorkerRuns, place: int, claims: int) -> None:
         self._channel = channel
         self._runs = runs
         self._place = place
+        self._claims = claims
         self._function: tuple[int, Any] = (-1, None)
 
     def work(self) -> None:
@@ -151,6 +168,11 @@ class _Worker:
             body = self._receive()
             if body is None or body[0] == Message.LEAVE:
                 return
+            try:
+                os.eventfd_read(self._claims)
+            except BlockingIOError:
+                self._channel.sendall(message(Message.SKIPPED))
+                continue
             work = msgspec.msgpack.decode(body[1:], type=Work)
             for call in work.calls:
                 # Each result goes out before the next call begins: who is killed takes along one task. Rejected: holding

@@ -54,7 +54,7 @@ class Log(Protocol):
 class _Pass:
     """One forward pass and the backward pass that reduces."""
 
-    __slots__ = ("began", "buckets", "computed", "forward", "norms", "over", "reduced")
+    __slots__ = ("began", "buckets", "computed", "forward", "norms", "over", "reduced", "uneven")
 
     def __init__(self, forward: list[tuple[Mark, Mark]]) -> None:
         self.forward = forward
@@ -66,6 +66,8 @@ class _Pass:
         """Then all of this can be read."""
         self.buckets: list[Bucket] | None = None
         """None in a pass that is not looked at closely."""
+        self.uneven = False
+        """Under torch's Join, or after it: ranks' passes are not each other's any more."""
         self.norms: Tensor | None = None
         """What `_looked_at` made of it."""
 
@@ -93,9 +95,9 @@ class DdpWatch:
         waited: Callable[[float], Mapping[str, Any]] | None = None,
     ) -> None:
         """`hook` and `state` as for `register_comm_hook`, which may also be called later. `say`: called once when the
-        gradient stops being finite, with the names of parameters. `waited`: called after each pass with the ms from where
-        this rank's backward began to where all was reduced (what differs among ranks is by how much they came before the
-        last one, see `stragglers`); what it returns is logged along.
+        gradient stops being finite, with the names of parameters. `waited`: called after each pass, but for models
+        that were under torch's Join, with the ms from where this rank's backward began to where all was reduced (what
+        differs among ranks is by how much they came before the last one, see `stragglers`); what it returns is logged.
 
         Raises UsageError when the model is none of DDP's, or has a hook already.
         """
@@ -160,6 +162,7 @@ class DdpWatch:
             if tensor.grad_fn is not None:
                 tensor.grad_fn.register_prehook(self._on_backward)
         self._pass = _Pass(self._forward)
+        self._pass.uneven = self._model._join_config.enable  # noqa: SLF001  (Join cannot be asked)
         if self._detail_every and self._passes % self._detail_every == 0:
             self._pass.buckets = []
             if self._hook is not None:
@@ -226,7 +229,7 @@ class DdpWatch:
             row |= self._of_buckets(done, done.buckets, exposed, forward)
         if done.norms is not None:
             row |= self._of_gradient(*done.norms.tolist())
-        if self._waited is not None:
+        if self._waited is not None and not done.uneven:
             row |= self._waited(self._clock.milliseconds(done.began, done.reduced) + forward)
         self._log(row)
 

@@ -336,7 +336,8 @@ class Job:
 
         Between two batches it closes the step's row, saves when due, and agrees with the other ranks whether to go on. On a
         notice it saves and raises Preempted on every rank before the same step. Ends with a checkpoint of the final state. A
-        `break` counts the step it leaves as done.
+        `break` counts the step it leaves as done; it is for all ranks alike, since those that go on would wait in vain for
+        the others when they save or stop, for PEER_TIMEOUT seconds. Torch's Join belongs inside a step.
 
         A step is a batch. With `accumulate=4` the optimizer is to be stepped once in four, and at the end of an epoch: when
         `job.accumulating` is False. Saves and stops wait for that, since no checkpoint holds half a gradient.
