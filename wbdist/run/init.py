@@ -124,6 +124,7 @@ def init(  # noqa: PLR0917  (W&B's order, but for `project` first, as its docume
                 f"run {newest.id} is open and returned; the other arguments of init() are ignored (reinit)", warning=True
             )
         return newest
+    _point_at_ranks(resolved)
     spec = make_spec(
         resolved,
         config=config,
@@ -140,6 +141,18 @@ def init(  # noqa: PLR0917  (W&B's order, but for `project` first, as its docume
     if policy != "create_new":
         lifecycle.set_current(run)
     return run
+
+
+def _point_at_ranks(settings: Settings) -> None:
+    """One rank, never the first (which may be the only one that a script lets call `init`), says what `init` does on many."""
+    if os.environ.get("RANK") != "1" or "ranks" in _warned or settings.run_group or settings.mode in {"shared", "disabled"}:
+        return
+    _warned.add("ranks")
+    settings.say(
+        f"wbdist.init() is called on several of {os.environ.get('WORLD_SIZE', 'the')} ranks: each has a run of its own. One "
+        "run of all of them is wbdist.init_ranks(...), with these arguments, or wbdist.job(...); runs in one group: group=...",
+        warning=True,
+    )
 
 
 def make_spec(

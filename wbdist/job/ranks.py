@@ -1,0 +1,85 @@
+"""`init_ranks()`: `init` for a script that every rank runs: one run of all ranks, or a run a rank in one group. No more."""
+
+from __future__ import annotations
+
+import os
+import secrets
+from collections.abc import Mapping
+from typing import Any
+
+import msgspec
+
+from wbdist.distributed import coordination, strategies
+from wbdist.distributed.identity import detect
+from wbdist.distributed.lateness import LatePolicy
+from wbdist.errors import UsageError
+from wbdist.job.plan import Plan, agree_on_plan
+from wbdist.run import lifecycle, process_end
+from wbdist.run.handle import Run
+from wbdist.run.init import make_spec
+from wbdist.run.main_guard import check_child
+from wbdist.settings import resolve
+
+PEER_TIMEOUT = 120.0
+"""Seconds a rank waits for the others to come."""
+_NAMES = {
+    "id": "run_id",
+    "name": "run_name",
+    "notes": "run_notes",
+    "tags": "run_tags",
+    "group": "run_group",
+    "job_type": "run_job_type",
+    "dir": "root_dir",
+}
+_TAKEN = frozenset({"entity", "mode", "force", *_NAMES})
+
+
+def init_ranks(
+    project: str | None = None,
+    *,
+    strategy: strategies.Strategy = "auto",
+    late: LatePolicy | None = None,
+    config: Mapping[str, Any] | None = None,
+    **arguments: Any,
+) -> Run:
+    """This rank's handle on the run or runs of all ranks, as the global run. All ranks, in step, with the same arguments.
+
+        run = wbdist.init_ranks(project="digits", config={"lr": 0.1})    # torchrun, srun, mpirun, wbdist launch, or alone
+        for step in range(100):
+            wbdist.log({"loss": loss}, step=step)                         # one row of all ranks: the mean
+
+    Which ranks there are is found as `wbdist.job` finds it, and `strategy` and `late` are its; under rank0 a value is the mean
+    over the ranks, unless `run.define_reduction({"tokens": "sum"})` said otherwise before. `arguments` are those of `init`:
+    entity, id, name, notes, tags, group, job_type, dir, mode, force. Rank 0's config is every rank's. Nothing is saved, no
+    signal is watched, no process group made: that is `wbdist.job`. An open run of this process is finished first.
+
+    Blocks until all ranks are here, at most PEER_TIMEOUT seconds, and then as `strategies.open_runs`. Finishing is `finish`, on
+    every rank, or the end of the process. Raises UsageError, PeerLostError, and on all ranks what opening raised on one.
+    """
+    check_child("wbdist.init_ranks()")
+    if unknown := sorted(set(arguments) - _TAKEN):
+        raise UsageError(
+            f"init_ranks({unknown[0]}=...) is not one of its arguments: {', '.join(sorted(_TAKEN))}. A run of several ranks "
+            "that goes on from where it stood is a wbdist.job(checkpoint_dir=...)"
+        )
+    given = {_NAMES.get(name, name): value for name, value in arguments.items() if value is not None}
+    settings = resolve(None, given if project is None else {**given, "project": project})
+    if settings.resume or settings.resume_from or settings.fork_from:
+        raise UsageError("init_ranks() begins a new run; one that goes on is a wbdist.job(checkpoint_dir=...)")
+    identity = detect()
+    for run in reversed(lifecycle.active_runs()):
+        run.finish(0)
+    process_end.chain_excepthook()
+    spec = make_spec(settings, config=config)
+    peers = coordination.connect(identity, os.environ.get("WBDIST_INCARNATION"), timeout=PEER_TIMEOUT)
+    try:
+        plan = agree_on_plan(peers, lambda: Plan(spec.run_id, 1, secrets.token_hex(8), "start"), PEER_TIMEOUT)
+        spec = msgspec.structs.replace(spec, run_id=plan.run_id, nonce=plan.nonce, must_be_new=spec.id_is_given)
+        run = strategies.open_runs(strategy, identity, peers, spec, late).run
+    except BaseException:
+        peers.close()
+        raise
+    run.on_finish(peers.close)
+    run.interrupt_when_stopped()
+    lifecycle.set_current(run)
+    return run
