@@ -17,6 +17,7 @@ from support.launching import Launch, Launched, until
 from wbdist.errors import UsageError
 from wbdist.launch import attempt, intent
 from wbdist.launch.judgement import RankEnd, judge
+from wbdist.launch.policy import Decision, Policy
 from wbdist.launch.supervisor import LaunchSpec, supervise
 
 S = signal
@@ -227,33 +228,42 @@ def test_kernel_without_pidfds(monkeypatch: pytest.MonkeyPatch) -> None:
     assert time.monotonic() - began < 30
 
 
-@pytest.mark.parametrize("watches", [False, True])
+@pytest.mark.parametrize(
+    ("watches", "durable", "code"), [(False, False, -S.SIGTERM), (True, False, 70), (True, True, -S.SIGKILL)]
+)
 def test_a_killed_rank_takes_along_who_has_nothing_to_save(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, *, watches: bool
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, *, watches: bool, durable: bool, code: int
 ) -> None:
-    """Proves that after SIGKILL to a rank the others are ended at once, unless they watch for SIGTERM: a job's rank, which
-    closes its run, is not told before its time, and ends by itself; and that the killed rank is the cause in either case."""
+    """Proves that after SIGKILL to a rank the others are ended at once where nothing is lost by it: without a handler for
+    SIGTERM, and a job's ranks. Others are left their time, and end by themselves. The killed rank is the cause in any case."""
     monkeypatch.setattr(attempt, "PEERS_FAIL", 1000.0)
     handler = "signal.signal(signal.SIGTERM, lambda *_: print(1 / 0))" if watches else ""
     script = tmp_path / "rank.py"
     script.write_text(
-        f"import os, signal, sys, time\nfrom pathlib import Path\n{handler}\nPath(sys.argv[1] + '.ready').touch()\n"
+        f"import os, signal, sys, time\nfrom pathlib import Path\n{handler}\n"
+        f"if {durable}: Path(os.environ['WBDIST_INTENT_DIR'], 'rank-0.durable').touch()\n"
+        "Path(sys.argv[1] + '.ready').touch()\n"
         "if sys.argv[1] == '1':\n    while not Path('0.ready').exists(): time.sleep(0.01)\n    os.kill(os.getpid(), 9)\n"
-        f"while not ({watches} and Path('noticed').exists()): time.sleep(0.01)\nsys.exit(70)\n"
+        f"while not ({watches and not durable} and Path('noticed').exists()): time.sleep(0.01)\nsys.exit(70)\n"
     )
     said: list[str] = []
     started: list[subprocess.Popen[bytes]] = []
 
     def start(environments: Sequence[Mapping[str, str]]) -> list[subprocess.Popen[bytes]]:
         command = [sys.executable, "-S", str(script)]
-        started.extend(subprocess.Popen([*command, one["RANK"]], cwd=tmp_path, process_group=0) for one in environments)
-        return started
+        started[:] = [
+            subprocess.Popen([*command, one["RANK"]], cwd=tmp_path, process_group=0, env={**os.environ, **one})
+            for one in environments
+        ]
+        return list(started)
 
     def say(line: str) -> None:
         said.append(line)
         if "stopping rank 0" in line:
             (tmp_path / "noticed").touch()
 
-    assert supervise(LaunchSpec(nprocs=2, max_restarts=0), start, say=say) == 70
-    assert [rank.returncode for rank in started] == [70 if watches else -S.SIGTERM, -S.SIGKILL]
-    assert "rank 1 was killed by SIGKILL; 1 attempt" in said[-1]
+    if durable:  # only where it is started again
+        monkeypatch.setattr(Policy, "decide", lambda *_: Decision(70, said[-1]))
+    assert supervise(LaunchSpec(nprocs=2, max_restarts=int(durable)), start, say=say) == 70
+    assert [rank.returncode for rank in started] == [code, -S.SIGKILL]
+    assert "rank 1 was killed by SIGKILL" in said[-1]

@@ -238,6 +238,7 @@ class Job:
                 self._shipping.offer(self._chosen, base=True)
         if self._runs.run.settings.mode == "online":
             self._stack.callback(FenceWatch(self._runs.standing, self._hub.tell).close)
+        intent.write_durable(_rank_for_verdict())
 
     def _take_slot(self, directory: Path) -> Slot:
         if self._strategy != "per_rank":

@@ -2,8 +2,9 @@
 
 all run       -> a rank fails -> the others have PEERS_FAIL seconds to fail by themselves (their collective raises within
                  milliseconds, and they say why), then SIGTERM, then PEERS_STOP seconds later SIGKILL
-              -> a rank is killed with SIGKILL -> SIGTERM at once for those that end by it, without a word: they have nothing to
-                 add, and to end by themselves takes an interpreter with torch a second
+              -> a rank is killed with SIGKILL -> SIGTERM at once for those that end by it, without a word; SIGKILL after
+                 DURABLE_STOPS seconds for those whose losses are on disk (a job's ranks): to end by themselves takes an
+                 interpreter with torch a second, and some wait for the dead one longer. Not with a GPU open
               -> a rank leaves preempted -> the others have the grace to do the same
               -> the supervisor gets a signal -> every rank gets it once, and has the grace; then SIGKILL
 a rank ended  -> what is left of its process group has LEFTOVERS seconds (a resource tracker cleans up), then SIGKILL
@@ -31,6 +32,7 @@ from wbdist.launch.sentinel import Sentinel, group_is_alive, kill_group
 
 PEERS_FAIL = 3.0
 PEERS_STOP = 4.0
+DURABLE_STOPS = 0.1
 LEFTOVERS = 1.0
 UNKILLABLE = 10.0
 """Seconds after which a process that SIGKILL did not end is given up: it hangs in the kernel, and the job must go on."""
@@ -153,17 +155,20 @@ class Attempt:
         say: Callable[[str], None],
         first_rank: int = 0,
         elsewhere: Elsewhere | None = None,
+        durable: Callable[[int], bool] | None = None,
     ) -> None:
+        """`durable`: whether a rank may be killed without loss when another was; None when nothing is started after this."""
         self._ranks = dict(enumerate(ranks, first_rank))
         self._grace = grace
         self._elsewhere = elsewhere
+        self._durable = durable
         self._signals, self._sentinel, self._say = signals, sentinel, say
         self._ends: dict[int, RankEnd] = {}
         self._told: set[int] = set()
         """Ranks that we ended because another had failed."""
         self._leftovers: dict[int, float] = {}
         """pid of an ended rank -> when its group is killed."""
-        self._term_at = self._kill_at = float("inf")
+        self._term_at = self._kill_at = self._kill_durable_at = float("inf")
         self.stopped_by: int | None = None
         """The signal that told us to stop."""
 
@@ -180,7 +185,7 @@ class Attempt:
             while len(self._ends) < len(self._ranks) or self._leftovers:
                 self._look()
                 blind = len(descriptors) < len(self._ranks)
-                next_at = min(self._term_at, self._kill_at) - time.monotonic()
+                next_at = min(self._term_at, self._kill_at, self._kill_durable_at) - time.monotonic()
                 wait = min(next_at, TICK) if self._leftovers or blind else next_at
                 if len(self._ends) == len(self._ranks) and not self._leftovers:
                     break
@@ -226,6 +231,9 @@ class Attempt:
                 self._gone(pid)
             elif now >= kill_at:
                 kill_group(pid)
+        if now >= self._kill_durable_at:
+            self._kill_durable_at = float("inf")
+            self._end_durable()
         if now >= self._term_at:
             self._term_at = float("inf")
             for rank in self._alive():
@@ -280,11 +288,20 @@ class Attempt:
             self._say(f"{sentence}; stopping {_named(others)}")
             self._term_at = now + PEERS_FAIL
             self._kill_at = self._term_at + PEERS_STOP
-        for rank in others if killed else []:
-            pid = self._ranks[rank].pid
-            if not _catches(pid, signal.SIGTERM) and not _has_gpu(pid):
+        if killed:
+            self._kill_durable_at = now + DURABLE_STOPS
+            for rank in others:
+                pid = self._ranks[rank].pid
+                if not _catches(pid, signal.SIGTERM) and not _has_gpu(pid):
+                    self._told.add(rank)
+                    self._send(rank, signal.SIGTERM)
+
+    def _end_durable(self) -> None:
+        for rank in self._alive():
+            if self._durable is not None and self._durable(rank) and not _has_gpu(self._ranks[rank].pid):
                 self._told.add(rank)
-                self._send(rank, signal.SIGTERM)
+                # The rank alone: what it has started (the aggregator) has the usual time to notice.
+                self._send(rank, signal.SIGKILL)
 
     def _on_end(self, rank: int, handle: RankHandle, now: float) -> None:
         code = handle.returncode

@@ -2,6 +2,7 @@
 never sent. The supervisor names the directory in WBDIST_INTENT_DIR; without it, nothing is written.
 
     rank-<n>.json    the verdict of rank n
+    rank-<n>.durable what rank n has to lose is on disk all the time: it may be killed when a peer was
     progress.json    the newest committed step, by rank 0
 """
 
@@ -47,6 +48,18 @@ def write(rank: int, verdict: Verdict, directory: str | None = None) -> None:
     where = directory or os.environ.get(VARIABLE)
     if where:
         _replace(Path(where) / f"rank-{rank}.json", msgspec.json.encode(verdict))
+
+
+def write_durable(rank: int, directory: str | None = None) -> None:
+    """Any rank whose rows and checkpoints are a job's. Nothing without a supervisor. Raises OSError."""
+    where = directory or os.environ.get(VARIABLE)
+    if where:
+        (Path(where) / f"rank-{rank}.durable").touch()
+
+
+def is_durable(rank: int, directory: Path) -> bool:
+    """Whether rank `rank` has said so."""
+    return (directory / f"rank-{rank}.durable").exists()
 
 
 def write_progress(step: int, directory: str | None = None) -> None:

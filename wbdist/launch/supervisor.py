@@ -151,7 +151,15 @@ class _Supervisor:
         port = _free_port()
         told = environments(self._spec, number=number, cause=cause, intents=str(intents), port=port)
         ranks = self._start_ranks([{**one, **times.variables(self._start)} for one in told])
-        attempt = Attempt(ranks, grace=self._spec.grace, signals=self._signals, sentinel=self._sentinel, say=self._say)
+        last = self._policy.idle >= self._spec.max_restarts
+        attempt = Attempt(
+            ranks,
+            grace=self._spec.grace,
+            signals=self._signals,
+            sentinel=self._sentinel,
+            say=self._say,
+            durable=None if last else lambda rank: intent.is_durable(rank, intents),
+        )
         ends = attempt.run()
         ended = times.of_monotonic(min(end.at for end in ends))
         self._start = times.Start(self._start.began, self._start.began, ended)
