@@ -28,7 +28,7 @@ def chaos(cwd: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("where", ["aws", "gcp", "azure", "slurm", "kubernetes", "pbs"])
+@pytest.mark.parametrize("where", ["aws", "gcp", "azure", "slurm", "kubernetes", "pbs", "lsf"])
 def test_job_on_a_machine_that_is_taken_away(where: str, tmp_path: Path) -> None:
     """Proves the whole way: a supervised job of two ranks hears the provider's notice, both stop and save, exit code 75."""
     launch = [sys.executable, "-m", "wbdist", "launch", "--nproc", "2", str(JOB)]

@@ -101,6 +101,7 @@ def test_ec2_spot_interruption_with_a_token(hear: Callable[..., Heard], monkeypa
             ("PUT", "/latest/api/token"),
             ("GET", "/latest/meta-data/spot/instance-action"),
             ("GET", "/latest/meta-data/events/recommendations/rebalance"),
+            ("GET", "/latest/meta-data/events/maintenance/scheduled"),
         }
         puts = [request for request in service.requests if request.method == "PUT"]
         assert len(puts) == 2
@@ -136,6 +137,36 @@ def test_ec2_recorded_payloads(hear: Callable[..., Heard]) -> None:
         with Recorded(token | {action: [Answer(404), Answer(200, body)]}) as service:
             notice = hear(aws.AwsSource(service.url, FAST)).notice()
             assert notice.deadline == deadline or (deadline is None and abs(in_seconds(notice)) < 60)
+
+
+def test_ec2_scheduled_maintenance(hear: Callable[..., Heard], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Proves that a reboot far ahead is advice, once; that one which was cancelled is nothing, one that is near a notice with
+    its time, and network maintenance no notice at all; and the payload as printed in AWS's guide."""
+    monkeypatch.setattr(aws, "MAINTENANCE_INTERVAL", FAST)
+    looked = lambda: [r for r in service.requests if r.path.endswith("/maintenance/scheduled")]  # noqa: E731
+    with AwsMetadata() as service:
+        heard = hear(aws.AwsSource(service.url, FAST))
+        service.schedule_maintenance("system-reboot", 3600)
+        poll(lambda: heard.advice, "the advice")
+        for code, lead, state in (("system-reboot", 60, "canceled"), ("system-maintenance", 60, "active")):
+            service.schedule_maintenance(code, lead, state)
+            count = len(looked())
+            poll(lambda count=count: len(looked()) > count + 2, "more looks")
+        assert (len(heard.advice), heard.hub.notice) == (1, None)
+        service.schedule_maintenance("instance-stop", 170)
+        notice = heard.notice()
+        assert "instance-stop" in notice.reason
+        assert 100 < in_seconds(notice) <= 170
+    printed = (
+        '[{"NotBefore": "21 Jan 2019 09:00:43 GMT", "Code": "system-reboot", "Description": "scheduled reboot", '
+        '"EventId": "instance-event-0d59937288b749b32", "NotAfter": "21 Jan 2019 09:17:23 GMT", "State": "active"}]'
+    )
+    answers = {
+        "/latest/api/token": [Answer(200, "AQAEAL==")],
+        "/latest/meta-data/events/maintenance/scheduled": [Answer(200, printed)],
+    }
+    with Recorded(answers) as recorded:
+        assert hear(aws.AwsSource(recorded.url, FAST)).notice().deadline == 1548061243.0
 
 
 # Google ------------------------------------------------------------------------------------------------------

@@ -95,15 +95,27 @@ _CONTEXT: dict[str, Any] = {"ignore_unknown_options": True, "allow_interspersed_
 @command.command(context_settings=_CONTEXT)
 @click.option("--action", default="terminate", show_default=True, type=click.Choice(["terminate", "stop", "hibernate"]))
 @click.option("--rebalance-after", type=Duration(), help="Also a rebalance recommendation, this long after the start.")
+@click.option(
+    "--maintenance",
+    type=click.Choice(["instance-stop", "instance-reboot", "system-reboot", "system-maintenance", "instance-retirement"]),
+    help="A scheduled event at the end of --lead, instead of a spot interruption.",
+)
 @click.option("--lost-tokens", is_flag=True, help="The token never arrives: a container behind hop limit 1.")
 @_planned("120s")
-def aws(plan: Plan, action: str, rebalance_after: float | None, lost_tokens: bool) -> None:
-    """An EC2 spot interruption."""
+def aws(plan: Plan, action: str, rebalance_after: float | None, maintenance: str | None, lost_tokens: bool) -> None:
+    """An EC2 spot interruption, or scheduled maintenance."""
     from wbdist.preemption.rehearsal.aws import AwsMetadata
 
     with AwsMetadata(lost_tokens=lost_tokens) as service:
-        what = f"EC2: {action} in {plan.lead:g} s"
-        events = [Event(plan.after, what, lambda _: service.interrupt(action, plan.lead))]
+        what = f"EC2: {maintenance or action} in {plan.lead:g} s"
+
+        def happen(_pid: int) -> None:
+            if maintenance is None:
+                service.interrupt(action, plan.lead)
+            else:
+                service.schedule_maintenance(maintenance, plan.lead)
+
+        events = [Event(plan.after, what, happen)]
         if rebalance_after is not None:
             events.append(Event(rebalance_after, "EC2: rebalance recommendation", lambda _: service.recommend_rebalance()))
         plan.run(events, {"WBDIST_NOTICES": "aws", "WBDIST_AWS_METADATA": service.url})

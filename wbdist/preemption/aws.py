@@ -1,8 +1,9 @@
-"""AWS EC2: spot interruptions and rebalance recommendations, from the instance metadata service (IMDSv2).
+"""AWS EC2: spot interruptions, rebalance recommendations, scheduled maintenance; from the instance metadata service (IMDSv2).
 
 PUT /latest/api/token                                     a token; every other request carries it
 GET /latest/meta-data/spot/instance-action                404 until the instance is to go, about 2 minutes before
 GET /latest/meta-data/events/recommendations/rebalance    404 until it is at risk: minutes to hours earlier, or never
+GET /latest/meta-data/events/maintenance/scheduled        a list: reboots, retirements, ...; days earlier, until they are over
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import logging
 import time
 from collections.abc import Callable
 from datetime import datetime
+from email.utils import parsedate_to_datetime
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -28,6 +30,9 @@ RENEW_BEFORE = 15.0
 TIMEOUT = 2.0
 """Seconds for one answer; it comes from the host beneath, in milliseconds."""
 INTERVAL = 2.0
+MAINTENANCE_INTERVAL = 30.0
+LAST_MINUTES = 180.0
+"""Seconds before a scheduled reboot or stop at which the job stops."""
 BLOCKED_INTERVAL = 60.0
 """Seconds between tries when the token cannot reach us: a setting of the instance, which rarely changes under a job."""
 
@@ -41,8 +46,17 @@ class _Rebalance(msgspec.Struct):
     noticeTime: str = ""  # noqa: N815  (AWS's name)
 
 
+class _Event(msgspec.Struct):
+    NotBefore: str
+    Code: str
+    Description: str = ""
+    EventId: str = ""
+    State: str = "active"
+
+
 class AwsSource(MetadataSource):
-    """A notice when EC2 takes the spot instance away; advice to save when it says that it may."""
+    """A notice when EC2 takes the spot instance away, and minutes before it reboots, stops or retires any instance; advice to
+    save when it says that it may, or will."""
 
     name = "aws"
 
@@ -53,6 +67,9 @@ class AwsSource(MetadataSource):
         self._without_token = False
         self._diagnosed = False
         self._recommended = False
+        self._next_events = 0.0
+        self._events: set[str] = set()
+        """Advice was given of these."""
 
     def _questions(self) -> list[Callable[[requests.Session], float]]:
         return [self._look]
@@ -73,7 +90,24 @@ class AwsSource(MetadataSource):
                 self._recommended = True
                 when = msgspec.json.decode(found, type=_Rebalance).noticeTime
                 self._tell(f"EC2 rebalance recommendation of {when}: the instance is at elevated risk", None, advice=True)
+        if time.monotonic() >= self._next_events:
+            self._next_events = time.monotonic() + MAINTENANCE_INTERVAL
+            for event in msgspec.json.decode(self._get(session, "events/maintenance/scheduled") or b"[]", type=list[_Event]):
+                self._take(event)
         return self._interval
+
+    def _take(self, event: _Event) -> None:
+        """Looked at again and again: it may be cancelled, or put off."""
+        if event.State != "active":
+            return
+        begins = parsedate_to_datetime(event.NotBefore).timestamp()
+        reason = f"EC2 scheduled {event.Code} at {event.NotBefore}" + (f": {event.Description}" if event.Description else "")
+        # Network or power maintenance: the instance stays.
+        if event.Code != "system-maintenance" and begins - time.time() <= LAST_MINUTES:
+            self._tell(reason, begins)
+        elif event.EventId not in self._events:
+            self._events.add(event.EventId)
+            self._tell(reason, begins, advice=True)
 
     def _get(self, session: requests.Session, path: str) -> bytes | None:
         """The answer, None for 404. Renews the token once when it is refused."""

@@ -23,6 +23,8 @@ log = logging.getLogger("wbdist.preemption")
 
 LONGEST_PAUSE = 30.0
 """Seconds between two tries while the service fails."""
+EARLY = 0.05
+"""Seconds by which a look begins before its interval is over, since its answer takes time, too; at most a tenth of it."""
 CLOSING = 1.0
 """Seconds that `close` waits; a request that hangs longer is abandoned with its thread, which can tell nobody any more."""
 
@@ -42,7 +44,7 @@ class MetadataSource(ABC):
     name: str
 
     def __init__(self, base_url: str, interval: float) -> None:
-        """`interval`: seconds between two looks where the service cannot hold an answer back, so how late a notice may come."""
+        """`interval`: how many seconds late a notice may come where the service cannot hold an answer back."""
         if interval <= 0:
             raise UsageError(f"interval={interval!r}: give the seconds between two looks at {base_url}, more than 0")
         self._base = base_url.rstrip("/")
@@ -91,8 +93,10 @@ class MetadataSource(ABC):
         failures = 0
         with direct_session() as session:
             while not self._closing.is_set():
+                began = time.monotonic()
                 try:
                     pause = question(session)
+                    pause = max(pause / 10, pause - (time.monotonic() - began) - min(EARLY, pause / 10))
                     if failures:
                         log.info("%s: the metadata service at %s answers again", self.name, self._base)
                     failures = 0

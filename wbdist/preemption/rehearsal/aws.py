@@ -38,6 +38,14 @@ class AwsMetadata(Service):
             document = {"noticeTime": _iso(time.time())}
             self._documents["events/recommendations/rebalance"] = msgspec.json.encode(document).decode()
 
+    def schedule_maintenance(self, code: str = "system-reboot", lead: float = 3600.0, state: str = "active") -> None:
+        """A scheduled event, or what has become of it."""
+        times = [datetime.fromtimestamp(time.time() + lead + more, UTC).strftime("%d %b %Y %H:%M:%S GMT") for more in (0, 7200)]
+        event = {"NotBefore": times[0], "NotAfter": times[1], "Code": code, "Description": f"scheduled {code}"}
+        with self.changed:
+            document = [{**event, "EventId": "instance-event-0d59937288b749b32", "State": state}]
+            self._documents["events/maintenance/scheduled"] = msgspec.json.encode(document).decode()
+
     def forget_tokens(self) -> None:
         """All tokens given so far are refused from now on."""
         with self.changed:
