@@ -10,7 +10,8 @@ the loop rewrites all of it and does one all-reduce, so a save in the background
   clock tells it, not as the loop sees it a step later. Fabric and Accelerate do not sync what they write: here it is.
 - `limit_memcpy`: the bytes split over the ranks, each copying its part as one block into memory that was touched before, all at
   once. `limit_memcpy_tensors`: the same number of bytes, from the live tensors, a call each. The C library copies blocks of
-  tens of MB past the caches, and single tensors through them: that is most of the difference, and a program cannot choose.
+  tens of MB past the caches, and single tensors through them: that is most of the difference, and a program cannot choose
+  (its user can: docs/checkpoints.md, `GLIBC_TUNABLES`).
 - `limit_write`: the bytes split over the ranks, written in one call and synced, all at once; `direct`: past the page cache;
   `busy`: the same in a thread, while the loop goes on, as an asynchronous saver has to.
 - checksums: saves with and without, in turn, `--pairs` of them a round: the median difference of neighbours, and what a save
