@@ -14,7 +14,7 @@ from support.training import position
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 from torch.distributed.checkpoint.state_dict_loader import load
 
-from wbdist.checkpoint import mapped
+from wbdist.checkpoint import mapped, storage
 from wbdist.checkpoint.checkpointer import Checkpointer
 from wbdist.checkpoint.files import FileLayer
 from wbdist.checkpoint.image import PAGE, Box, lay_out
@@ -82,6 +82,9 @@ def test_a_missing_file_is_no_silent_zero(tmp_path: Path) -> None:
     wanted = written(tmp_path / "d", tensors, 2, frozenset(tensors))
     (tmp_path / "d" / "1.safetensors").unlink()
     with pytest.raises(CheckpointCorruptError, match="holds 50 of the 100 elements of 'a'"):
+        read_tensors(tmp_path / "d", wanted)
+    (tmp_path / "d" / "1.safetensors").touch()
+    with pytest.raises(CheckpointCorruptError, match=r"1\.safetensors is not a data file"):
         read_tensors(tmp_path / "d", wanted)
 
 
@@ -250,3 +253,16 @@ def test_a_copy_that_fails_is_no_checkpoint(tmp_path: Path, monkeypatch: pytest.
                 checkpoints.save(1, timeout=60)
         checkpoints.save(2, block=True, timeout=60)
     assert [manifest.step for manifest in committed(tmp_path)] == [2]
+
+
+def test_only_what_is_asked_for_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the files of many ranks, one that wants its shard does not read the others'."""
+    tensors = {name: torch.randn(64, PAGE // 4) for name in ("a", "b")}
+    wanted = written(tmp_path / "d", tensors, 2, frozenset(tensors))
+    read = []
+    monkeypatch.setattr(storage, "populate", lambda region, start, end: read.append(end - start))
+    files = TensorFiles(tmp_path / "d")
+    assert sum(read) < 5 * PAGE
+    read.clear()
+    assert torch.equal(files.read("b", wanted["b"]), tensors["b"])
+    assert read == [64 * PAGE]

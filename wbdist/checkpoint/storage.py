@@ -12,23 +12,25 @@ from pathlib import Path
 
 import torch
 
-from wbdist.checkpoint.image import SUFFIX, Box, Stored, parse
-from wbdist.checkpoint.mapped import mapped
+from wbdist.checkpoint.image import PAGE, SUFFIX, Box, Stored, parse
+from wbdist.checkpoint.mapped import mapped, populate
 from wbdist.checkpoint.tree import Spec, Tensors
 from wbdist.errors import CheckpointCorruptError
 
 
 class TensorFiles:
-    """The data files of one part of a checkpoint, mapped for reading."""
+    """The data files of one part of a checkpoint, mapped for reading; of each only what is asked for is read."""
 
     def __init__(self, directory: Path) -> None:
         """Opens all of them. Raises OSError as the system does, CheckpointCorruptError for what is no data file."""
         self._directory = directory
-        self._boxes: dict[str, list[tuple[Stored, torch.Tensor]]] = {}
+        self._boxes: dict[str, list[tuple[Stored, _File]]] = {}
         for path in sorted(directory.glob(f"*{SUFFIX}")):
-            # torch has no read-only tensors; a write to one of these must never reach the file.
-            file = torch.frombuffer(mapped(path), dtype=torch.uint8)
-            for stored in parse(file, str(path)):
+            try:
+                file = _File(path)
+            except ValueError as error:  # empty
+                raise CheckpointCorruptError(f"{path} is not a data file of a checkpoint: {error}") from error
+            for stored in parse(file.bytes, str(path)):
                 self._boxes.setdefault(stored.name, []).append((stored, file))
 
     def read(
@@ -41,18 +43,20 @@ class TensorFiles:
         """The tensor `name`, or its part at `wanted` = (offset, shape): in `into`, of that type and shape, which is returned.
 
         Without `into`, what lies in a file as one box comes as a view of the file, private to this process: its owner must
-        copy it. Raises CheckpointCorruptError when elements are absent.
+        copy it. Raises CheckpointCorruptError when elements are absent, OSError as the system does.
         """
         offset, shape = wanted or ((0,) * len(spec.shape), spec.shape)
-        boxes = [stored.within(file, spec.dtype) for stored, file in self._boxes.get(name, ())]
-        for box in boxes:
+        boxes = [(stored.within(file.bytes, spec.dtype), stored, file) for stored, file in self._boxes.get(name, ())]
+        for box, stored, file in boxes:
             if (box.offset, tuple(box.tensor.shape)) == (offset, shape):
+                populate(file.region, stored.start, stored.end)
                 return box.tensor if into is None else into.copy_(box.tensor)
         whole = torch.empty(shape, dtype=spec.dtype) if into is None else into
         found = 0
-        for box in boxes:
+        for box, stored, file in boxes:
             overlap = _overlap(box, offset, shape)
             if overlap is not None:
+                populate(file.region, stored.start, stored.end)
                 place, part = overlap
                 whole[place].copy_(box.tensor[part])
                 found += box.tensor[part].numel()
@@ -61,6 +65,15 @@ class TensorFiles:
                 f"{self._directory} holds {found} of the {prod(shape)} elements of {name!r} at {offset}: a file is missing"
             )
         return whole
+
+
+class _File:
+    def __init__(self, path: Path) -> None:
+        self.region = mapped(path)
+        populate(self.region, 0, PAGE)
+        populate(self.region, 0, 8 + int.from_bytes(self.region[:8], "little"))  # the header
+        # torch has no read-only tensors; a write to one of these must never reach the file.
+        self.bytes = torch.frombuffer(self.region, dtype=torch.uint8)
 
 
 def _overlap(box: Box, offset: tuple[int, ...], shape: tuple[int, ...]) -> tuple[tuple[slice, ...], tuple[slice, ...]] | None:
