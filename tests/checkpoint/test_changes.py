@@ -204,8 +204,38 @@ def test_a_missing_generator_is_an_error(generator: str) -> None:
 def test_values_of_another_type_are_not_converted(tmp_path: Path) -> None:
     """torch would load float32 weights into a bfloat16 model, and back, without a word."""
     save(tmp_path, {}, model=torch.nn.Linear(2, 2))
-    with pytest.raises(StateMissingError, match=r"model.weight has type torch.float32 in .*, but torch.bfloat16 in this job"):
+    with pytest.raises(StateMissingError, match=r"model.weight has type torch.float32 in the checkpoint, but torch.bfloat16"):
         restore(tmp_path, {}, {"model": torch.nn.Linear(2, 2).bfloat16()})
+
+
+def test_state_of_another_type_than_its_parameters_keeps_its_bits(tmp_path: Path) -> None:
+    """float32 master weights of bfloat16 parameters: torch's own load_state_dict makes them bfloat16."""
+
+    class Master(torch.optim.Optimizer):
+        def __init__(self, weight: torch.nn.Parameter) -> None:
+            super().__init__([weight], {"lr": 0.1})
+
+        @torch.no_grad()
+        def step(self) -> None:  # type: ignore[override]
+            (weight,) = self.param_groups[0]["params"]
+            self.state[weight].setdefault("master", weight.float()).sub_(weight.grad.float(), alpha=0.1)
+            weight.copy_(self.state[weight]["master"])
+
+    def trained(steps: int, weight: torch.nn.Parameter, optimizer: Master) -> list[int]:
+        for step in range(steps):
+            weight.grad = torch.rand(16, generator=torch.Generator().manual_seed(step)).bfloat16()
+            optimizer.step()
+        return optimizer.state[weight]["master"].view(torch.int32).tolist()
+
+    first = torch.nn.Parameter(torch.ones(16).bfloat16())
+    optimizer = Master(first)
+    trained(3, first, optimizer)
+    save(tmp_path, {}, optimizer=optimizer)
+    second = torch.nn.Parameter(first.detach().clone())
+    again = Master(second)
+    restore(tmp_path, {}, {"optimizer": again})
+    assert again.state[second]["master"].dtype == torch.float32
+    assert trained(3, second, again) == trained(3, first, optimizer)
 
 
 def test_another_optimizer_or_schedule_is_refused(tmp_path: Path) -> None:

@@ -102,6 +102,8 @@ def tensors_for(name: str, target: Stateful | None, wanted: Mapping[str, Spec], 
         here, own = layout.get(key), held.get(key)
         if is_sharded(here):
             check_shape(key, spec.shape, here)
+            if isinstance(target, ShardedModule) and spec.dtype != here.dtype:
+                raise _another_type(key, spec.dtype, here.dtype)
             offset, shape = wanted_box(here)
             found[key] = like(here, files.read(key, spec, (offset, shape), torch.empty(shape, dtype=spec.dtype)))
         elif key in copied:
@@ -130,7 +132,7 @@ def _copied_on_load(name: str, target: Stateful | None) -> frozenset[str]:
 def load(name: str, target: Stateful, state: Any, checkpoint: str) -> None:
     """Loads `state` into `target`. Raises StateMissingError saying how the two do not fit; wbdist's own errors pass."""
     if isinstance(target, torch.nn.Module):
-        _check_types(name, target, state, checkpoint)
+        _check_types(name, target, state)
     try:
         target.load_state_dict(state)
     except Error:
@@ -140,14 +142,32 @@ def load(name: str, target: Stateful, state: Any, checkpoint: str) -> None:
             f"the state of {name!r} in {checkpoint} does not fit this job's {type(target).__name__}: {error}. "
             "Build the objects as the job that saved them did, or start anew in another checkpoint directory."
         ) from error
+    if isinstance(target, torch.optim.Optimizer) and type(target).load_state_dict is torch.optim.Optimizer.load_state_dict:
+        _keep_types(target, state)
 
 
-def _check_types(name: str, target: torch.nn.Module, state: Any, checkpoint: str) -> None:
+def _keep_types(optimizer: torch.optim.Optimizer, state: Any) -> None:
+    """torch gives an optimizer's state the type of its parameter: float32 sums and master weights of bfloat16 parameters
+    would lose their bits at each restore."""
+    saved = [index for group in state["param_groups"] for index in group["params"]]
+    own = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    for index, parameter in zip(saved, own, strict=True):
+        for key, value in state["state"].get(index, {}).items():
+            loaded = optimizer.state[parameter].get(key)
+            if isinstance(value, torch.Tensor) and isinstance(loaded, torch.Tensor) and loaded.dtype != value.dtype:
+                optimizer.state[parameter][key] = value.to(loaded.device)
+
+
+def _check_types(name: str, target: torch.nn.Module, state: Any) -> None:
     """A module would convert values of another type to its own, which loses bits or pretends to have more."""
     for key, own in target.state_dict().items():
         stored = state.get(key)
         if isinstance(own, torch.Tensor) and isinstance(stored, torch.Tensor) and own.dtype != stored.dtype:
-            raise StateMissingError(
-                f"{name}.{key} has type {stored.dtype} in {checkpoint}, but {own.dtype} in this job. Build the model in the "
-                "type that it was saved in, or start anew in another checkpoint directory."
-            )
+            raise _another_type(f"{name}.{key}", stored.dtype, own.dtype)
+
+
+def _another_type(key: str, stored: torch.dtype, own: torch.dtype) -> StateMissingError:
+    return StateMissingError(
+        f"{key} has type {stored} in the checkpoint, but {own} in this job. Build the model in the type that it was saved in, "
+        "or start anew in another checkpoint directory."
+    )
