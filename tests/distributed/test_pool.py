@@ -161,34 +161,41 @@ def test_a_killed_worker_takes_along_its_own_task_only(pool: Pool) -> None:
 
 
 def test_work_ahead_waits_for_no_other_work(tmp_path: Path) -> None:
-    """Proves that the call that a worker has ahead goes to an idle one while the worker is at a long call, also when that has
-    not seen the function; and that a worker killed at a call loses that one, not what it has ahead."""
-    release = tmp_path / "release"
+    """Proves that the call that a worker has ahead goes to an idle one while the worker is at a long call; that this worker
+    goes on with other calls of that job afterwards; and that one killed at a call loses that one, not what it has ahead."""
+    release, back = tmp_path / "release", tmp_path / "back"
+
+    def wait(kill: bool) -> None:
+        wait_until(release.exists, "the release")
+        if kill:
+            os.kill(os.getpid(), signal.SIGKILL)
 
     def work(n: int) -> int:
-        if n == 0:
-            wait_until(release.exists, "the release")
+        time.sleep(0.005)
         return n
 
-    def die(n: int) -> int:
-        if n == 0:
-            wait_until(release.exists, "the release")
-            os.kill(os.getpid(), signal.SIGKILL)
-        return -n
-
     with Pool(2, context="fork") as pool:
-        for function, sign in ((work, 1), (die, -1)):
-            results = pool.imap_unordered(function, range(8))
-            other = pool.map_async(square, range(4), 1)
-            assert sorted(results.next(90) for _ in range(7)) == sorted(sign * n for n in range(1, 8))
-            assert other.get(90) == [0, 1, 4, 9]
-            release.touch()
-            if sign > 0:
-                assert results.next(90) == 0
-                release.unlink()
+        for kill in (False, True):
+            long = pool.apply_async(wait, (kill,))
+
+            def numbers(long: Any = long) -> Iterator[int]:
+                yield from range(8)
+                wait_until(back.exists, "the first eight")
+                release.touch()
+                long.wait(90)
+                yield from range(8, 40)
+
+            results = pool.imap_unordered(work, numbers())
+            assert sorted(results.next(90) for _ in range(8)) == list(range(8))
+            back.touch()
+            assert sorted(results.next(90) for _ in range(32)) == list(range(8, 40))
+            if kill:
+                with pytest.raises(WorkerLostError, match="SIGKILL"):
+                    long.get(90)
             else:
-                with pytest.raises(WorkerLostError, match=r"imap_unordered\(.*die\) \[0\]"):
-                    results.next(90)
+                assert long.get(90) is None
+            release.unlink()
+            back.unlink()
 
 
 def test_a_worker_is_no_rank(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -169,6 +169,29 @@ def test_a_lost_writer_is_reported(loopback: Any, wandb: Any, deliver: Callable[
     assert loopback.marks == ["begin 1", "ended lost"]
 
 
+def test_a_part_of_a_run_says_nothing_of_the_run(loopback: Any, wandb: Any, deliver: Callable[..., Delivery]) -> None:
+    """Proves of a process that logs into another's run, such as a pool's worker, that its rows arrive, and nothing that it
+    says of the run: neither how it ended, killed or by itself, nor a name or config."""
+    run(deliver(wandb.journal(loopback.url)), wandb)
+    for number, killed in enumerate((True, False)):
+        part = wandb.journal(loopback.url, writer=f"w{number}", place="run-r1-1", primary=False)
+        delivery = run(deliver(part), wandb)
+        marks, facts = list(loopback.marks), dict(loopback.facts)
+        part.append(Kind.RUN, {"display_name": "a worker's"})
+        part.append(Kind.CONFIG, {"set": {"lr": 9.0}})
+        wandb.rows(part, number, number + 1)
+        if killed:
+            part._release()
+            part._gone = None
+            part.close = lambda *_: None  # type: ignore[method-assign]
+        else:
+            part.close(None)
+        assert run(delivery, wandb).state is State.DONE
+        assert (loopback.marks, loopback.facts) == (marks, facts)
+    assert [json.loads(loopback.lines[1, f"w{number}", HISTORY][0])["_step"] for number in (0, 1)] == [0, 1]
+    assert "lr" not in loopback.config
+
+
 def test_preempting_goes_out_at_once(loopback: Any, wandb: Any, deliver: Callable[..., Delivery]) -> None:
     """Proves that the preempting mark does not wait for the next interval, and is sent once."""
     writer = wandb.journal(loopback.url)
