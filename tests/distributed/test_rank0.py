@@ -193,6 +193,8 @@ def test_killed_aggregator_loses_nothing(ranks: Ranks, times: int) -> None:
     assert {"rank0", writers[-1]} <= set(counts) <= set(writers)
     assert counts["rank0"] == 150
     assert sum(counts.values()) == 300
+    created = {JournalReader.open(path).header.created for path in ranks.journals()}
+    assert len(created) == 1, "the seconds that a row's _runtime counts go on"
     summaries = [data for path in ranks.journals() for data in records_of(path, Kind.SUMMARY)]
     assert summaries == [{"set": {"early": 1}}, {"set": {"weights": "abc"}}], "what rank 0 had passed on is not passed on again"
 

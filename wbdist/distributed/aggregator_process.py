@@ -18,7 +18,8 @@ from wbdist.distributed.aggregator import Plan, Started
 from wbdist.distributed.channel import Meeting
 from wbdist.distributed.lateness import LatePolicy
 from wbdist.distributed.opening import Opened, error_of
-from wbdist.errors import InitStartError
+from wbdist.errors import InitStartError, JournalCorruptError
+from wbdist.run.journal import JournalReader
 from wbdist.run.lifecycle import RunSpec
 
 log = logging.getLogger("wbdist.distributed")
@@ -83,6 +84,16 @@ class AggregatorProcess:
             except subprocess.TimeoutExpired:
                 log.warning("the aggregator (pid %d) is still at work; it ends by itself", self._process.pid)
 
+    def _began(self) -> float:
+        """When the first one began; 0 when this is the first, or nobody can tell."""
+        if not self._journals:
+            return 0.0
+        try:
+            with JournalReader.open(self._journals[0]) as reader:
+                return reader.header.created
+        except (JournalCorruptError, OSError):
+            return 0.0
+
     def _start(self, generation: int, timeout: float) -> Opened:
         spec = self._spec
         # One that died before it listened has a journal too, so every start is a writer of its own.
@@ -95,6 +106,7 @@ class AggregatorProcess:
                 capture_console=False,
                 sample="nothing",
                 must_be_new=spec.must_be_new and not self._journals,
+                began=self._began(),
             ),
             world_size=self._world_size,
             parent=os.getpid(),

@@ -68,6 +68,8 @@ class RunSpec(msgspec.Struct, frozen=True, kw_only=True):
     """W&B's form of a fork, for a server that knows no attempts: it must be in the first word of the run."""
     id_is_given: bool = False
     cause: str = "start"
+    began: float = 0.0
+    """When this attempt's `_runtime` began to count, for a writer that takes over from another; 0: now."""
     rank: int = 0
     name: str | None = None
     notes: str | None = None
@@ -212,7 +214,7 @@ def _header(spec: RunSpec, placed: _Placed, opened_at: float) -> JournalHeader:
         rank=spec.rank,
         host=spec.settings.host or machine.host(),
         pid=os.getpid(),
-        created=opened_at,
+        created=spec.began or opened_at,
         online=bool(placed.base_url),
         base_url=placed.base_url,
         data_dir=placed.data_dir,
