@@ -1,4 +1,4 @@
-"""torchrun's elastic agents: a host is lost, a host comes, and the job is one job."""
+"""Elastic launchers: a host is lost, a host comes, and the job is one job."""
 
 from __future__ import annotations
 
@@ -52,11 +52,12 @@ def replayed(rows: list[dict[str, Any]], order: Order) -> list[float]:
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("strategy", ["rank0", "per_rank"])
-def test_four_hosts_then_three_then_four(strategy: str, server: Server, jobs: Jobs) -> None:
+@pytest.mark.parametrize("launcher", ["torchrun", "wbdist"])
+def test_four_hosts_then_three_then_four(launcher: str, strategy: str, server: Server, jobs: Jobs) -> None:
     """Proves that SIGKILL of a host (agent and rank) leaves three that go on, that a new host joins while they train, and that
     all that is one job: each step once in one history, each sample once an epoch (`wbdist audit`), weights as of a single
     process that takes the same samples in this order, the hosts that stay keep their runs, the new one takes the lost one's."""
-    agents = Agents(jobs, "127.0.0.1", "3:4", PROGRAMS / "elastic_job.py", strategy)
+    agents = Agents(jobs, "127.0.0.1", "3:4", PROGRAMS / "elastic_job.py", strategy, launcher=launcher)
     checkpoints = jobs.cwd / "ckpt"
     try:
         for host in "abcd":

@@ -93,7 +93,7 @@ def test_dry_run_starts_nothing_and_can_be_pasted(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--nnodes", "2:4", str(SCRIPT)], "torchrun --nnodes 2:4"),
+        (["--nnodes", "2:4", str(SCRIPT)], "needs --rdzv-endpoint"),
         (["no-such-script.py"], "no script 'no-such-script.py'"),
         (["--nproc", "0", str(SCRIPT)], "--nproc"),
         ([], "SCRIPT"),

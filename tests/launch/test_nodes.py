@@ -22,16 +22,16 @@ WAIT = 60.0
 class Hosts:
     """The launchers of one job."""
 
-    def __init__(self, cwd: Path, nnodes: int = 2) -> None:
+    def __init__(self, cwd: Path, nnodes: str = "2") -> None:
         self._cwd, self._nnodes = cwd, nnodes
         self.port = free_port()
         self.all: list[Launched] = []
         self.started: list[Launched] = []
         """Also those that are none of the job's any more."""
 
-    def start(self, *script: str, options: tuple[str, ...] = (), nnodes: int | None = None, nproc: int = 1) -> Launched:
+    def start(self, *script: str, options: tuple[str, ...] = (), nnodes: str | None = None, nproc: int = 1) -> Launched:
         """One more, with rank_script.py in this mode."""
-        place = ("--nnodes", str(nnodes or self._nnodes), "--rdzv-endpoint", f"localhost:{self.port}")
+        place = ("--nnodes", nnodes or self._nnodes, "--rdzv-endpoint", f"localhost:{self.port}")
         arguments = [*place, "--nproc-per-node", str(nproc), *options, str(SCRIPT), *script]
         self.started.append(Launched(self._cwd, arguments, len(self.started)))
         self.all.append(self.started[-1])
@@ -182,13 +182,35 @@ def test_the_budget_is_the_jobs(hosts: Hosts) -> None:
 
 
 @pytest.mark.slow
+def test_hosts_come_and_go(tmp_path: Path, hosts: Hosts) -> None:
+    """Proves that with --nnodes 2:3 a lost host leaves two that go on, that a third joins them while they run, whose ranks save
+    for it, and that neither costs a restart of the budget when progress was made."""
+    options = {"nnodes": "2:3", "options": ("--max-restarts", "1")}
+    first = hosts.start("saves", **options)  # type: ignore[arg-type]
+    said(first, "the rendezvous is here")
+    second, third = (hosts.start("saves", **options) for _ in range(2))  # type: ignore[arg-type]
+    hosts.pids(3)
+    third.process.kill()
+    hosts.all.remove(third)
+    hosts.pids(2, restart=1)
+    said(first, "on 2 rank(s), here rank 0, attempt 2")
+    fourth = hosts.start("saves", **options)  # type: ignore[arg-type]
+    hosts.pids(3, restart=2)
+    for one, rank in ((first, 0), (second, 1), (fourth, 2)):
+        said(one, f"on 3 rank(s), here rank {rank}, attempt 3")
+    assert [(tmp_path / f"{rank}.1.got").read_text() for rank in range(2)] == ["SIGTERM", "SIGTERM"]
+    fourth.process.send_signal(S.SIGTERM)
+    assert hosts.codes() == [75, 75, 75], hosts.output()
+
+
+@pytest.mark.slow
 def test_who_does_not_belong_is_refused(hosts: Hosts) -> None:
     """Proves that other counts, another key, one host too many and a number that is taken end with 65 and a sentence, while
     the job that they knocked at goes on."""
     both = hosts.both("plain", options=("--keep-alive", "1"))
     hosts.pids()
     wrong: list[tuple[Callable[[], Launched], str]] = [
-        (lambda: hosts.start("plain", nnodes=3), "it was started with --nnodes 3, the node that hosts the rendezvous with 2"),
+        (lambda: hosts.start("plain", nnodes="3"), "it was started with --nnodes 3, the node that hosts the rendezvous with 2"),
         (lambda: hosts.start("plain", options=("--rdzv-id", "other")), "it has another key"),
         (lambda: hosts.start("plain"), "there is no place for another node: node 0"),
         (lambda: hosts.start("plain", options=("--node-rank", "1")), "no place for another node with --node-rank 1"),
@@ -228,8 +250,9 @@ def test_another_services_port(hosts: Hosts) -> None:
         (("--nnodes", "2", "--rdzv-endpoint", "node0:0"), "port 0"),
         (("--nnodes", "2", "--rdzv-endpoint", "node0:99999"), "port 99999"),
         (("--nnodes", "2", "--rdzv-endpoint", "node0:1", "--node-rank", "2"), "node rank 2 of 2"),
-        (("--nnodes", "1:2", "--rdzv-endpoint", "node0:1"), "torchrun --nnodes 1:2"),
-        (("--nnodes", "0"), "give one number"),
+        (("--nnodes", "3:2", "--rdzv-endpoint", "node0:1"), "no more at least than at most"),
+        (("--nnodes", "0", "--rdzv-endpoint", "node0:1"), "give at least 1"),
+        (("--nnodes", "two"), "MIN:MAX"),
     ],
 )
 def test_what_cannot_be_is_refused_at_once(arguments: tuple[str, ...], why: str) -> None:

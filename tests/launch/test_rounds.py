@@ -16,9 +16,25 @@ from support.launching import until
 from wbdist.launch.attempt import Trouble
 from wbdist.launch.judgement import RankEnd
 from wbdist.launch.nodes.line import Line, Lost
-from wbdist.launch.nodes.messages import Beat, Ended, Hello, Message, Outcome, Ready, Refused, Standing, Start, Welcome, key_of
+from wbdist.launch.nodes.messages import (
+    VERSION,
+    Beat,
+    Challenge,
+    Ended,
+    Hello,
+    Message,
+    Outcome,
+    Ready,
+    Refused,
+    Standing,
+    Start,
+    Welcome,
+    Wire,
+    key_of,
+    proof,
+)
 from wbdist.launch.nodes.rendezvous import STRANGERS, Rendezvous, listen
-from wbdist.launch.nodes.rounds import NEVER, Rounds
+from wbdist.launch.nodes.rounds import LAST_CALL, NEVER, Rounds
 from wbdist.launch.policy import Policy
 
 JOIN, ALIVE = 100.0, 10.0
@@ -27,8 +43,11 @@ JOIN, ALIVE = 100.0, 10.0
 NEW = Standing()
 
 
-def hello(instance: str, nproc: int = 1, node_rank: int | None = None, standing: Standing = NEW, nnodes: int = 2) -> Hello:
-    return Hello("", "", instance, f"host-{instance}", nnodes, nproc, node_rank, standing)
+def hello(
+    instance: str, nproc: int = 1, node_rank: int | None = None, standing: Standing = NEW, nnodes: int | tuple[int, int] = 2
+) -> Hello:
+    both = (nnodes, nnodes) if isinstance(nnodes, int) else nnodes
+    return Hello("", "", instance, f"host-{instance}", both, nproc, node_rank, standing)
 
 
 def ended(first: int, *codes: int, newest: int = -1) -> Ended:
@@ -38,12 +57,12 @@ def ended(first: int, *codes: int, newest: int = -1) -> Ended:
 class Table:
     """Rounds, and what each connection was told."""
 
-    def __init__(self, nnodes: int = 2, now: float = 0.0, **policy: Any) -> None:
+    def __init__(self, nnodes: int | tuple[int, int] = 2, now: float = 0.0, **policy: Any) -> None:
         self.now = now
         self.said: list[str] = []
         settings = {"max_restarts": 3, "on_preempt": "exit", **policy}
         self.rounds = Rounds(
-            nnodes=nnodes,
+            nnodes=(nnodes, nnodes) if isinstance(nnodes, int) else nnodes,
             policy=Policy(**settings),
             join_timeout=JOIN,
             keep_alive=ALIVE,
@@ -173,6 +192,20 @@ def test_a_lost_node_is_waited_for_whatever_the_others_saved() -> None:
             assert "waited 100 s for node 1; here: node 0 (host-0)" in table.last(0).sentence
 
 
+@pytest.mark.parametrize(
+    ("code", "stopped", "expected"), [(0, False, None), (75, True, 75), (-15, True, 143), (0, True, 70), (65, False, 65)]
+)
+def test_a_job_is_not_finished_while_a_nodes_end_is_unknown(code: int, stopped: bool, expected: int | None) -> None:
+    """Proves what the others' ends come to when a node was lost, with and without a signal."""
+    table = Table()
+    table.started()
+    if stopped:
+        table.hear(0, Trouble("signal", "SIGTERM", signal=15))
+    table.lose(1)
+    table.hear(0, ended(0, code))
+    assert table.last(0).exit_code == expected
+
+
 def test_a_rendezvous_that_was_lost_goes_on_with_what_the_nodes_know() -> None:
     """Proves that the count of attempts, the newest checkpoint and the budget survive the host that kept them."""
     table = Table(max_restarts=1)
@@ -205,6 +238,40 @@ def test_who_has_no_place() -> None:
     table.take()
     assert isinstance(table.last(9), Welcome)
     assert table.last(9).node == 0
+
+
+def test_nodes_come_and_go() -> None:
+    """Proves 3 -> 2 -> 3 of 2:3: a job that could begin calls for more a while, goes on without who is lost, and starts again
+    for who comes, which costs no restart of the budget."""
+    table = Table((2, 3), max_restarts=0)
+    elastic: Any = {"nnodes": (2, 3)}
+    for connection in (0, 1, 2):
+        table.join(connection, **elastic)
+        table.hear(connection, Ready(1))
+    assert [table.last(connection).world_size for connection in (0, 1, 2)] == [3, 3, 3]
+    table.lose(1)
+    for connection in (0, 2):
+        table.hear(connection, ended(connection, 75, newest=5))
+        if connection == 2:
+            assert table.last(0).exit_code is None
+    for connection in (0, 2):
+        table.hear(connection, Ready(1))
+    assert isinstance(table.last(0), Outcome), "the last call"
+    table.later(LAST_CALL + 0.1)
+    assert [(table.last(c).node, table.last(c).first_rank, table.last(c).nnodes) for c in (0, 2)] == [(0, 0, 2), (1, 1, 2)]
+    table.join(3, **elastic)
+    table.hear(3, Ready(1))
+    assert table.last(3) == Welcome("", 1, ALIVE)
+    for connection in (0, 2):
+        assert table.last(connection) == Trouble("regroup", "node 1 (host-3) has come")
+        table.hear(connection, ended(connection, 75, newest=5))
+    assert table.last(0).exit_code is None
+    assert "giving up" not in table.last(0).sentence
+    table.hear(0, Ready(1))
+    table.hear(2, Ready(1))
+    table.later(5.0)
+    assert {table.last(connection).world_size for connection in (0, 2, 3)} == {3}
+    assert {table.last(connection).cause for connection in (0, 2, 3)} == {"node 1 (host-3) has come"}
 
 
 def test_who_comes_when_it_is_over() -> None:
@@ -270,8 +337,8 @@ def rendezvous(rounds: Rounds, key: bytes, **settings: float) -> Iterator[int]:
 
 
 def line(port: int, key: bytes, instance: str, timeout: float = 30.0) -> Line:
-    def greeting(nonce: str, proof: str) -> Hello:
-        return Hello(nonce, proof, instance, "here", 2, 1, None, Standing())
+    def greeting(nonce: str, proved: str) -> Hello:
+        return Hello(nonce, proved, instance, "here", (2, 2), 1, None, Standing())
 
     made = Line("localhost", port, key=key, hello=greeting, timeout=timeout, say=lambda _line: None)
     made.start()
@@ -284,9 +351,24 @@ def event(one: Line) -> Any:
     return found[0]
 
 
+def test_a_rendezvous_without_the_key_is_not_believed() -> None:
+    """Proves that nodes find out whom they talk to, too."""
+    with socket.create_server(("localhost", 0)) as impostor:
+        one = line(impostor.getsockname()[1], b"key", "a")
+        accepted, _ = impostor.accept()
+        wire = Wire(accepted)
+        wire.say(Challenge(VERSION, "nonce"))
+        answer = until(lambda: next(wire.read(), None), "its answer", 30)
+        wire.say(Welcome(proof(b"guessed", "rendezvous", answer.nonce, "nonce"), 0, ALIVE))
+        lost = event(one)
+        assert (lost.exit_code, "has another key" in lost.why) == (65, True)
+        one.close()
+        wire.close()
+
+
 def test_strangers_cost_nothing_but_their_connection() -> None:
     """Proves that garbage, a half message, one that is too long, a wrong key and silence, more of it than there is room for, do
-    not keep two nodes from meeting; and that a rendezvous with another key is not believed either."""
+    not keep two nodes from meeting."""
     table = Table(now=time.monotonic())
     with rendezvous(table.rounds, key_of("job", "secret")) as port:
         strangers = [socket.create_connection(("localhost", port)) for _ in range(STRANGERS)]
@@ -297,7 +379,7 @@ def test_strangers_cost_nothing_but_their_connection() -> None:
         wrong = line(port, key_of("job", "guessed"), "b")
         refused = event(wrong)
         assert isinstance(refused, Lost)
-        assert (refused.exit_code, "another key" in refused.why) == (65, True)
+        assert (refused.exit_code, "refused this node: it has another key" in refused.why) == (65, True)
         two = line(port, key_of("job", "secret"), "c")
         assert {event(each).node for each in (one, two)} == {0, 1}
         one.tell(Ready(1))

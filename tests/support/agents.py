@@ -1,37 +1,50 @@
-"""torchrun agents, one for each of some hosts."""
+"""Elastic launchers, one for each of some hosts."""
 
 from __future__ import annotations
 
 import os
-import socket
 import sys
 from pathlib import Path
 
-from support.jobs import JobProcess, Jobs
+from support.jobs import JobProcess, Jobs, poll
+from support.processes import free_port
 
 
 class Agents:
-    """One torchrun agent a host, with one rank each; a host is a name, and may be a network namespace.
+    """One torchrun agent (or `wbdist launch`) a host, with one rank each; a host is a name, and may be a network namespace.
 
     The first that is started hosts the rendezvous: torchrun's job ends with it, so it is none to kill.
     """
 
-    def __init__(self, jobs: Jobs, address: str, nnodes: str, script: Path, *args: str) -> None:
+    def __init__(self, jobs: Jobs, address: str, nnodes: str, script: Path, *args: str, launcher: str = "torchrun") -> None:
         self._jobs = jobs
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self._endpoint = f"{address}:{probe.getsockname()[1]}"
+        self._endpoint = f"{address}:{free_port()}"
+        self._launcher = launcher
         self._nnodes, self._script = nnodes, [str(script), *args]
         self.of_host: dict[str, JobProcess] = {}
 
     def start(self, host: str, *within: str, local: str = "127.0.0.1", **environment: str) -> JobProcess:
+        place = ("--nnodes", self._nnodes, "--nproc-per-node", "1", "--rdzv-endpoint", self._endpoint)
+        if self._launcher == "wbdist":
+            first = not self.of_host
+            agent = self._started(
+                host,
+                [*within, sys.executable, "-m", "wbdist", "launch", *place, "--keep-alive", "5", *self._script],
+                environment,
+            )
+            if first:
+                poll(lambda: "the rendezvous is here" in agent.output(), "the rendezvous")
+            return agent
         command = [
             *within,
-            *(sys.executable, "-m", "torch.distributed.run", "--nnodes", self._nnodes, "--nproc-per-node", "1"),
-            *("--rdzv-backend", "c10d", "--rdzv-endpoint", self._endpoint, "--rdzv-id", "slots", "--local-addr", local),
+            *(sys.executable, "-m", "torch.distributed.run", *place),
+            *("--rdzv-backend", "c10d", "--rdzv-id", "slots", "--local-addr", local),
             *("--rdzv-conf", f"is_host={int(not self.of_host)},last_call_timeout=4,keep_alive_interval=1,join_timeout=100"),
             *("--max-restarts", "20", *self._script),
         ]
+        return self._started(host, command, environment)
+
+    def _started(self, host: str, command: list[str], environment: dict[str, str]) -> JobProcess:
         env = {
             **os.environ,
             "WANDB_HOST": host,

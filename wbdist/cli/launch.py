@@ -23,7 +23,7 @@ PER_START = ("MASTER_PORT", "WBDIST_CAUSE", "WBDIST_INCARNATION", "WBDIST_INTENT
 @click.option(
     "--nproc", "--nproc-per-node", default=1, show_default=True, type=click.IntRange(1), help="Ranks to start on this host."
 )
-@click.option("--nnodes", default="1", show_default=True, help="Hosts of the job; the same command runs on each.")
+@click.option("--nnodes", default="1", show_default=True, help="Hosts of the job, or MIN:MAX; the same command on each.")
 @click.option("--rdzv-endpoint", metavar="HOST:PORT", help="Where the hosts meet: one of them, and a free port there.")
 @click.option(
     "--node-rank", type=click.IntRange(0), help="Number of this host; 0 has the rendezvous. [default: srun's, else by arrival]"
@@ -101,14 +101,14 @@ def command(  # noqa: PLR0917  (click passes by name)
     kills. With --on-preempt relaunch, Ctrl-C and SIGHUP still end the job.
 
     With --nnodes the ranks of all hosts are one job: one that fails, or a host that is lost, restarts all once all hosts are
-    there again; a signal to one launcher stops all; all leave with the same code. Where strangers reach the port, set
-    WBDIST_RDZV_SECRET to the same on all hosts.
+    there again (with MIN:MAX, enough of them); a signal to one launcher stops all; all leave with the same code. Where
+    strangers reach the port, set WBDIST_RDZV_SECRET to the same on all hosts.
 
     \b
     Exit codes: 0 finished; 75 preempted and saved, run the same command to continue; 70 failed, a retry may help;
     65 failed for good; 69 another job owns the run; 128+signal stopped before anything could be saved.
     """
-    meeting = _meeting(nnodes, rdzv_endpoint, node_rank, rdzv_id, join_timeout, keep_alive, nproc, script)
+    meeting = _meeting(nnodes, rdzv_endpoint, node_rank, rdzv_id, join_timeout, keep_alive)
     if not as_module and not Path(script).is_file():
         raise click.UsageError(f"there is no script {script!r}; give the path of a Python file, or -m and a module's name")
     if on_preempt == "requeue" and not dry_run:
@@ -144,18 +144,13 @@ def _meeting(  # noqa: PLR0917  (as click names them)
     job: str,
     join_timeout: float,
     keep_alive: float,
-    nproc: int,
-    script: str,
 ) -> Meeting | None:
     """None for one host. Raises click.UsageError."""
     if nnodes == "1":
         return None
-    if not nnodes.isdigit() or nnodes == "0":
-        line = f"torchrun --nnodes {nnodes} --nproc-per-node {nproc} --rdzv-backend c10d --rdzv-endpoint HOST:PORT {script}"
-        raise click.UsageError(
-            f"--nnodes {nnodes}: give one number, from 1. Hosts that come and go while a job runs (MIN:MAX) are torchrun's, "
-            f"with TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1: {line}"
-        )
+    fewest, _, most = nnodes.rpartition(":")
+    if not (most.isdigit() and (fewest or most).isdigit()):
+        raise click.UsageError(f"--nnodes {nnodes}: give a number of hosts, or MIN:MAX where hosts may come and go")
     if place is None:
         raise click.UsageError(f"--nnodes {nnodes} needs --rdzv-endpoint HOST:PORT: one of the hosts, and a free port there")
     step = [os.environ.get(f"SLURM_{name}", "") for name in ("STEP_NUM_NODES", "STEP_NUM_TASKS", "NODEID")]
@@ -164,7 +159,7 @@ def _meeting(  # noqa: PLR0917  (as click names them)
     try:
         host, port = endpoint(place)
         return Meeting(
-            nnodes=int(nnodes),
+            nnodes=(int(fewest or most), int(most)),
             host=host,
             port=port,
             job=job,

@@ -68,8 +68,8 @@ process group of its own, from the start or soon, and calls `worker.tie_to_paren
 class Trouble(msgspec.Struct, frozen=True, tag="trouble"):
     """Something on one host that concerns the ranks of all."""
 
-    kind: Literal["signal", "kill", "failed", "leaving"]
-    """A signal came; a second Ctrl-C; a rank, or the host, failed; a rank leaves preempted."""
+    kind: Literal["signal", "kill", "failed", "leaving", "regroup"]
+    """A signal came; a second Ctrl-C; a rank, or the host, failed; a rank leaves preempted; another host is to take part."""
     sentence: str
     signal: int = 0
     grace: float = 0.0
@@ -274,6 +274,12 @@ class Attempt:
         elif self._undisturbed:
             if trouble.kind == "leaving":
                 self._kill_at = now + trouble.grace
+            elif trouble.kind == "regroup":
+                self._say(f"{trouble.sentence}: the ranks have {self._grace:g} s to save, and start again with it")
+                self._kill_at = now + self._grace
+                for rank in self._alive():
+                    self._told.add(rank)
+                    self._send(rank, signal.SIGTERM)
             else:
                 self._peer_failed(trouble.sentence, now)
 

@@ -56,7 +56,8 @@ class Hello(msgspec.Struct, frozen=True, tag="hello"):
     instance: str
     """Random name of this launcher process."""
     host: str
-    nnodes: int
+    nnodes: tuple[int, int]
+    """At least, and at most."""
     nproc: int
     node_rank: int | None
     """As asked for; None: any."""

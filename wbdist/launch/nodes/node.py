@@ -27,7 +27,7 @@ from wbdist.launch.judgement import RankEnd, judge, signal_name
 from wbdist.launch.nodes.line import Event, Line, Lost
 from wbdist.launch.nodes.messages import Ended, Gone, Hello, Outcome, Ready, Standing, Start, Welcome, key_of
 from wbdist.launch.nodes.rendezvous import Rendezvous, listen
-from wbdist.launch.nodes.rounds import Rounds
+from wbdist.launch.nodes.rounds import Rounds, counted
 from wbdist.launch.policy import Decision, Policy
 from wbdist.launch.sentinel import Sentinel
 from wbdist.launch.supervisor import LaunchSpec, environments, leave_with, say_to_person
@@ -39,7 +39,8 @@ ANSWER = 15.0
 class Meeting(msgspec.Struct, frozen=True, kw_only=True):
     """How the launchers of one job find each other. The same on all hosts, but for `node_rank`."""
 
-    nnodes: int
+    nnodes: tuple[int, int]
+    """At least and at most so many hosts; the same number twice, or hosts may come and go."""
     host: str
     port: int
     job: str = "wbdist"
@@ -54,8 +55,11 @@ class Meeting(msgspec.Struct, frozen=True, kw_only=True):
     """Seconds of silence after which a node is lost. The hosting node's counts."""
 
     def __post_init__(self) -> None:
-        if self.nnodes < 1 or (self.node_rank is not None and not 0 <= self.node_rank < self.nnodes):
-            raise UsageError(f"node rank {self.node_rank} of {self.nnodes} nodes: count from 0")
+        fewest, most = self.nnodes
+        if not 1 <= fewest <= most:
+            raise UsageError(f"{fewest}:{most} nodes: give at least 1, and no more at least than at most")
+        if self.node_rank is not None and not 0 <= self.node_rank < most:
+            raise UsageError(f"node rank {self.node_rank} of {most} nodes: count from 0")
         if not 0 < self.port < 65536:
             raise UsageError(f"port {self.port} is none; give 1 to 65535")
         if self.keep_alive < 1 or self.join_timeout <= 0:
@@ -167,7 +171,7 @@ class _Node:
                 case Welcome():
                     joined = True
                     where = "here" if hosting else f"at {self._meeting.place}"
-                    self._say(f"this is node {event.node} of {self._meeting.nnodes}; the rendezvous is {where}")
+                    self._say(f"this is node {event.node} of {counted(self._meeting.nnodes)}; the rendezvous is {where}")
                     line.tell(Ready(_free_port()))
                 case Start():
                     line.tell(self._attempt(event, line, directory))
@@ -250,6 +254,7 @@ class _Node:
         except BaseException as error:
             line.tell(Gone(f"its ranks could not be started: {error}"))
             raise
+        final = start.standing.idle >= self._spec.max_restarts
         attempt = Attempt(
             started,
             grace=self._spec.grace,
@@ -258,6 +263,7 @@ class _Node:
             say=self._say,
             first_rank=start.first_rank,
             elsewhere=line,
+            durable=None if final else lambda rank: intent.is_durable(rank, intents),
         )
         ends = attempt.run()
         ended = times.of_monotonic(min(end.at for end in ends))

@@ -1,9 +1,11 @@
 """What the rendezvous of a job's nodes decides: who is who, when a generation begins, what its end means. No I/O, no clock.
 
 gathering  all nodes are here and ready, and the pause is over        -> running: Start to all
+           at least the fewest, and LAST_CALL seconds nobody came     -> the same
            `join_timeout` is over                                     -> over, 70, naming who did not come
            a signal came to any launcher                              -> over, 75 or 128+signal
 running    a rank failed, a signal came, a node was lost              -> told to all other nodes, once
+           another node came, for which there is a place              -> told as well: the ranks save, and all start again
            the ranks of all nodes that are left have ended            -> judged as one attempt (`judgement`, `policy`):
                                                                          gathering again, or over
 A lost node makes the attempt one that failed, whatever the others could still save: they wait for it to come back.
@@ -16,13 +18,15 @@ from collections.abc import Callable, Sequence
 
 import msgspec
 
-from wbdist.errors import EXIT_FAILED_FOR_GOOD, EXIT_FENCED, EXIT_RETRYABLE
+from wbdist.errors import EXIT_FINISHED, EXIT_PREEMPTED, EXIT_RETRYABLE
 from wbdist.launch.attempt import Trouble
 from wbdist.launch.judgement import Judgement, judge
 from wbdist.launch.nodes.messages import Beat, Ended, Gone, Hello, Message, Outcome, Ready, Refused, Standing, Start, Welcome
 from wbdist.launch.policy import Decision, Policy
 
 NEVER = float("inf")
+LAST_CALL = 10.0
+"""Seconds that a job which could begin waits for more nodes after the last that came or was lost."""
 
 
 class Member(msgspec.Struct):
@@ -55,9 +59,17 @@ class Rounds:
     """The state of one rendezvous. Nodes are known by their connection's number; what they are to get is put into `out`."""
 
     def __init__(
-        self, *, nnodes: int, policy: Policy, join_timeout: float, keep_alive: float, say: Callable[[str], None], now: float
+        self,
+        *,
+        nnodes: tuple[int, int],
+        policy: Policy,
+        join_timeout: float,
+        keep_alive: float,
+        say: Callable[[str], None],
+        now: float,
     ) -> None:
-        self._nnodes, self._policy = nnodes, policy
+        """`nnodes`: at least and at most so many."""
+        (self._fewest, self._most), self._policy = nnodes, policy
         self._join_timeout, self._keep_alive = join_timeout, keep_alive
         self._say = say
         self.out: list[tuple[int, Message]] = []
@@ -72,6 +84,9 @@ class Rounds:
         self._committed = -1
         """The newest step that anybody said is committed."""
         self._not_before, self._deadline = now, now + join_timeout
+        self._last_call = now + LAST_CALL
+        self._came = ""
+        """Who has come to take part in the next generation."""
         self._stopped_by: int | None = None
         self._told: set[str] = set()
         """Kinds of trouble that all have been told of in this generation."""
@@ -90,8 +105,9 @@ class Rounds:
 
     def join(self, connection: int, hello: Hello, address: str, now: float) -> None:
         """A node that has proved to have the key: Welcome, Refused, or neither yet."""
-        if hello.nnodes != self._nnodes:
-            why = f"it was started with --nnodes {hello.nnodes}, the node that hosts the rendezvous with {self._nnodes}"
+        if hello.nnodes != (self._fewest, self._most):
+            ours = counted((self._fewest, self._most))
+            why = f"it was started with --nnodes {counted(hello.nnodes)}, the node that hosts the rendezvous with {ours}"
             self.out.append((connection, Refused(why)))
             return
         for other, member in list(self.members.items()):
@@ -114,6 +130,10 @@ class Rounds:
         missing = self._missing()
         came = self.members[connection].name
         self._say(f"{came} is here" + (f"; waiting for {_nodes(missing)}" if missing and not self._running else ""))
+        self._last_call = now + LAST_CALL
+        if self._running:
+            self._came = f"{came} has come"
+            self._tell_others(Trouble("regroup", self._came), connection)
 
     def _place(self, hello: Hello) -> int | None:
         free = self._missing()
@@ -123,7 +143,7 @@ class Rounds:
 
     def _missing(self) -> list[int]:
         taken = {member.number for member in self.members.values()}
-        return [number for number in range(self._nnodes) if number not in taken]
+        return [number for number in range(self._most) if number not in taken]
 
     def lose(self, connection: int, why: str, now: float) -> None:
         """The connection is gone, or silent for too long."""
@@ -132,6 +152,7 @@ class Rounds:
         if member is None or self.over:
             return
         lost = f"{member.name} was lost: {why}"
+        self._last_call = now + LAST_CALL
         if not self._running:
             self._deadline = max(self._deadline, now + self._join_timeout)
         if not member.playing:
@@ -195,7 +216,9 @@ class Rounds:
         """When `tick` has something to do, if nothing happens before."""
         times = [waiting.until for waiting in self._waiting.values()]
         if not self._running and not self.over:
-            times += [self._deadline, *([self._not_before] if self._all_ready() else [])]
+            times.append(self._deadline)
+            if self._enough():
+                times.append(self._not_before if not self._missing() else max(self._not_before, self._last_call))
         return min(times, default=NEVER)
 
     def tick(self, now: float) -> None:
@@ -207,8 +230,9 @@ class Rounds:
                 self.out.append((connection, Refused(f"there is no place for another node{wanted}: {here} are here already")))
         if self._running or self.over:
             return
-        self._begin_if_ready(now)
-        if now >= self._deadline and not self._all_ready():
+        if self._enough():
+            self._begin_if_ready(now)
+        elif now >= self._deadline:
             here = ", ".join(member.name for member in self._in_order())
             missing = _nodes(self._missing()) if self._missing() else "nodes that are here, to be ready"
             why = f"waited {self._join_timeout:g} s for {missing}; here: {here}; giving up (--join-timeout, exit code"
@@ -217,13 +241,17 @@ class Rounds:
     def _in_order(self) -> list[Member]:
         return sorted(self.members.values(), key=lambda member: member.number)
 
-    def _all_ready(self) -> bool:
-        return not self._missing() and all(member.ready is not None for member in self.members.values())
+    def _enough(self) -> bool:
+        """As many as are needed, and all that are here are ready."""
+        return len(self.members) >= self._fewest and all(member.ready is not None for member in self.members.values())
 
     def _begin_if_ready(self, now: float) -> None:
-        if self._running or self.over or now < self._not_before or not self._all_ready():
+        if self._running or self.over or now < self._not_before or not self._enough():
+            return
+        if self._missing() and now < self._last_call:
             return
         self._generation += 1
+        self._came = ""
         self._running, self._stopped_by = True, None
         self._told.clear()
         self._lost.clear()
@@ -232,7 +260,7 @@ class Rounds:
         world = sum(member.hello.nproc for member in members)
         ports = [member.ready.port for member in members if member.ready is not None]
         connections = {member.number: connection for connection, member in self.members.items()}
-        for member in members:
+        for place, member in enumerate(members):
             member.ready, member.playing = None, True
             start = Start(
                 standing=self.standing,
@@ -240,8 +268,8 @@ class Rounds:
                 cause=self._cause,
                 first_rank=first,
                 world_size=world,
-                node=member.number,
-                nnodes=self._nnodes,
+                node=place,
+                nnodes=len(members),
                 address=members[0].address,
                 port=ports[0],
             )
@@ -254,11 +282,17 @@ class Rounds:
         ends = [end for member in self.members.values() if member.ended is not None for end in member.ended.ends]
         for member in self.members.values():
             member.playing, member.ended = False, None
+        idle = self._policy.idle
         self._policy.note(self._committed)
         stopped_by = self._stopped_by
         judged = judge(ends, stopped_by, committed=self._policy.committed >= 0)
-        if self._lost and stopped_by is None and judged.exit_code not in {EXIT_FAILED_FOR_GOOD, EXIT_FENCED}:
+        # What a lost node's ranks came to is not known, so what the others say is not the whole.
+        partial = {EXIT_FINISHED} if stopped_by is not None else {EXIT_FINISHED, EXIT_PREEMPTED, EXIT_RETRYABLE}
+        if self._lost and judged.exit_code in partial:
             judged = Judgement(EXIT_RETRYABLE, self._lost[0])
+        elif self._came and stopped_by is None and judged.exit_code in {EXIT_PREEMPTED, EXIT_RETRYABLE}:
+            judged = Judgement(EXIT_RETRYABLE, self._came)
+            self._policy.idle = min(self._policy.idle, idle)  # nobody's failure
         self._running, self._cause = False, judged.why
         decision = self._policy.decide(judged, stopped_by)
         if decision.exit_code is not None:
@@ -266,9 +300,10 @@ class Rounds:
             return
         self._not_before = now + decision.pause
         self._deadline = self._not_before + self._join_timeout
+        self._last_call = now + LAST_CALL
         sentence = decision.sentence
-        if missing := self._missing():
-            sentence += f" when {_nodes(missing)} is back, which may take {self._join_timeout:g} s"
+        if len(self.members) < self._fewest:
+            sentence += f" when {_nodes(self._missing())} is back, which may take {self._join_timeout:g} s"
         self._to_all(Outcome(None, sentence, judged.culprit, standing=self.standing))
 
     def _finish(self, decision: Decision, culprit: int | None = None) -> None:
@@ -282,3 +317,9 @@ class Rounds:
 
 def _nodes(numbers: Sequence[int]) -> str:
     return ("node " if len(numbers) == 1 else "nodes ") + ", ".join(map(str, numbers))
+
+
+def counted(nnodes: tuple[int, int]) -> str:
+    """As the command line has it."""
+    fewest, most = nnodes
+    return str(most) if fewest == most else f"{fewest}:{most}"
