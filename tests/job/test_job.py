@@ -128,6 +128,27 @@ def test_training_does_not_notice_a_dead_server(server: Server, jobs: Jobs) -> N
 
 
 @pytest.mark.slow
+def test_accumulated_gradients_survive(server: Server, jobs: Jobs) -> None:
+    """Three batches to a step of the optimizer, reduced over two ranks once in three: a notice and a SIGKILL change no bit."""
+    accumulate = ("--accumulate", "3")
+    job = jobs.start(
+        *("--name", "tested", "--checkpoint-dir", "ckpt", "--step-seconds", "0.05", "--save-every", "2 steps", *accumulate),
+        launch_args=("--on-preempt", "relaunch"),
+    )
+    poll(lambda: steps_done("tested") >= 7, "7 steps of the first attempt")
+    job.process.send_signal(signal.SIGTERM)
+    poll(lambda: len(the_run("tested").attempts()) >= 2 and steps_done("tested") >= 22, "the second attempt at step 22")
+    job.ranks()[1].kill()
+    assert job.wait() == 0, job.output()
+    tested, untouched = the_run("tested"), reference(jobs, *accumulate)
+    assert len(tested.attempts()) == 3, job.output()
+    assert comparable(tested) == comparable(untouched)
+    assert tested.summary["weights"] == untouched.summary["weights"]
+    boundaries = {10 * epoch + batch for epoch in range(4) for batch in (3, 6, 9, 10)}
+    assert {manifest.step for manifest in committed(jobs.cwd / "ckpt")} <= boundaries
+
+
+@pytest.mark.slow
 def test_preempted_job_exits_75_and_the_same_command_continues(server: Server, jobs: Jobs) -> None:
     """Proves the contract with schedulers: 75 means 'saved, requeue me', and requeueing is running the same command. What
     saves cost each rank is read beside the history, which is equal."""

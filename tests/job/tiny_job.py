@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import time
+from contextlib import nullcontext
 
 import torch
 from torch import nn
@@ -33,12 +34,15 @@ def train(args: argparse.Namespace) -> None:
         opt = torch.optim.SGD(model.parameters(), lr=job.config.lr, momentum=0.9)
         data = job.loader(TensorDataset(x, y), batch_size=4)
         job.track(model=model, optimizer=opt, data=data)
-        for xs, ys in job.steps(data, epochs=args.epochs):
+        for xs, ys in job.steps(data, epochs=args.epochs, accumulate=args.accumulate):
             noise = 0.01 * torch.randn_like(xs)
-            loss = ((model(xs + noise).squeeze(1) - ys) ** 2).mean()
-            opt.zero_grad()
-            loss.backward()
-            opt.step()
+            # As a user of DDP does: gradients are summed over the ranks once a group.
+            with model.no_sync() if job.accumulating and job.world_size > 1 else nullcontext():
+                loss = ((model(xs + noise).squeeze(1) - ys) ** 2).mean()
+                (loss / args.accumulate).backward()
+            if not job.accumulating:
+                opt.step()
+                opt.zero_grad()
             job.log({"loss": loss})
             time.sleep(args.step_seconds)
         job.summary["weights"] = [float(v).hex() for v in net.weight.flatten().tolist() + net.bias.tolist()]
@@ -50,6 +54,7 @@ def main() -> None:
     parser.add_argument("--checkpoint-copy", default=None)
     parser.add_argument("--save-every", default="5 steps")
     parser.add_argument("--strategy", default="auto")
+    parser.add_argument("--accumulate", type=int, default=1)
     parser.add_argument("--epochs", type=int, default=4)
     parser.add_argument("--samples", type=int, default=80)
     parser.add_argument("--step-seconds", type=float, default=0.0)
