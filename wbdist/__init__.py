@@ -76,7 +76,7 @@ _LAZY = {
     "Pool": ("wbdist.distributed.pool", "Pool"),
     "Table": ("wbdist.run.media.table", "Table"),
     "checkpoints": ("wbdist.job.standalone", "checkpoints"),
-    "init_ranks": ("wbdist.job.ranks", "init_ranks"),
+    "init_ranks": ("wbdist.distributed.ranks", "init_ranks"),
     "job": ("wbdist.job", "job"),
     "launch": ("wbdist.distributed.bootstrap", "launch"),
     "join": ("wbdist.dropin", "join"),

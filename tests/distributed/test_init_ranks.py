@@ -49,6 +49,7 @@ def test_one_run_of_all_ranks(tmp_path: Path) -> None:
     assert rows == [{"loss": 0.5, "tokens": 21, "lr": 0.1, "_step": step} for step in range(5)]
 
 
+@pytest.mark.slow
 def test_a_run_a_rank_in_one_group(tmp_path: Path) -> None:
     """Proves that per_rank gives each rank a run of its own whose id names the rank."""
     found = play(tmp_path / "each", "per_rank")

@@ -116,7 +116,7 @@ def world(tmp_path: Path) -> Iterator[World]:
     made.close()
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", range(4))
 def test_the_run_is_whole_whatever_the_aggregator_had_written(world: World, seed: int) -> None:
     """Proves that with all processes killed at any moments the run's journal and the replay's hold each step that any rank
     logged once, open ones too, and each printed line once; that a second replay changes nothing; and what a server then has."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import secrets
 from collections.abc import Mapping
@@ -13,7 +14,6 @@ from wbdist.distributed import coordination, strategies
 from wbdist.distributed.identity import detect
 from wbdist.distributed.lateness import LatePolicy
 from wbdist.errors import UsageError
-from wbdist.job.plan import Plan, agree_on_plan
 from wbdist.run import lifecycle, process_end
 from wbdist.run.handle import Run
 from wbdist.run.init import make_spec
@@ -22,6 +22,8 @@ from wbdist.settings import resolve
 
 PEER_TIMEOUT = 120.0
 """Seconds a rank waits for the others to come."""
+_opened = itertools.count()
+"""Counts calls: all ranks make them in step, on one store."""
 _NAMES = {
     "id": "run_id",
     "name": "run_name",
@@ -73,8 +75,10 @@ def init_ranks(
     spec = make_spec(settings, config=config)
     peers = coordination.connect(identity, os.environ.get("WBDIST_INCARNATION"), timeout=PEER_TIMEOUT)
     try:
-        plan = agree_on_plan(peers, lambda: Plan(spec.run_id, 1, secrets.token_hex(8), "start"), PEER_TIMEOUT)
-        spec = msgspec.structs.replace(spec, run_id=plan.run_id, nonce=plan.nonce, must_be_new=spec.id_is_given)
+        own = msgspec.msgpack.encode((spec.run_id, secrets.token_hex(8)))
+        told = peers.agree(f"ranks/{next(_opened)}", own if peers.rank == 0 else None, PEER_TIMEOUT)
+        run_id, nonce = msgspec.msgpack.decode(told, type=tuple[str, str])
+        spec = msgspec.structs.replace(spec, run_id=run_id, nonce=nonce, must_be_new=spec.id_is_given)
         run = strategies.open_runs(strategy, identity, peers, spec, late).run
     except BaseException:
         peers.close()
