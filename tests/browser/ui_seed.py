@@ -57,7 +57,7 @@ class SeededRun:
     def mark(self, n: int, phase: str, step: int, at: float, *spent: float) -> None:
         """One of the timeline, `at` seconds ago; `spent` in the order of OWN, the rest nothing."""
         told = dict(zip(OWN, [*spent, *[0.0] * len(OWN)], strict=False))
-        line = {"n": n, "phase": phase, "step": step, **told, "_timestamp": self.now - at}
+        line = {"n": n, "phase": phase, "_step": step, **told, "_timestamp": self.now - at}
         self._append(PHASES, n, [json.dumps(line)])
 
     def _append(self, stream: str, seq: int, lines: list[str]) -> None:

@@ -249,11 +249,11 @@ def test_an_outdated_submission_is_no_time_in_a_queue() -> None:
 
 @pytest.mark.parametrize(
     "damaged",
-    [{"n": True}, {"n": "1"}, {"phase": "lunch"}, {"train": -1.0}, {"train": float("nan")}, {"step": None}, {"save": "1"}],
+    [{"n": True}, {"n": "1"}, {"phase": "lunch"}, {"train": -1.0}, {"train": float("nan")}, {"_step": None}, {"save": "1"}],
 )
 def test_lines_that_are_no_marks_are_left_out(damaged: dict[str, Any]) -> None:
     """Proves that what any client may send to a server does not break what it shows."""
-    sound = {"n": 1, "phase": "train", "step": 3, **dict.fromkeys(OWN, 0.5)}
+    sound = {"n": 1, "phase": "train", "_step": 3, **dict.fromkeys(OWN, 0.5)}
     assert read_mark(sound, 1.0) is not None
     assert read_mark({**sound, **damaged}, 1.0) is None
     assert read_mark(sound, float("inf")) is None

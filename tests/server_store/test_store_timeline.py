@@ -16,7 +16,7 @@ ZERO = dict.fromkeys(OWN, 0.0)
 
 
 def mark(n: int, at: float, phase: str, step: int = 0, **spent: float) -> dict[str, Any]:
-    return {"n": n, "phase": phase, "step": step, **ZERO, **spent, "_timestamp": at}
+    return {"n": n, "phase": phase, "_step": step, **ZERO, **spent, "_timestamp": at}
 
 
 def test_the_time_of_attempts(store: SqlStore) -> None:
@@ -52,6 +52,26 @@ def test_the_time_of_attempts(store: SqlStore) -> None:
     assert (total.seconds, total.share, total.attempts) == (pytest.approx(100), pytest.approx(0.24), 3)
     assert run.steps() == [0, 1, 2, 3, 4]
     assert "startup" not in run.row.summary
+
+
+def test_an_attempt_with_many_saves(store: SqlStore) -> None:
+    """Proves that of many marks those that matter are found: the first, the last, the kept save, a late submission."""
+    run = StoredRun(store)
+    run.begin(1)
+    run.append(1, 0, rows(range(200)))
+    marks = [mark(0, 110, "train", startup=10)]
+    for step in range(1, 200):
+        spent = {"startup": 10, "train": 2.0 * step, "save": 0.5 * (step - 1)}
+        marks.append(mark(2 * step - 1, 110 + 2.5 * step - 0.5, "save", step, **spent))
+        marks.append(mark(2 * step, 110 + 2.5 * step, "train", step, **{**spent, "save": 0.5 * step}))
+    marks[301]["submitted"] = 90.0
+    for at in range(0, len(marks), 50):
+        run.append(1, at, marks[at : at + 50], stream=PHASES)
+    run.begin(2, cut(1, 120), now=1000.0)
+    first, second = (attempt.phases for attempt in store.attempts(run.pk))
+    assert first == {**ZERO, "queued": 10, "down": 0, "startup": 10, "train": 240, "lost": 158, "save": 99.5}
+    assert second is not None
+    assert second["down"] == pytest.approx(1000 - 607.5)
 
 
 def test_a_fork_has_the_time_of_its_own_attempts(store: SqlStore) -> None:

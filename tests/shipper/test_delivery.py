@@ -332,7 +332,7 @@ def test_a_foreign_server_gets_w_and_bs_own_rule(foreign: Any, wandb: Any, deliv
     after a restart overwrites instead of appending. What belongs to an attempt is not sent at all."""
     foreign.offsets = {0: "old", 1: "old"}
     writer = wandb.journal(foreign.url)
-    writer.append(Kind.PHASE, {"n": 0, "phase": "train", "step": 0})
+    writer.append(Kind.PHASE, {"n": 0, "phase": "train", "_step": 0})
     wandb.rows(writer, 0, 50)
     run(deliver(writer, url=foreign.url), wandb)
     wandb.rows(writer, 50, 60)

@@ -92,7 +92,7 @@ _TOLD = ("train", "save", "restore", "startup", "queued", "down", "stop", "lost"
 
 def read_mark(row: Mapping[str, Any], at: float) -> Mark | None:
     """A mark as it was written; None for what is none: other programs may write such lines, too."""
-    number, phase, step = row.get("n"), row.get("phase"), row.get("step")
+    number, phase, step = row.get("n"), row.get("phase"), row.get("_step")
     spent = {name: _seconds(row.get(name)) for name in OWN}
     if type(number) is not int or type(step) is not int or phase not in (*OWN, END) or not math.isfinite(at):
         return None
@@ -104,7 +104,7 @@ def read_mark(row: Mapping[str, Any], at: float) -> Mark | None:
 
 def written(mark: Mark) -> dict[str, Any]:
     """The other way round, without the time, which every record has."""
-    row: dict[str, Any] = {"n": mark.number, "phase": mark.phase, "step": mark.step, **mark.spent}
+    row: dict[str, Any] = {"n": mark.number, "phase": mark.phase, "_step": mark.step, **mark.spent}
     return row | {name: value for name in _TIMES if (value := getattr(mark, name)) is not None}
 
 
@@ -117,7 +117,7 @@ def phases_of(lives: Iterable[Life]) -> dict[int, dict[str, float]]:
     ordered = sorted(lives, key=lambda life: life.attempt)
     if not any(life.marks for life in ordered):
         return {}
-    kept = _kept(ordered)
+    kept = kept_steps(ordered)
     out: dict[int, dict[str, float]] = {}
     end: float | None = None
     spans = [_Span(life, after) for life, after in zip(ordered, [*ordered[1:], None], strict=True)]
@@ -198,8 +198,9 @@ def _origin(life: Life) -> float:
     return life.marks[0].at - sum(life.marks[0].spent.values()) if life.marks else life.started
 
 
-def _kept(lives: Sequence[Life]) -> dict[int, float]:
-    """attempt -> the last step of it that is in the history; attempts of which nothing is are left out."""
+def kept_steps(lives: Sequence[Life]) -> dict[int, float]:
+    """attempt -> the last step of it that is in the history (infinite: all); attempts of which nothing is are left out. `lives`
+    by attempt, not empty."""
     by_number = {life.attempt: life for life in lives}
     number, kept = lives[-1].attempt, {lives[-1].attempt: math.inf}
     while (base := by_number[number].base) is not None and base[0] in by_number and base[0] not in kept:

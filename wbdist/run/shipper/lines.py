@@ -84,9 +84,9 @@ class Translator:
             elif kind is Kind.STATS:
                 self._line(EVENTS, self._event_line, record)
             elif kind is Kind.ALERT:
-                self._line(ALERTS, self._alert_line, record)
+                self._line(ALERTS, self._placed_line, record)
             elif kind is Kind.PHASE:
-                self._line(PHASES, _phase_line, record)
+                self._line(PHASES, self._placed_line, record)
             elif kind is Kind.FILE:
                 self.files.append((self.produced[FILES], record.data))
                 self.produced[FILES] += 1
@@ -146,7 +146,7 @@ class Translator:
         if seq >= self.skip.get(stream, 0):
             self.lines[stream].append(make(source))
 
-    def _alert_line(self, record: Record) -> str:
+    def _placed_line(self, record: Record) -> str:
         return json_line({**record.data, "_step": record.data["_step"] + self._shift, "_timestamp": record.time})
 
     def _event_line(self, record: Record) -> str:
@@ -158,10 +158,6 @@ def json_line(value: dict[str, Any]) -> str:
     text = _encode(value)
     # The fast encoder writes NaN as null; so do real Nones, and then the slow way gives the same.
     return jsonvalues.dumps(value) if b"null" in text else text.decode()
-
-
-def _phase_line(record: Record) -> str:
-    return json_line({**record.data, "_timestamp": record.time})
 
 
 def _console_line(record: Record) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import sqlalchemy as sa
 
+from wbdist.core.attempts import Segment
 from wbdist.core.position import CONSOLE, HISTORY
 from wbdist.server.store import columns as cols
 from wbdist.server.store.chunks import MANY, Chunk, ColumnCache, Key, load_many, points
@@ -147,18 +148,24 @@ def first_value(db: sa.Connection, view: View, key: str) -> Any:
 def tail(db: sa.Connection, view: View, stream: str) -> dict[str, Any] | None:
     """The last visible line of a stream of objects; of several writers', the one with the greatest step."""
     for segment in reversed(view.segments):
-        last: list[tuple[int, dict[str, Any]]] = []
-        for writer, count in view.visible(segment, stream).items():
-            key = Key(segment.run, segment.attempt, view.lane, stream, writer)
-            where = key.where() & (chunks.c.seq_lo < count)
-            newest = sa.select(chunks.c.pk, chunks.c.seq_lo, chunks.c.seq_hi).where(where).order_by(chunks.c.seq_lo.desc())
-            pk, low, high = db.execute(newest.limit(1)).one()
-            loaded: dict[str, Column] = load_many(db, [pk], None)[pk]
-            at = count - 1 - low
-            last.append((int(steps_of(loaded, high - low)[at]), cols.join(loaded, at, at + 1)[0]))
+        last = last_lines(db, view, segment, stream)
         if last:
             return max(last, key=itemgetter(0))[1]
     return None
+
+
+def last_lines(db: sa.Connection, view: View, segment: Segment, stream: str) -> list[tuple[int, dict[str, Any]]]:
+    """(step, line) of each writer's last visible line."""
+    last: list[tuple[int, dict[str, Any]]] = []
+    for writer, count in view.visible(segment, stream).items():
+        key = Key(segment.run, segment.attempt, view.lane, stream, writer)
+        where = key.where() & (chunks.c.seq_lo < count)
+        newest = sa.select(chunks.c.pk, chunks.c.seq_lo, chunks.c.seq_hi).where(where).order_by(chunks.c.seq_lo.desc())
+        pk, low, high = db.execute(newest.limit(1)).one()
+        loaded: dict[str, Column] = load_many(db, [pk], None)[pk]
+        at = count - 1 - low
+        last.append((int(steps_of(loaded, high - low)[at]), cols.join(loaded, at, at + 1)[0]))
+    return last
 
 
 def console(db: sa.Connection, view: View, first: int, limit: int) -> list[str]:
