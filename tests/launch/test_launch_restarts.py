@@ -101,7 +101,7 @@ def test_start_up_death_is_named_and_the_others_are_gone_within_10_s(launch: Lau
     """Proves the bound with a peer that ignores SIGTERM, and that the message names the rank and shows what it said last."""
     job = launch("dies-at-start", "1", options=NO_RESTARTS)
     began = time.monotonic()
-    until(lambda: "rank 1 ended with exit code 1" in job.output, "the rank to be named", timeout=5)
+    until(lambda: "rank 1 ended with exit code 1" in job.output, "the rank to be named")
     assert job.wait() == 70, job.output
     assert time.monotonic() - began < 30
     assert "wbdist launch:   rank 1: no such file: weights.bin" in job.output

@@ -126,10 +126,10 @@ def test_what_one_nodes_ranks_come_to_is_everybodys() -> None:
     table = Table()
     table.started()
     first = table.last(0)
-    table.hear(1, Trouble("failed", "rank 1 was killed by SIGKILL"))
+    table.hear(1, Trouble("failed", "rank 1 was killed by SIGKILL", signal=9))
     table.hear(1, Trouble("failed", "rank 1 once more"))
     assert [message for message in table.told[0] if isinstance(message, Trouble)] == [
-        Trouble("failed", "node 1 (host-1): rank 1 was killed by SIGKILL")
+        Trouble("failed", "node 1 (host-1): rank 1 was killed by SIGKILL", signal=9)
     ]
     table.hear(1, ended(1, -9))
     table.now += 1.0

@@ -72,6 +72,7 @@ class Trouble(msgspec.Struct, frozen=True, tag="trouble"):
     """A signal came; a second Ctrl-C; a rank, or the host, failed; a rank leaves preempted; another host is to take part."""
     sentence: str
     signal: int = 0
+    """That came, or that ended the rank."""
     grace: float = 0.0
     """Seconds that the ranks have then."""
 
@@ -281,7 +282,7 @@ class Attempt:
                     self._told.add(rank)
                     self._send(rank, signal.SIGTERM)
             else:
-                self._peer_failed(trouble.sentence, now)
+                self._peer_failed(trouble.sentence, now, killed=trouble.signal == signal.SIGKILL)
 
     @property
     def _undisturbed(self) -> bool:
@@ -323,7 +324,7 @@ class Attempt:
             if self._alive():
                 self._kill_at = now + self._grace
         else:
-            self._tell(Trouble("failed", self._ends[rank].sentence))
+            self._tell(Trouble("failed", self._ends[rank].sentence, signal=max(-code, 0)))
             self._peer_failed(self._ends[rank].sentence, now, killed=code == -signal.SIGKILL)
 
     def _tell(self, trouble: Trouble) -> None:
