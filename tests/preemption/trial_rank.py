@@ -14,7 +14,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -22,9 +22,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.utils.data import Dataset, get_worker_info
+from torch.utils.data import Dataset
 
 import wbdist
+from wbdist.hooks.loader import ResumableLoader
+from wbdist.hooks.lookahead import Arrival
 from wbdist.job import Preempted
 from wbdist.preemption.aws import BASE_URL, AwsSource
 from wbdist.preemption.file import FileSource
@@ -33,7 +35,7 @@ from wbdist.preemption.rehearsal.aws import AwsMetadata
 from wbdist.preemption.rehearsal.gcp import GcpMetadata
 
 MOMENTS = ("train", "eval", "wait", "save", "commit", "starved")
-"""`starved`: the rank's worker process has no more data, for good."""
+"""`starved`: no more data comes to this rank, for good; as from a worker process (real ones are in test_data_waits.py)."""
 SOURCES = ("SIGTERM", "SIGUSR2", "file", "aws", "gcp", "deadline")
 AFTER_RESUME = 3
 """Steps of the second life."""
@@ -53,7 +55,8 @@ class Plan:
             for rank in rng.sample(range(world), rng.choice([1, 1, 1, 2, world]))
         }
         """rank -> source, moment, not before which step, seconds later."""
-        self.workers = int(any(moment == "starved" for _, moment, _, _ in self.victims.values()))
+        self.ahead = any(moment == "starved" for _, moment, _, _ in self.victims.values())
+        """The ranks hold a batch ahead, as with workers."""
         self.advised = {rng.randrange(world): rng.randrange(0, 8)} if rng.random() < 0.3 else {}
         self.pace = [rng.choice([0.0, 0.0005, 0.002]) for _ in range(world)]
         self.save_every = rng.choice([2, 3, 5])
@@ -70,11 +73,6 @@ class Life:
         self._due = plan.victims.get(rank)
         source = self._due[0] if self._due else ""
         self._stop_file = directory.with_suffix(f".stop{rank}")
-        self._starved_file = directory.with_suffix(f".starved{rank}")
-        self._over = threading.Event()
-        if self._due and self._due[1] == "starved":
-            threading.Thread(target=self._watch_worker, args=self._due, daemon=True).start()
-            services.callback(self._over.set)
         self.notices = "off"
         if source == "file":
             self.notices = f"file={self._stop_file}"
@@ -96,19 +94,13 @@ class Life:
             self._due = None
             threading.Timer(delay, self._tell, (source,)).start() if delay > 0.005 else self._tell(source)
 
-    def fetch(self, number: int) -> None:
-        """In a worker process: its sample `number`."""
-        if self._due is not None and self._due[1] == "starved" and number > self._due[2]:
-            self._starved_file.touch()
-            threading.Event().wait()
-        time.sleep(self.plan.pace[self.rank])
-
-    def _watch_worker(self, source: str, _moment: str, _step: int, delay: float) -> None:
-        while not self._starved_file.exists():
-            if self._over.wait(0.005):
-                return
-        time.sleep(delay)
-        self._tell(source)
+    def starves(self, number: int) -> bool:
+        """Whether batch `number` does not come; tells, when it is so."""
+        if self._due is None or self._due[1] != "starved" or number <= self._due[2]:
+            return False
+        source, _, _, delay = self._due
+        threading.Timer(delay, self._tell, (source,)).start()
+        return True
 
     def _tell(self, source: str) -> None:
         tell: dict[str, Callable[[], object]] = {
@@ -137,19 +129,30 @@ class Waits(Dataset[torch.Tensor]):
 
     def __init__(self, life: Life | None) -> None:
         self._life = life
-        self._asked = 0
 
     def __len__(self) -> int:
         return 100_000
 
     def __getitem__(self, index: int) -> torch.Tensor:
-        self._asked += 1
-        if self._life is not None and get_worker_info() is not None:
-            self._life.fetch(self._asked)
-        elif self._life is not None:
+        if self._life is not None:
             self._life.at("wait")
             time.sleep(self._life.plan.pace[self._life.rank])
         return torch.tensor([float(index % 7)])
+
+
+class Ahead(ResumableLoader):
+    """Holds a batch ahead, as a loader with workers does, and may get no more."""
+
+    life: Life
+    looks_ahead = True
+
+    def _arriving(self, epoch: int | None = None) -> Iterator[Arrival | None]:
+        for number, arrival in enumerate(super()._arriving(epoch), 1):
+            if self.life.starves(number):
+                while True:
+                    time.sleep(0.002)
+                    yield None
+            yield arrival
 
 
 class Slow:
@@ -189,7 +192,10 @@ def live(directory: Path, life: Life | None) -> tuple[int, int, int]:
             model = nn.Linear(1, 1)
             nn.init.zeros_(model.weight)
             nn.init.zeros_(model.bias)
-            data = job.loader(Waits(life), batch_size=1, num_workers=life.plan.workers if life else 0)
+            data = job.loader(Waits(life), batch_size=1, seed=0)
+            if life is not None and life.plan.ahead:
+                data = Ahead(Waits(life), 1, rank=job.rank, world_size=job.world_size, seed=0)
+                data.life = life
             job.track(model=model, slow=Slow(life), data=data)
             began = job.step
             if life is not None:
