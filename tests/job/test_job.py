@@ -128,6 +128,7 @@ def test_training_does_not_notice_a_dead_server(server: Server, jobs: Jobs) -> N
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_accumulated_gradients_survive(server: Server, jobs: Jobs) -> None:
     """Three batches to a step of the optimizer, reduced over two ranks once in three: a notice and a SIGKILL change no bit."""
     accumulate = ("--accumulate", "3")
