@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import signal
 import subprocess
@@ -20,6 +21,7 @@ from wbdist.cli.clean import removable
 from wbdist.cli.feeds import replayed as sync_replays
 from wbdist.cli.sync import command as sync
 from wbdist.core.position import CONSOLE
+from wbdist.distributed import replay as replaying
 from wbdist.distributed.merging import Feed, Merger
 from wbdist.distributed.replay import Group, groups, replay
 from wbdist.run.journal import JournalHeader, JournalReader, JournalWriter, Kind, find_journals
@@ -208,6 +210,19 @@ def test_what_is_not_here_is_not_made_up(world: World) -> None:
     assert "what rank 2 logged" in refused.why
     assert "--without-missing-ranks" in refused.why
     assert replay(only(groups([job.run.path, *apart[:2]])), without_missing=True).word == "replayed"
+
+
+def test_a_shared_file_system_s_locks_are_not_believed(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Proves that where another host's locks say nothing its fresh journals are left alone: its aggregator may be
+    alive, and would write the same rows once more."""
+    job = Attempt(world, 1, random.Random(5), host="other-host")
+    monkeypatch.setattr(replaying, "is_local", lambda _: False)
+    refused = replay(only(groups(job.paths)))
+    assert refused.word == "elsewhere"
+    assert "other-host" in refused.why
+    for path in job.paths:
+        os.utime(path, (1.0, 1.0))
+    assert replay(only(groups(job.paths))).word == "replayed"
 
 
 def _with_headers(job: Attempt, here: int) -> list[Path]:

@@ -39,4 +39,6 @@ def replayed(journals: Sequence[Path], *, without_missing: bool) -> tuple[list[P
         elif done.word == "failed" or (done.word == "incomplete" and header.attempt == newest[header.project, header.run_id]):
             problems += 1
             click.echo(f"wbdist sync: {done.why}", err=True)
+        elif done.word == "elsewhere":
+            click.echo(f"wbdist sync: {done.why}", err=True)
     return made, problems

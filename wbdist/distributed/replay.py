@@ -28,14 +28,18 @@ import msgspec
 
 from wbdist.distributed.merging import Feed, Merger, exit_code_of
 from wbdist.errors import Error, InitStartError, JournalCorruptError
+from wbdist.run import machine
 from wbdist.run.handle import Run
 from wbdist.run.journal import SUFFIX, JournalHeader, JournalReader, JournalWriter, Kind, journal_name, writer_alive
+from wbdist.run.journal_storage import is_local
 from wbdist.run.shipper import client
 from wbdist.run.shipper.marks import settle, settled
 
 WRITER = "rank0.replay"
 _BESIDE = ".replay-"
 CHUNK = 1 << 18
+QUIET = 3600.0
+"""Seconds without a word after which a journal on a shared file system is no longer taken for another host's living one."""
 TICK = 0.5
 """Seconds between two looks of a process in the background for the one it works beside."""
 
@@ -66,9 +70,9 @@ class Group(msgspec.Struct):
 
 class Replayed(msgspec.Struct, frozen=True):
     """What became of a group. `word`: "replayed" (`journal` is new), "nothing" (all is in the run's journals), "running" (one
-    of its writers lives), "incomplete", "failed"; `why` says why."""
+    of its writers lives), "elsewhere" (one may, on another host), "incomplete", "failed"; `why` says why."""
 
-    word: Literal["replayed", "nothing", "running", "incomplete", "failed"]
+    word: Literal["replayed", "nothing", "running", "elsewhere", "incomplete", "failed"]
     journal: Path | None = None
     rows: int = 0
     why: str = ""
@@ -136,6 +140,12 @@ def replay(group: Group, *, without_missing: bool = False) -> Replayed:
         return Replayed("nothing")
     if any(writer_alive(path) for path in [*group.feeds.values(), *(path for _, path in group.runs)]):
         return Replayed("running", why="its processes live")
+    if (host := _perhaps_alive_on(group)) is not None:
+        return Replayed(
+            "elsewhere",
+            why=f"attempt {group.header.attempt} of run {group.header.run_id} was written by host {host} within the last hour, "
+            "and this file system does not say whether it still is: run wbdist sync there, or later",
+        )
     if not group.runs and any(header.feed is not None and header.feed.aggregated for header in group.headers.values()):
         return Replayed("nothing", why="the journal of the run itself is not here")
     if (missing := group.missing()) and not without_missing:
@@ -147,6 +157,16 @@ def replay(group: Group, *, without_missing: bool = False) -> Replayed:
     except (Error, OSError) as error:
         return Replayed("failed", why=str(error))
     return replayed
+
+
+def _perhaps_alive_on(group: Group) -> str | None:
+    """The host, not this one, of which a process may still write, where another host's locks cannot be believed."""
+    for header, path in [*((group.headers[rank], path) for rank, path in group.feeds.items()), *group.runs]:
+        if header.host in {"", machine.host()} or is_local(path.parent):
+            continue
+        if path.stat().st_mtime > time.time() - QUIET:
+            return header.host
+    return None
 
 
 def _not_here(group: Group, missing: list[int]) -> str:
