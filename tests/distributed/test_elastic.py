@@ -30,7 +30,7 @@ def moving_on(directory: Path, world: int) -> None:
         found = newest(directory)
         return None if found is None or found.world_size != world else found.step
 
-    first = poll(step, f"a checkpoint of {world} ranks", 150)
+    first = poll(step, f"a checkpoint of {world} ranks", 300)
     poll(lambda: (step() or 0) > first, f"another checkpoint of {world} ranks", 100)
 
 
@@ -50,7 +50,7 @@ def replayed(rows: list[dict[str, Any]], order: Order) -> list[float]:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1200)
 @pytest.mark.parametrize("strategy", ["rank0", "per_rank"])
 @pytest.mark.parametrize("launcher", ["torchrun", "wbdist"])
 def test_four_hosts_then_three_then_four(launcher: str, strategy: str, server: Server, jobs: Jobs) -> None:
@@ -68,7 +68,7 @@ def test_four_hosts_then_three_then_four(launcher: str, strategy: str, server: S
         agents.start("e")
         moving_on(checkpoints, 4)
         (jobs.cwd / "hurry").touch()
-        assert [agent.wait(150) for agent in agents.of_host.values()] == [0] * 4
+        assert [agent.wait(300) for agent in agents.of_host.values()] == [0] * 4
     except AssertionError as error:
         raise AssertionError(f"{error}\n{agents.output()}") from error
 

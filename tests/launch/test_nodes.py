@@ -188,7 +188,9 @@ def test_hosts_come_and_go(tmp_path: Path, hosts: Hosts) -> None:
     options = {"nnodes": "2:3", "options": ("--max-restarts", "1")}
     first = hosts.start("saves", **options)  # type: ignore[arg-type]
     said(first, "the rendezvous is here")
-    second, third = (hosts.start("saves", **options) for _ in range(2))  # type: ignore[arg-type]
+    second = hosts.start("saves", **options)  # type: ignore[arg-type]
+    said(first, "node 1 (")
+    third = hosts.start("saves", **options)  # type: ignore[arg-type]
     hosts.pids(3)
     third.process.kill()
     hosts.all.remove(third)
