@@ -68,8 +68,10 @@ HOOKS: dict[str, Any] = {
 def draw(source: random.Random) -> dict[str, Any]:
     unused_every = source.choice([0, 0, 3])
     hook = source.choice(["none", "none", *HOOKS])
-    # PowerSGD's callbacks start collectives: over gloo's threads they are in order with one bucket only, and never sparse.
+    # PowerSGD's callbacks start collectives: over gloo's threads they are in order with one bucket only, never sparse, and
+    # with no other collective such as that of the unused parameters.
     one = hook == "power_sgd"
+    unused_every = 0 if one else unused_every
     return {
         "hook": hook,
         "as_view": (as_view := source.random() < 0.5),
