@@ -95,7 +95,7 @@ def test_without_the_boundary_of_accumulation(tmp_path: Path, monkeypatch: pytes
     from wbdist.job.handle import Job
 
     with monkeypatch.context() as patch:
-        patch.setattr(Job, "accumulating", property(lambda job: accumulating.__get__(job._group)))
+        patch.setattr(Job, "accumulating", property(lambda job: accumulating.__get__(job._saves.group)))
         assert resumed(tmp_path / "same", patch) == never
         patch.setattr(Group, "open", save_within)
         assert resumed(tmp_path / "cut", patch) != never

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import socket
-import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -14,10 +13,9 @@ from typing import TYPE_CHECKING, Any, NoReturn, Self
 
 import msgspec
 
-from wbdist.checkpoint import manifest
 from wbdist.checkpoint.best import Goal
-from wbdist.checkpoint.checkpointer import Checkpointer, PendingSave
-from wbdist.checkpoint.copying import Elsewhere, Shipping
+from wbdist.checkpoint.checkpointer import Checkpointer
+from wbdist.checkpoint.copying import Elsewhere
 from wbdist.checkpoint.history import share
 from wbdist.checkpoint.manifest import Manifest
 from wbdist.checkpoint.retention import Keep
@@ -25,15 +23,15 @@ from wbdist.core.position import RunPosition
 from wbdist.distributed import bootstrap, coordination, strategies
 from wbdist.distributed.identity import detect
 from wbdist.distributed.lateness import LatePolicy
-from wbdist.errors import EXIT_FAILED_FOR_GOOD, EXIT_PREEMPTED, CheckpointError, EnvironmentFault, FencedError, UsageError
-from wbdist.job import save_metrics, slots
+from wbdist.errors import EXIT_FAILED_FOR_GOOD, EXIT_PREEMPTED, EnvironmentFault, FencedError, UsageError
+from wbdist.job import slots
 from wbdist.job.accumulation import Group
 from wbdist.job.best import BestWatch
 from wbdist.job.ending import Fenced, Preempted, exit_code_of, leave_verdict
 from wbdist.job.fence import SERVER, FenceWatch
 from wbdist.job.phases import Phases, ask_when_submitted
 from wbdist.job.plan import Plan, agree_on_plan, decide, position_of, seed_everything
-from wbdist.job.run_copies import RunCopies
+from wbdist.job.saving import COPY_TIMEOUT, PEER_TIMEOUT, Saves
 from wbdist.job.slots import Slot
 from wbdist.job.stopping import Stopping, reason_of, timed
 from wbdist.job.telling import PREEMPTION, going_on, in_total
@@ -55,15 +53,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("wbdist.job")
 
-PEER_TIMEOUT = 120.0
-"""Seconds a rank waits for its peers where all act in step: start-up (with imports and data loading), save, end."""
 COLLECTIVE_TIMEOUT = 1800.0
 """Seconds one collective of the training script may take, torch's own default: one rank may evaluate while others wait."""
-COPY_TIMEOUT = 1800.0
-"""Seconds that fetching a checkpoint from `checkpoint_copy` may take at the start, and the last copies at the end."""
-
-BEST = "best"
-"""A checkpoint's reason when a metric had its best value yet."""
 _END = object()
 _LEDGER_REDUCE = {"_samples": "sum53", "epoch": "first", "_consumed": "first", "_batch": "first", "_data": "first"}
 """Fingerprints of the ranks' shares add up (modulo 2**53) to the one of the step; the rest is alike on all ranks."""
@@ -91,28 +82,17 @@ class Job:
         self._id = run_id
         self._directory = checkpoint_dir
         self._copies = copies
-        self._shipping: Shipping | None = None
         self._save_every = save_every
         self._save_best = save_best
-        self._best: BestWatch | None = None
         self._keep = keep
         self._strategy = strategy
         self._late = late
         self._seed = seed
         self._step = 0
-        self._saved_step = -1
-        self._committed_step = -1
-        self._save_began = 0.0
-        self._costs = SaveCosts()
-        self._checkpoints: Checkpointer | None = None
-        self._pending: PendingSave | None = None
-        """The newest save, until its commit was reported."""
         self._chosen: Manifest | None = None
-        self._tracked = False
         self._in_steps = False
         self._open_step: ResumableLoader | None = None
         """The loader of a step whose body was entered and which is not counted yet."""
-        self._group = Group()
         self._own_group = False
         self._unwrapped: nn.Module | None = None
         """What `ddp` gave back as it was."""
@@ -183,38 +163,28 @@ class Job:
         )
         seed_everything(self._seed, self.rank)
 
-        position = None
+        costs = SaveCosts()
+        checkpoints = best = position = None
         if self._directory is not None:
-            self._checkpoints = Checkpointer(
-                self._directory,
-                self._peers,
-                attempt=self.attempt,
-                keep_last=self._keep.last,
-                keep_every=self._keep.every,
-                keep_best=self._keep.best,
-                save_every=self._save_every,
-                seed=self._seed,
-                config=self._spec.config,
-                config_changes=self._spec.settings.config_changes,
-                environment_changes=self._spec.settings.environment_changes,
-            )
+            checkpoints = self._open_checkpoints(self._directory)
             with self._phases.during("restore"):
-                self._chosen = self._checkpoints.choose(PEER_TIMEOUT)
+                self._chosen = checkpoints.choose(PEER_TIMEOUT)
             if self._save_best is not None:
                 known = None if self._chosen is None else self._chosen.best
-                self._best = BestWatch(self._save_best, self._peers, known)
+                best = BestWatch(self._save_best, self._peers, known)
             slot = self._take_slot(self._directory)
             per_rank = self._strategy == "per_rank"
             position = position_of(self._chosen, self._plan, slot.number, slot.parked, per_rank=per_rank)
 
         # Signals are watched before the run is announced: whoever sees the run may preempt the job.
         for_host = self._identity.local_rank == 0
-        self._hub = NoticeHub(sources.choose(self._spec.settings.notices, for_host=for_host, lead=lambda: lead(self._costs)))
+        self._hub = NoticeHub(sources.choose(self._spec.settings.notices, for_host=for_host, lead=lambda: lead(costs)))
         self._hub.start()
         self._stack.callback(self._hub.close)
         self._stopping = Stopping(self._peers, self._hub)
         self._stack.callback(self._stopping.close)
         self._runs = strategies.open_runs(self._strategy, self._identity, self._peers, self._run_spec(position), self._late)
+        self._saves = Saves(checkpoints, self._runs, self._phases, costs, best, rank=self.rank)
         if self.rank == 0 or self._strategy == "per_rank":
             self._phases.record(self.run.keep_phase, lambda: self._step)
         if self.rank == 0:
@@ -222,23 +192,34 @@ class Job:
         if self.rank == 0 and self.attempt > 1:
             self._runs.run.settings.say(going_on(self.attempt, self._plan.cause, self._chosen))
         if self.rank == 0 and self._copies is not None and self._directory is not None:
-            if isinstance(self._copies, RunCopies):
-                self._copies.bind(self.run, self._plan.run_id)
-            tier = "run" if self._copies.through_run else "store"
-            shipping = self._shipping = Shipping(
+            shipping = self._saves.copy_to(
                 self._copies,
                 self._directory,
+                run_id=self._plan.run_id,
                 attempt=self.attempt,
                 keep=self._keep,
-                told=lambda manifest, seconds: self.run.log_system(save_metrics.of_copy(tier, manifest, seconds)),
+                chosen=self._chosen,
             )
-            self._stack.callback(self._shipping.close)
+            self._stack.callback(shipping.close)
             self._stack.callback(FenceWatch(lambda: Standing(shipping.fenced()), self._hub.tell).close)
-            if self._chosen is not None:
-                self._shipping.offer(self._chosen, base=True)
         if self._runs.run.settings.mode == "online":
             self._stack.callback(FenceWatch(self._runs.standing, self._hub.tell).close)
         intent.write_durable(_rank_for_verdict())
+
+    def _open_checkpoints(self, directory: Path) -> Checkpointer:
+        return Checkpointer(
+            directory,
+            self._peers,
+            attempt=self.attempt,
+            keep_last=self._keep.last,
+            keep_every=self._keep.every,
+            keep_best=self._keep.best,
+            save_every=self._save_every,
+            seed=self._seed,
+            config=self._spec.config,
+            config_changes=self._spec.settings.config_changes,
+            environment_changes=self._spec.settings.environment_changes,
+        )
 
     def _take_slot(self, directory: Path) -> Slot:
         if self._strategy != "per_rank":
@@ -307,30 +288,21 @@ class Job:
         metrics of torchmetrics are such in any case. Blocks while the checkpoint is read. Raises StateMissingError when it
         was made with other names, ConfigError when with another config, CheckpointError when it cannot be read.
         """
-        if self._tracked:
-            raise UsageError(
-                "job.track() was called twice; pass every object in one call, so that none is restored after another used it"
-            )
-        self._tracked = True
-        if self._checkpoints is None:
-            return
-        if self.world_size > 1:
-            from wbdist.hooks.buckets import settle_tracked
 
-            settle_tracked(stateful.values())
-        self._checkpoints.track(**stateful)
-        self._checkpoints.track(per_rank=True, **per_rank or {})
-        with self._phases.during("restore"):
-            restored = self._checkpoints.restore(PEER_TIMEOUT)
-        if restored is not None:
-            self._step = self._saved_step = self._committed_step = restored.manifest.step
-            for note in restored.notes:
-                log.warning("%s", note)
+        def settle() -> None:
+            if self.world_size > 1:
+                from wbdist.hooks.buckets import settle_tracked
+
+                settle_tracked(stateful.values())
+
+        restored_step = self._saves.track(stateful, per_rank or {}, settle=settle)
+        if restored_step is not None:
+            self._step = restored_step
 
     @property
     def accumulating(self) -> bool:
         """Inside the loop: whether the gradients of this batch are kept for the next ones, as `accumulate` of `steps` says."""
-        return self._group.open
+        return self._saves.group.open
 
     def steps(self, data: ResumableLoader, *, epochs: int, accumulate: int = 1) -> Iterator[Any]:
         """All ranks, in step: yields this rank's batches until `epochs` epochs are done, over all attempts.
@@ -349,14 +321,14 @@ class Job:
             raise UsageError(
                 f"job.steps() needs a loader with a position; got {type(data).__name__}. Make it with job.loader(dataset, ...)"
             )
-        if self._checkpoints is not None and not self._tracked:
+        if self._saves.enabled and not self._saves.tracked:
             raise UsageError(
                 "call job.track(model=..., optimizer=..., data=...) before job.steps(): nothing would be saved or restored"
             )
         if self._in_steps:
             raise UsageError("job.steps() is running already; a job has one loop over its steps at a time")
         self._close_step()
-        self._group = Group(accumulate)
+        group = self._saves.group = Group(accumulate)
         self._phases.enter("train")
         self._in_steps = True
         try:
@@ -367,12 +339,12 @@ class Job:
             while True:
                 # Before the batch is asked for: the loader's position counts it as soon as it is handed out.
                 batches.wait(self._stopping.told)
-                if not self._group.open:
+                if not group.open:
                     self._stop_if_told(batches)
                 batch = next(batches, _END)
                 if batch is _END:
                     break
-                self._group.take(data.sampler.left)
+                group.take(data.sampler.left)
                 self._open_step = data
                 yield batch
                 self._close_step()
@@ -383,7 +355,7 @@ class Job:
             # A `break` and an exception in the body look alike from in here (GeneratorExit), so the open step is left
             # open: the next call on the job closes it, and leaving the job by an exception forgets it.
             self._in_steps = False
-        self._save("end")
+        self._saves.save(self._step, "end")
 
     def log(self, data: Mapping[str, Any], *, reduce: str | Mapping[str, str] = "mean", step: int | None = None) -> None:
         """All ranks, any thread: adds to the row of the current step. Durable on this rank's disk when it returns; never
@@ -394,8 +366,8 @@ class Job:
         if not self._in_steps:
             self._close_step()
             self._phases.working()
-        elif self._best is not None and step is None:
-            self._best.hear(data)
+        elif step is None:
+            self._saves.hear(data)
         self._runs.log(data, step=self._step if step is None else step, reduce=reduce)
 
     @property
@@ -420,7 +392,7 @@ class Job:
                 "job.save() was called inside the loop, where a step is half done; use save_every, or call it after the loop"
             )
         self._close_step()
-        self._save("request", block=True)
+        self._saves.save(self._step, "request", block=True)
 
     # Step boundaries ------------------------------------------------------------------------------------
 
@@ -429,7 +401,7 @@ class Job:
             self._stop()
         if self._stopping.advised:
             self._stopping.advised = False
-            self._save("advice")
+            self._saves.save(self._step, "advice")
             batches.wait(self._stopping.told)
 
     def _stop(self) -> NoReturn:
@@ -440,29 +412,27 @@ class Job:
             raise FencedError(notice.reason)
         if not notice.cancelled:
             self._runs.run.mark_preempting()
-        under_way = self._pending is not None and not self._pending.done()
-        saving = time.monotonic() - self._save_began if under_way else None
-        plan = self._stopping.agree(self._costs, saving=saving, committed=self._committed_step, timeout=PEER_TIMEOUT)
+        saves = self._saves
+        plan = self._stopping.agree(saves.costs, saving=saves.under_way(), committed=saves.committed_step, timeout=PEER_TIMEOUT)
         saved: float | None = None
         failure: EnvironmentFault | None = None
         try:
             if plan.act == "save":
-                saved = timed(lambda: self._save(PREEMPTION, block=True, timeout=plan.timeout(PEER_TIMEOUT)))
-            elif plan.act == "finish" and self._pending is not None:
-                with self._phases.during("save"):
-                    self._pending.wait(plan.timeout(PEER_TIMEOUT))
+                saved = timed(lambda: saves.save(self._step, PREEMPTION, block=True, timeout=plan.timeout(PEER_TIMEOUT)))
+            elif plan.act == "finish":
+                saves.finish_pending(plan.timeout(PEER_TIMEOUT))
         except EnvironmentFault as error:
             failure = error  # the machine goes all the same, and an earlier checkpoint may stand
-        self._report_progress()
+        saves.report()
         if self.rank == 0:
             self._runs.run.keep_facts(self._stopping.facts(notice, saved))
-        stands = max(plan.committed, self._committed_step)
-        lost = self._checkpoints is not None and stands < 0
+        stands = max(plan.committed, saves.committed_step)
+        lost = saves.enabled and stands < 0
         if lost and failure is not None:
             raise failure
         reason = reason_of(notice)
         problem = plan.because() if failure is None else str(failure)
-        if problem and self._checkpoints is not None:
+        if problem and saves.enabled:
             what = f"the checkpoint of step {stands} stands" if stands >= 0 else "there is no checkpoint to go on from"
             reason += f"; nothing was saved now ({problem}), {what}"
             if self.rank == 0:
@@ -481,68 +451,7 @@ class Job:
         self._runs.log(data.ledger(), step=self._step, reduce=_LEDGER_REDUCE)
         self._runs.commit_row()
         self._step += 1
-        if self._pending is not None:
-            self._report_progress()
-        if self._checkpoints is not None and self._checkpoints.due(self._step, PEER_TIMEOUT):
-            self._group.save_is_due = "interval"
-        if self._best is not None and self._best.improved(self._step, PEER_TIMEOUT):
-            self._group.save_is_due = BEST
-        if not self._group.open and (due := self._group.save_is_due):
-            self._group.save_is_due = ""
-            self._save(due)
-
-    def _save(self, reason: str, *, block: bool = False, timeout: float = PEER_TIMEOUT) -> None:
-        if self._checkpoints is None:
-            return
-        if not self._tracked:
-            raise UsageError("call job.track(...) before saving: a checkpoint of nothing could not be resumed")
-        if self._group.open:
-            self._refuse_half_a_group(reason)
-            return
-        step = self._step
-        if step == self._saved_step and not block:
-            return
-        with self._phases.during("save"):
-            pending = self._checkpoints.save(
-                step,
-                lambda: self._runs.drain(step - 1, timeout),
-                history=self._runs.tail,
-                block=block,
-                timeout=timeout,
-                reason=reason,
-                best=None if self._best is None else self._best.saved_with(step, is_the_best=reason == BEST),
-            )
-        self._save_began = time.monotonic() - pending.stall_s + pending.waited_s
-        self._report_progress()  # of the save before: that one is done when the next has begun
-        self._pending = pending
-        self._saved_step = step
-        self._report_progress()
-
-    def _refuse_half_a_group(self, reason: str) -> None:
-        problem = (
-            f"step {self._step} is no place to save: the loop was left while job.accumulating was True, and no checkpoint "
-            "holds half a gradient. Leave it where job.accumulating is False"
-        )
-        if reason == PREEMPTION:
-            raise CheckpointError(problem)  # the stop goes on, and tells which checkpoint stands
-        if reason != "end":
-            raise UsageError(problem)
-        if self.rank == 0:
-            stands = f"the last save was of step {self._saved_step}" if self._saved_step >= 0 else "nothing was saved"
-            self._runs.run.settings.say(f"{problem}; {stands}", warning=True)
-
-    def _report_progress(self) -> None:
-        """Tells a supervisor of a newly committed checkpoint, so that it knows a job that moves on from one that does not."""
-        if self._pending is not None and self._pending.done():
-            if self._pending.durable_at is not None:
-                self._committed_step = self._pending.step
-                self.run.log_system(save_metrics.of_save(self._pending))
-                self._costs.add(self._pending.stall_s - self._pending.waited_s + self._pending.write_s)
-                if self.rank == 0:
-                    intent.write_progress(self._pending.step)
-                    if self._shipping is not None and self._directory is not None:
-                        self._shipping.offer(manifest.read(self._directory / self._pending.name))
-            self._pending = None
+        self._saves.after_step(self._step)
 
     # Leaving --------------------------------------------------------------------------------------------
 
@@ -586,47 +495,34 @@ class Job:
 
     def _leave_finished(self) -> None:
         self._close_step()
-        if self._tracked:
-            self._save("end")
-        if self._checkpoints is not None:
-            with self._phases.during("save"):
-                self._checkpoints.close(PEER_TIMEOUT)
-        self._report_progress()
-        self._settle_copies(through_run=True)
+        if self._saves.tracked:
+            self._saves.save(self._step, "end")
+        self._saves.close()
+        self._saves.report()
+        self._saves.settle_copies(through_run=True)
         self._finish(0)
         if self.rank == 0:
             for line in in_total(self._runs.run, self.attempt):
                 self._runs.run.settings.say(line)
         self._leave_group()
-        self._settle_copies()
+        self._saves.settle_copies()
 
     def _leave_preempted(self, error: Preempted) -> None:
         left = self._stopping.left
-        if self._checkpoints is not None and (left is None or self._pending is None):
-            with self._phases.during("save"):
-                self._checkpoints.close(PEER_TIMEOUT)
+        if left is None or self._saves.settled:
+            self._saves.close()
         if left is not None:
             self._runs.run.hurry(left)
-        self._report_progress()
-        self._settle_copies(COPY_TIMEOUT if left is None else max(0.0, left), through_run=True)
+        self._saves.report()
+        self._saves.settle_copies(COPY_TIMEOUT if left is None else max(0.0, left), through_run=True)
         self._finish(exit_code_of(error))
         self._leave_group()
-        self._settle_copies(COPY_TIMEOUT if self._stopping.left is None else max(0.0, self._stopping.left))
+        self._saves.settle_copies(COPY_TIMEOUT if self._stopping.left is None else max(0.0, self._stopping.left))
         self._stopping.let_go()
 
     def _finish(self, exit_code: int) -> None:
         self._phases.end()
         self._runs.finish(exit_code)
-
-    def _settle_copies(self, timeout: float = COPY_TIMEOUT, *, through_run: bool = False) -> None:
-        """Rank 0, last of all: its peers have left, and what is not copied is lost with this machine's disk.
-
-        What leaves by the run's own way is handed over before the run is finished, which then waits for it.
-        """
-        if self._shipping is None or self._copies is None or self._copies.through_run != through_run:
-            return
-        if said := self._shipping.settle(timeout):
-            self._runs.run.settings.say(said, warning=True)
 
     def _leave_group(self) -> None:
         """Only where all ranks leave well: taking a group apart may wait for peers, and after a failure they are gone."""
@@ -638,8 +534,7 @@ class Job:
     def _leave_failed(self, error: BaseException) -> None:
         self._open_step = None
         self._stopping.close(failed=True)  # first: peers that were told to stop learn at once that there is no common stop
-        if self._checkpoints is not None:
-            self._checkpoints.__exit__(type(error), error, None)
+        self._saves.abandon(error)
         self._finish(exit_code_of(error))
 
     def _leave_fenced(self, error: FencedError) -> NoReturn:
