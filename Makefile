@@ -29,9 +29,9 @@ $(VENV)/.dev: $(VENV)/.base
 demo: $(VENV)/.base  ## Train, preempt, kill, resume; compare with an uninterrupted run. About a minute after the install.
 	@$(BIN)/python examples/demo.py
 
-# Three workers on two cores: tests wait for other processes as often as they compute.
+# Four workers on two cores: tests wait for other processes as often as they compute.
 test: $(VENV)/.dev  ## The test-suite (under 10 minutes on 2 cores).
-	$(BIN)/python -m pytest -n 3 --dist loadfile -m "not slow"
+	$(BIN)/python -m pytest -n 4 --dist loadfile -m "not slow"
 
 test-all: $(VENV)/.dev  ## Everything, with the long fault and soak tests; property tests look for new examples.
 	HYPOTHESIS_PROFILE=search $(BIN)/python -m pytest -n 2 --dist loadfile

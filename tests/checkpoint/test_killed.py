@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 from pathlib import Path
 
+import pytest
 import torch
 from support import dying
 from support.ranks import alone
@@ -39,6 +40,7 @@ def test_killed_at_every_system_call(tmp_path: Path) -> None:
     assert set(steps) == {2, 3}
 
 
+@pytest.mark.slow
 def test_killed_in_training(tmp_path: Path) -> None:
     """A training killed again and again while saving every step in the background ends bit by bit as one never killed."""
     context = dying.context()

@@ -327,7 +327,7 @@ def check(examples: int, steps: int, *, shrink: bool = False) -> None:
 @pytest.mark.timeout(600)
 def test_history_is_the_models_whatever_happens() -> None:
     """Proves that what is shown is a part of the model's history at every moment, and all of it when everything has arrived."""
-    check(10, 25)
+    check(6, 25)
 
 
 @pytest.mark.slow

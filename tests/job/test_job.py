@@ -30,7 +30,7 @@ def steps_done(name: str) -> int:
 
 
 @pytest.mark.parametrize(
-    ("how", "nproc"), [("launch", 2), ("torchrun", 2), pytest.param("python", 2, marks=pytest.mark.slow), ("python", 1)]
+    ("how", "nproc"), [("launch", 2), ("torchrun", 2), *(pytest.param("python", n, marks=pytest.mark.slow) for n in (1, 2))]
 )
 def test_one_script_runs_in_four_ways(server: Server, jobs: Jobs, how: str, nproc: int) -> None:
     """Proves that the unchanged script finishes with a full, single history under every launcher and under none."""
@@ -211,6 +211,7 @@ def test_second_job_on_one_directory_is_refused(server: Server, jobs: Jobs, monk
     assert first.wait() == 75
 
 
+@pytest.mark.slow
 def test_a_rank_that_dies_at_start_up_is_named(server: Server, jobs: Jobs) -> None:
     """Proves that the others are stopped and the message names the rank and shows its error."""
     job = jobs.start("--checkpoint-dir", "ckpt", "--die-at-start", "1", launch_args=("--max-restarts", "0"))

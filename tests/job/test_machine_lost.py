@@ -43,7 +43,8 @@ def test_the_disk_is_gone(
         s3.stop()
 
 
-@pytest.mark.parametrize(("how", "nproc"), [("python", 1), pytest.param("launch", 2, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize(("how", "nproc"), [("python", 1), ("launch", 2)])
 def test_the_disk_is_gone_and_the_server_has_the_files(
     server: Server, machines: Callable[[str], Machine], monkeypatch: pytest.MonkeyPatch, how: str, nproc: int
 ) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from support.examples import examples
 
 from wbdist.core.metrics import OPERATIONS, Definitions, from_wandb
 from wbdist.core.rows import RowAssembler
@@ -76,7 +77,7 @@ def expected(definitions: list[dict[str, Any]], events: list[tuple[str, Any]]) -
     return found
 
 
-@settings(deadline=None, max_examples=400)
+@settings(deadline=None, max_examples=examples(150, 1000))
 @example(definitions=[{"name": "*", "summary": ["none"]}, {"name": "loss"}], events=[("row", {"loss": 1})], cut=1)
 @given(definitions=st.lists(DEFINE, max_size=4), events=EVENTS, cut=st.integers(0, 20))
 def test_a_summary_is_what_all_rows_say_also_when_it_is_taken_over(

@@ -17,6 +17,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from starlette.testclient import TestClient
+from support.examples import examples
 
 import wbdist
 from wbdist.core.position import CONSOLE, HISTORY
@@ -194,7 +195,7 @@ def forget_the_end(path: Path | None) -> None:
     os.truncate(path, size - length)
 
 
-@settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=examples(5, 40), deadline=None, suppress_health_check=list(HealthCheck))
 @given(plan=segments, data=st.data())
 def test_the_order_of_segments_makes_no_difference(plan: list[Segment], data: st.DataObject) -> None:
     """Proves that random segments (resumed, rewound, killed, preempted), synced in random order with repetitions, one by one
