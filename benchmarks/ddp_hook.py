@@ -18,7 +18,7 @@ import sys
 import tempfile
 import time
 
-VARIANTS = {"plain": None, "plain again": None, "watched": 10, "no details": 0, "all details": 1}
+VARIANTS = {"plain": None, "plain again": None, "watched": 25, "no details": 0, "all details": 1}
 
 
 def rank(steps: int) -> None:

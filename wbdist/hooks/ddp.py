@@ -90,7 +90,7 @@ class DdpWatch:
         *,
         hook: Hook | None = None,
         state: Any = None,
-        detail_every: int = 10,
+        detail_every: int = 25,
         say: Callable[[str], None] = lambda text: None,
         waited: Callable[[float], Mapping[str, Any]] | None = None,
     ) -> None:
