@@ -40,10 +40,11 @@ dist.init_process_group("gloo")
 grouped = time.time()
 ones = torch.ones(1)
 dist.all_reduce(ones)
-Path(sys.argv[1], f"{dist.get_rank()}.{os.getpid()}").write_text(f"{began} {grouped} {time.time()}")
+stepped = time.time()
 if "WBDIST_INTENT_DIR" in os.environ:  # as a job does after a commit: no pause before the restart
     from wbdist.launch import intent
     intent.write_progress(int(os.environ["WBDIST_RESTART"]))
+Path(sys.argv[1], f"{dist.get_rank()}.{os.getpid()}").write_text(f"{began} {grouped} {stepped}")  # from now on it is killed
 while True:
     dist.all_reduce(ones)
     time.sleep(0.01)
