@@ -24,24 +24,13 @@ from wbdist.distributed.pool_steps import SharedSteps, SteppedRows
 from wbdist.errors import UsageError
 from wbdist.run import lifecycle
 from wbdist.run.handle import Run
-from wbdist.run.init import make_spec
+from wbdist.run.init import SETTING_OF, make_spec
 from wbdist.run.lifecycle import RunSpec
 from wbdist.run.parts import Part, open_part, part_of
 from wbdist.settings import resolve
 
 Kind = Literal["parent", "worker", "task", "none"]
 KINDS = ("parent", "worker", "task", "none")
-
-_ARGUMENTS = {
-    "dir": "root_dir",
-    "id": "run_id",
-    "name": "run_name",
-    "notes": "run_notes",
-    "tags": "run_tags",
-    "group": "run_group",
-    "job_type": "run_job_type",
-}
-
 
 _NEW: dict[str, Any] = {
     "attempt": 1,
@@ -129,7 +118,7 @@ class Runs:
 
 def _own(kind: str, run: Run | None, init: Mapping[str, Any] | None) -> RunSpec:
     if init is not None:
-        given = {_ARGUMENTS.get(name, name): value for name, value in init.items() if name not in {"config", "settings"}}
+        given = {SETTING_OF.get(name, name): value for name, value in init.items() if name not in {"config", "settings"}}
         spec = make_spec(resolve(init.get("settings"), given), config=init.get("config"))
         if spec.resume or spec.branch is not None:
             raise UsageError("init= of a pool cannot resume or fork: each of its runs is new")

@@ -16,7 +16,7 @@ from wbdist.distributed.lateness import LatePolicy
 from wbdist.errors import UsageError
 from wbdist.run import lifecycle, process_end
 from wbdist.run.handle import Run
-from wbdist.run.init import make_spec
+from wbdist.run.init import SETTING_OF, make_spec
 from wbdist.run.main_guard import check_child
 from wbdist.settings import resolve
 
@@ -24,16 +24,7 @@ PEER_TIMEOUT = 120.0
 """Seconds a rank waits for the others to come."""
 _opened = itertools.count()
 """Counts calls: all ranks make them in step, on one store."""
-_NAMES = {
-    "id": "run_id",
-    "name": "run_name",
-    "notes": "run_notes",
-    "tags": "run_tags",
-    "group": "run_group",
-    "job_type": "run_job_type",
-    "dir": "root_dir",
-}
-_TAKEN = frozenset({"entity", "mode", "force", *_NAMES})
+_TAKEN = frozenset({"entity", "mode", "force", *SETTING_OF})
 
 
 def init_ranks(
@@ -64,7 +55,7 @@ def init_ranks(
             f"init_ranks({unknown[0]}=...) is not one of its arguments: {', '.join(sorted(_TAKEN))}. A run of several ranks "
             "that goes on from where it stood is a wbdist.job(checkpoint_dir=...)"
         )
-    given = {_NAMES.get(name, name): value for name, value in arguments.items() if value is not None}
+    given = {SETTING_OF.get(name, name): value for name, value in arguments.items() if value is not None}
     settings = resolve(None, given if project is None else {**given, "project": project})
     if settings.resume or settings.resume_from or settings.fork_from:
         raise UsageError("init_ranks() begins a new run; one that goes on is a wbdist.job(checkpoint_dir=...)")

@@ -30,7 +30,16 @@ from wbdist.distributed.merging import Feed, Merger, exit_code_of
 from wbdist.errors import Error, InitStartError, JournalCorruptError
 from wbdist.run import machine
 from wbdist.run.handle import Run
-from wbdist.run.journal import SUFFIX, JournalHeader, JournalReader, JournalWriter, Kind, journal_name, writer_alive
+from wbdist.run.journal import (
+    SUFFIX,
+    JournalHeader,
+    JournalReader,
+    JournalWriter,
+    Kind,
+    journal_name,
+    sync_directory,
+    writer_alive,
+)
 from wbdist.run.journal_storage import is_local
 from wbdist.run.shipper import client
 from wbdist.run.shipper.marks import settle, settled
@@ -195,9 +204,7 @@ def _replay(group: Group) -> Replayed:
             return Replayed("nothing")
         with suppress(FileExistsError):  # another replay was faster, with the same
             os.link(journal.path, final)
-        descriptor = os.open(directory, os.O_RDONLY)
-        os.fsync(descriptor)
-        os.close(descriptor)
+        sync_directory(directory)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
     return Replayed("replayed", final, rows)

@@ -30,6 +30,17 @@ NOT_BUILT = {
 }
 """W&B's arguments that this version refuses; silently doing nothing would lose what was asked for."""
 
+SETTING_OF = {
+    "dir": "root_dir",
+    "id": "run_id",
+    "name": "run_name",
+    "notes": "run_notes",
+    "tags": "run_tags",
+    "group": "run_group",
+    "job_type": "run_job_type",
+}
+"""Arguments of `init` that are not called as the setting they are."""
+
 _warned: set[str] = set()
 
 

@@ -300,7 +300,7 @@ class JournalWriter:
             try:
                 os.fsync(self._fd)
                 if not self._directory_synced:
-                    _sync_directory(self.path.parent)
+                    sync_directory(self.path.parent)
                     self._directory_synced = True
             except OSError as error:
                 raise _fault(error, self.path, "what was logged may not survive a power loss") from error
@@ -344,7 +344,7 @@ class JournalWriter:
             self._storage.finish(self.size)
             os.fsync(self._fd)
             if not self._directory_synced:
-                _sync_directory(self.path.parent)
+                sync_directory(self.path.parent)
         except OSError as error:
             fault = _fault(error, self.path, "what was logged may not survive a power loss")
         self._release()
@@ -512,7 +512,8 @@ def _fault(error: OSError, path: Path, consequence: str) -> JournalError:
     )
 
 
-def _sync_directory(directory: Path) -> None:
+def sync_directory(directory: Path) -> None:
+    """Makes the names in it durable. Blocks for the disk; raises OSError."""
     fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         os.fsync(fd)
