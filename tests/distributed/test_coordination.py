@@ -57,7 +57,6 @@ def on_every_rank(size: int, work: Callable[[Coordinator], Any], **environment: 
 def test_incarnation_is_agreed_although_the_store_remembers_others() -> None:
     """Proves that ranks on a store with the remains of earlier incarnations (a stale announcement, its confirmation) agree on a
     fresh name, whoever comes first, and although torchrun's agents count restarts differently."""
-    # First in this file: torch 2.13 stalls for exactly 5 s in about 1 of 8 stores made after others of the same process went.
     from torch.distributed import TCPStore
 
     server = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=15))
@@ -168,6 +167,36 @@ def test_waits_are_bounded_and_name_what_is_missing(size: int) -> None:
             peers.put("k", b"")
 
     on_every_rank(size, work, WBDIST_INCARNATION="i1")
+
+
+def test_the_store_is_on_loopback_only_and_clones_open_no_connection() -> None:
+    """Proves that ranks which meet at 127.0.0.1 do so at an IPv4 socket there (torch's own is for all the world, and waits for
+    DNS at each connection), at a host name wherever torch listens, and that a clone costs no connection."""
+
+    def sockets(table: str, port: int) -> list[tuple[str, str]]:
+        rows = [line.split() for line in Path(f"/proc/net/{table}").read_text().splitlines()[1:]]
+        ours = [row for row in rows if row[1].endswith(f":{port:04X}") and row[3] in {"01", "0A"}]  # established, listening
+        return [(row[1].partition(":")[0], row[3]) for row in ours]
+
+    def work(peers: Coordinator) -> list[int]:
+        peers.barrier("there", 10)
+        before = len(sockets("tcp", port))
+        peers.barrier("counted", 10)
+        clones = [peers.clone() for _ in range(5)]
+        assert all(clone.peek("nothing") is None for clone in clones)
+        peers.barrier("cloned", 10)
+        return [before, len(sockets("tcp", port))]
+
+    port = free_port()
+    with ThreadPoolExecutor(2) as pool:
+        ranks = [pool.submit(lambda n: work(connect(me(n, 2), "i", 15, env_of(port))), number) for number in range(2)]
+        before, after = ranks[0].result(60)
+        assert ranks[1].result(60)[0] == before
+    assert after == before == 3, "a listener and two ranks"
+    assert ("0100007F", "0A") in sockets("tcp", port)
+    assert not sockets("tcp6", port)
+    assert [coordination._listen(host, 0) for host in ("localhost.invalid", "::1")] == [None, None]
+    assert coordination._listen("127.0.0.1", port) is None, "taken: the store joins the server of this process"
 
 
 def test_a_dead_store_is_a_lost_peer() -> None:

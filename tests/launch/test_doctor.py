@@ -128,3 +128,14 @@ def test_metadata_service_clock_and_the_command(tmp_path: Path, monkeypatch: pyt
     assert bad.exit_code == 1
     assert "PROBLEM guard: bad.py line 2 calls launch()" in bad.output
     assert '-> put it under: if __name__ == "__main__":' in bad.output
+
+
+def test_slow_names_are_found_without_waiting_for_them() -> None:
+    """Proves that a resolver which never answers is told, with the fix, after SECONDS at most, and a quick one is not."""
+    answered = threading.Event()
+    try:
+        (stuck,) = doctor.names(lambda _: answered.wait(60))
+        assert (stuck.level, "'::ffff:127.0.0.1 localhost' >> /etc/hosts" in stuck.fix) == ("warning", True)
+    finally:
+        answered.set()
+    assert [finding.level for finding in doctor.names(lambda _: None)] == ["ok"]

@@ -30,7 +30,7 @@ def command(scripts: tuple[Path, ...], checkpoint_dir: Path | None, as_json: boo
     found += doctor.directory(Path(os.environ.get("WANDB_DIR") or Path.cwd()))
     if checkpoint_dir is not None:
         found += doctor.directory(checkpoint_dir)
-    found += doctor.clock(os.environ.get("WANDB_BASE_URL"))
+    found += doctor.clock(os.environ.get("WANDB_BASE_URL")) + doctor.names()
     if as_json:
         click.echo(json.dumps([msgspec.to_builtins(finding) for finding in found], indent=2))
     else:

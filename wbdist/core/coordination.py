@@ -51,7 +51,8 @@ class Coordinator(Protocol):
         ...
 
     def clone(self) -> Coordinator:
-        """A connection of its own for another thread: a waiting client blocks every call on the same connection."""
+        """The same keys for another part of the program, which may use and close it on its own, from any thread: no call holds
+        the others up while it waits for a peer."""
         ...
 
     def close(self) -> None:

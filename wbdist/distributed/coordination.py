@@ -16,6 +16,7 @@ confirm a nonce that is drawn now; the rank keeps looking until the living one a
 from __future__ import annotations
 
 import contextlib
+import ipaddress
 import os
 import re
 import secrets
@@ -146,6 +147,7 @@ def _open_store(identity: RankIdentity, env: Mapping[str, str], timeout: float) 
             timeout=timedelta(seconds=timeout),
             wait_for_workers=False,
             multi_tenant=not agent_hosts,
+            master_listen_fd=_listen(host, port) if hosting else None,
         )
     except RuntimeError as error:
         role = "torchrun's agent" if agent_hosts else "rank 0"
@@ -156,6 +158,27 @@ def _open_store(identity: RankIdentity, env: Mapping[str, str], timeout: float) 
     if hosting:
         _hosted.append(store)
     return store, hosting
+
+
+def _listen(host: str, port: int) -> int | None:
+    """A descriptor for the store to listen on, where its own would wait for DNS; None: its own will do, or the port is taken
+    (by this process, whose server the store then joins, or by another, which the store's error tells).
+
+    torch listens on IPv6 and sees a peer as ::ffff:127.0.0.1, which no hosts file has. It asks DNS for that name, for a log
+    line, on the one thread that answers all ranks: with a resolver that loses a query, every rank stands still for 5 s, at
+    any connection of any rank (torch 2.13, seen with strace). Of an IPv4 peer at 127.0.0.1 the hosts file knows the name.
+    Not for host names: what is an IPv4 address here may be an IPv6 address for the other hosts.
+    """
+    try:
+        address = ipaddress.IPv4Address("127.0.0.1" if host == "localhost" else host)
+    except ValueError:
+        return None
+    try:
+        # Elsewhere than on loopback the address may be a gateway's (a Kubernetes service), not one of this host's.
+        listener = socket.create_server((str(address) if address.is_loopback else "", port), backlog=2048)
+    except OSError:
+        return None
+    return listener.detach()
 
 
 def _until_listening(host: str, port: int, timeout: float) -> None:
@@ -284,15 +307,24 @@ def _wait(store: Store, keys: list[str], timeout: float, lock: contextlib.Abstra
 class StoreCoordinator(Coordinator):
     """`Coordinator` over a c10d store."""
 
-    def __init__(self, store: Store, rank: int, world_size: int, incarnation: str, *, hosting: bool = False) -> None:
+    def __init__(
+        self,
+        store: Store,
+        rank: int,
+        world_size: int,
+        incarnation: str,
+        *,
+        hosting: bool = False,
+        lock: threading.Lock | None = None,
+    ) -> None:
         self._store = store
         self._rank = rank
         self._world_size = world_size
         self.incarnation = incarnation
         self._hosting = hosting
-        self._primary = True
+        self._primary = lock is None
         self._closed = False
-        self._lock = threading.Lock()
+        self._lock = lock or threading.Lock()
 
     @property
     def rank(self) -> int:
@@ -347,11 +379,8 @@ class StoreCoordinator(Coordinator):
         self._arrive(name, b"", timeout)
 
     def clone(self) -> StoreCoordinator:
-        store = self._open()
-        with self._lock:
-            twin = StoreCoordinator(_asking(store, store.clone), self._rank, self._world_size, self.incarnation)
-        twin._primary = False
-        return twin
+        # On the same connection: no request holds it while it waits for a peer, and one more may take seconds (`_listen`).
+        return StoreCoordinator(self._open(), self._rank, self._world_size, self.incarnation, lock=self._lock)
 
     def close(self) -> None:
         """Releases the connection. On the rank that hosts the store, the first connection's close waits up to LINGER seconds

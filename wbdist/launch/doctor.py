@@ -7,12 +7,15 @@ A check that does not apply here (no Slurm, no cloud) finds nothing.
 from __future__ import annotations
 
 import ast
+import contextlib
 import os
 import re
 import shutil
+import socket
 import subprocess
+import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import Literal
@@ -23,6 +26,8 @@ import requests
 SECONDS = 3.0
 SKEW = 5.0
 """Seconds between two clocks that are worth a word: times of attempts are shown by them."""
+SLOW_NAME = 0.5
+"""Seconds for a name that are worth a word: a job of 8 ranks makes some 30 connections."""
 SHARED = re.compile(r"nfs\d?|cifs|smb3|lustre|gpfs|beegfs|ceph|9p|fuse\..*")
 """File systems on which locks, renames or fsync may mean less than on a local disk."""
 SHELLS = frozenset({"sh", "bash", "dash", "ash", "zsh"})
@@ -217,3 +222,31 @@ def clock(base_url: str | None) -> list[Finding]:
             Finding("clock", "warning", f"this clock is {abs(skew):.0f} s {ahead} the server's", "synchronise it (chrony, NTP)")
         ]
     return [Finding("clock", "ok", f"this clock and that of {base_url} agree")]
+
+
+def _name_of(address: str) -> object:
+    return socket.getnameinfo((address, 0), 0)
+
+
+def names(look_up: Callable[[str], object] = _name_of) -> list[Finding]:
+    """How long it takes to find the name of a peer, which torch's stores do on the thread that answers all ranks."""
+    mapped = "::ffff:127.0.0.1"
+    worst = 0.0
+
+    def ask() -> None:
+        nonlocal worst
+        for _ in range(10):  # a resolver that loses a query now and then is the usual case
+            began = time.monotonic()
+            with contextlib.suppress(OSError):
+                look_up(mapped)
+            worst = max(worst, time.monotonic() - began)
+
+    asking = threading.Thread(target=ask, name="wbdist-doctor-names", daemon=True)
+    asking.start()
+    asking.join(SECONDS)
+    if asking.is_alive() or worst > SLOW_NAME:
+        took = f"over {SECONDS:.0f} s" if asking.is_alive() else f"{worst:.1f} s"
+        says = f"looking up the name of {mapped} took {took}: torchrun's store does it at each connection, and all ranks wait"
+        fix = f"echo '{mapped} localhost' >> /etc/hosts, and such a line (::ffff:ADDRESS NAME) for each host of the job"
+        return [Finding("names", "warning", says, fix)]
+    return [Finding("names", "ok", "the names of peers are found at once")]
