@@ -10,6 +10,7 @@ from importlib import metadata
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
@@ -17,6 +18,7 @@ from starlette.routing import BaseRoute, Route
 from wbdist.server import artifact_transfers, http, sessions, silence, stream, transfers, ui_routes
 from wbdist.server.context import AppContext
 from wbdist.server.gql import endpoint
+from wbdist.server.refused import NotingRefusals
 
 _log = logging.getLogger(__name__)
 
@@ -60,7 +62,7 @@ def create_app(ctx: AppContext) -> Starlette:
             with contextlib.suppress(asyncio.CancelledError):
                 await watch
 
-    app = Starlette(routes=routes, lifespan=lifespan)
+    app = Starlette(routes=routes, lifespan=lifespan, middleware=[Middleware(NotingRefusals, ctx.refused)])
     app.add_exception_handler(HTTPException, _refuse)
     app.add_exception_handler(Exception, _fail)
     return app

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from wbdist.server.auth import Auth
 from wbdist.server.files import FileStore
+from wbdist.server.refused import RefusalLog
 from wbdist.server.settings import ServerSettings
 from wbdist.server.store.interface import Store
 
@@ -25,3 +26,4 @@ class AppContext:
     """The address that was printed at start, without a trailing slash. Answers use the address the client came by."""
     on_stop: list[Callable[[], None]] = field(default_factory=list)
     """Called on the event loop when the server begins to stop, for what would otherwise last until the grace is over."""
+    refused: RefusalLog = field(default_factory=RefusalLog)

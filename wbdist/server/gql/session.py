@@ -74,6 +74,7 @@ def _project(_source: Any, info: Info, name: str | None = None, entityName: str 
     except UsageError as error:
         raise refuse(400, str(error)) from None
     if not access.may_read(call.user, entity, project):
+        call.app.refused.note(call.user.name, f"read {entity}/{project}", "not a project of his, nor a public one")
         return None
     store = call.app.store
     exists = store.list_runs(entity, project, limit=1) or store.artifacts.collections(entity, project)
