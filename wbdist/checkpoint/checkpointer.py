@@ -39,6 +39,11 @@ from wbdist.core.position import RunPosition, Watermark
 from wbdist.core.tails import JournalPrefix
 from wbdist.errors import CheckpointError, DeadlineError, Error, UsageError
 
+STATE_TIMEOUT = 1800.0
+"""Seconds for what takes as long as the state is big or the disk slow (save, verify, restore), and for a rank that does
+something alone between two steps (an evaluation): as long as a collective may take. Who dies meanwhile is the launcher's to
+notice."""
+
 ABANDON_AFTER = 5.0
 """Seconds that leaving the `with` block by an error waits for a save in the background: its peers may be gone."""
 
@@ -174,7 +179,7 @@ class Checkpointer:
             self._choice = restoring.choose(self._coordinator, self._layer, self.directory, self._attempt, timeout)
         return self._choice.manifest
 
-    def restore(self, timeout: float = 600.0) -> Restored | None:
+    def restore(self, timeout: float = STATE_TIMEOUT) -> Restored | None:
         """Loads the chosen checkpoint (see `choose`) into every tracked object and this rank's random generators.
 
         All ranks, in step, once, after `track`, on the training thread; blocks at most `timeout` seconds. None when there is
@@ -206,7 +211,7 @@ class Checkpointer:
         *,
         history: Callable[[], Sequence[JournalPrefix]] | None = None,
         block: bool = False,
-        timeout: float = 600.0,
+        timeout: float = STATE_TIMEOUT,
         reason: str = "",
         best: Best | None = None,
     ) -> PendingSave:
@@ -291,7 +296,7 @@ class Checkpointer:
             self._thread.join(max(0.0, started + timeout - time.monotonic()))
         return pending
 
-    def due(self, step: int, timeout: float = 120.0) -> bool:
+    def due(self, step: int, timeout: float = STATE_TIMEOUT) -> bool:
         """Whether `save_every` asks for a save after `step`; the same answer on all ranks. Training thread, after each step.
 
         Costs nothing at most steps; see `Schedule.due`. Raises PeerLostError when rank 0, which decides, is gone.
@@ -320,7 +325,7 @@ class Checkpointer:
             if self._thread.is_alive():
                 raise DeadlineError(f"after {self._last.name} older checkpoints are still being removed after {timeout:g} s")
 
-    def close(self, timeout: float = 600.0) -> None:
+    def close(self, timeout: float = STATE_TIMEOUT) -> None:
         """Waits for the save in the background and lets go of the peers. Idempotent. Raises as `wait` does."""
         if self._closed:
             return

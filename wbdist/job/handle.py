@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, Self
 import msgspec
 
 from wbdist.checkpoint.best import Goal
-from wbdist.checkpoint.checkpointer import Checkpointer
+from wbdist.checkpoint.checkpointer import STATE_TIMEOUT, Checkpointer
 from wbdist.checkpoint.copying import Elsewhere
 from wbdist.checkpoint.history import share
 from wbdist.checkpoint.manifest import Manifest
@@ -94,6 +94,7 @@ class Job:
         self._open_step: ResumableLoader | None = None
         """The loader of a step whose body was entered and which is not counted yet."""
         self._own_group = False
+        self._requests = 0
         self._unwrapped: nn.Module | None = None
         """What `ddp` gave back as it was."""
         self._stack = ExitStack()
@@ -168,7 +169,7 @@ class Job:
         if self._directory is not None:
             checkpoints = self._open_checkpoints(self._directory)
             with self._phases.during("restore"):
-                self._chosen = checkpoints.choose(PEER_TIMEOUT)
+                self._chosen = checkpoints.choose(STATE_TIMEOUT)
             if self._save_best is not None:
                 known = None if self._chosen is None else self._chosen.best
                 best = BestWatch(self._save_best, self._peers, known)
@@ -310,7 +311,7 @@ class Job:
         Between two batches it closes the step's row, saves when due, and agrees with the other ranks whether to go on. On a
         notice it saves and raises Preempted on every rank before the same step. Ends with a checkpoint of the final state. A
         `break` counts the step it leaves as done; it is for all ranks alike, since those that go on would wait in vain for
-        the others when they save or stop, for PEER_TIMEOUT seconds. Torch's Join belongs inside a step.
+        the others when they save or stop, for STATE_TIMEOUT seconds. Torch's Join belongs inside a step.
 
         A step is a batch. With `accumulate=4` the optimizer is to be stepped once in four, and at the end of an epoch: when
         `job.accumulating` is False. Saves and stops wait for that, since no checkpoint holds half a gradient.
@@ -386,12 +387,18 @@ class Job:
         return not self._stopping.may_go_on()
 
     def save(self) -> None:
-        """All ranks, in step, between steps: saves now and waits until the checkpoint is committed."""
+        """All ranks, in step, between steps: saves now and waits until the checkpoint is committed.
+
+        Raises PeerLostError naming ranks that did not call it within PEER_TIMEOUT seconds.
+        """
         if self._in_steps:
             raise UsageError(
                 "job.save() was called inside the loop, where a step is half done; use save_every, or call it after the loop"
             )
         self._close_step()
+        self._requests += 1
+        # Called on some ranks alone, it would be waited for as long as a save may take.
+        self._peers.barrier(f"job/save/{self._requests}", PEER_TIMEOUT)
         self._saves.save(self._step, "request", block=True)
 
     # Step boundaries ------------------------------------------------------------------------------------
@@ -418,9 +425,9 @@ class Job:
         failure: EnvironmentFault | None = None
         try:
             if plan.act == "save":
-                saved = timed(lambda: saves.save(self._step, PREEMPTION, block=True, timeout=plan.timeout(PEER_TIMEOUT)))
+                saved = timed(lambda: saves.save(self._step, PREEMPTION, block=True, timeout=plan.timeout(STATE_TIMEOUT)))
             elif plan.act == "finish":
-                saves.finish_pending(plan.timeout(PEER_TIMEOUT))
+                saves.finish_pending(plan.timeout(STATE_TIMEOUT))
         except EnvironmentFault as error:
             failure = error  # the machine goes all the same, and an earlier checkpoint may stand
         saves.report()

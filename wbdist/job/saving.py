@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from wbdist.checkpoint import manifest
-from wbdist.checkpoint.checkpointer import Checkpointer, PendingSave
+from wbdist.checkpoint.checkpointer import STATE_TIMEOUT, Checkpointer, PendingSave
 from wbdist.checkpoint.copying import Elsewhere, Shipping
 from wbdist.checkpoint.manifest import Manifest
 from wbdist.checkpoint.retention import Keep
@@ -27,7 +27,7 @@ from wbdist.preemption.budget import SaveCosts
 log = logging.getLogger("wbdist.job")
 
 PEER_TIMEOUT = 120.0
-"""Seconds a rank waits for its peers where all act in step: start-up (with imports and data loading), save, end."""
+"""Seconds a rank waits for its peers where none has more to do than another: start-up (with imports and data loading), end."""
 COPY_TIMEOUT = 1800.0
 """Seconds that fetching a checkpoint from `checkpoint_copy` may take at the start, and the last copies at the end."""
 BEST = "best"
@@ -37,7 +37,7 @@ BEST = "best"
 class Saves:
     """The checkpoints of a job as one rank makes them; of a job without a directory: none, and every call does nothing.
 
-    All ranks, training thread, in step; what waits for peers does so for PEER_TIMEOUT seconds at most, unless told otherwise.
+    All ranks, training thread, in step; what waits for peers does so for STATE_TIMEOUT seconds at most, unless told otherwise.
     """
 
     def __init__(
@@ -90,7 +90,7 @@ class Saves:
         self._checkpoints.track(**shared)
         self._checkpoints.track(per_rank=True, **per_rank)
         with self._phases.during("restore"):
-            restored = self._checkpoints.restore(PEER_TIMEOUT)
+            restored = self._checkpoints.restore(STATE_TIMEOUT)
         if restored is None:
             return None
         for note in restored.notes:
@@ -129,7 +129,7 @@ class Saves:
         if self._pending is not None:
             self.report()
         group = self.group
-        if self._checkpoints is not None and self._checkpoints.due(step, PEER_TIMEOUT):
+        if self._checkpoints is not None and self._checkpoints.due(step, STATE_TIMEOUT):
             group.save_is_due = "interval"
         if self._best is not None and self._best.improved(step, PEER_TIMEOUT):
             group.save_is_due = BEST
@@ -137,8 +137,11 @@ class Saves:
             group.save_is_due = ""
             self.save(step, due)
 
-    def save(self, step: int, reason: str, *, block: bool = False, timeout: float = PEER_TIMEOUT) -> None:
-        """Saves, unless the newest save was of this step and nobody wants to wait for it. With `block` it is committed then."""
+    def save(self, step: int, reason: str, *, block: bool = False, timeout: float | None = None) -> None:
+        """Saves, unless the newest save was of this step and nobody wants to wait for it. With `block` it is committed then.
+
+        `timeout` None: STATE_TIMEOUT.
+        """
         if self._checkpoints is None:
             return
         if not self.tracked:
@@ -148,6 +151,7 @@ class Saves:
             return
         if step == self._saved_step and not block:
             return
+        timeout = STATE_TIMEOUT if timeout is None else timeout
         with self._phases.during("save"):
             pending = self._checkpoints.save(
                 step,
@@ -214,7 +218,7 @@ class Saves:
         """Waits for what is being written. Raises when it cannot be committed."""
         if self._checkpoints is not None:
             with self._phases.during("save"):
-                self._checkpoints.close(PEER_TIMEOUT)
+                self._checkpoints.close(STATE_TIMEOUT)
 
     def abandon(self, error: BaseException) -> None:
         """Not in step: the job ends by `error`; nothing waits for peers that may be gone."""
