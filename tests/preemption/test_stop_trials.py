@@ -98,6 +98,12 @@ def test_thirty_random_stops(world: int, count: int, store: Any) -> None:
         assert ends[0][3].act == "save"
 
 
+def test_advice_and_then_a_stop_while_a_rank_waits_for_data() -> None:
+    """Proves that advice does not count a step as begun for which a rank has no batch: told to stop, that rank waited for its
+    data, and the others for it in the step, for good. (A trial like those below: advice at step 4, no data after batch 6.)"""
+    assert stop_trials.judge(2, stop_trials.run(2, seed=20261121, first=26, count=1)) == []
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1500)
 @pytest.mark.parametrize("world", [2, 4, 8])

@@ -37,6 +37,11 @@ class LookAhead:
         self._failure: Exception | None = None
         self._over = False
 
+    @property
+    def looks_ahead(self) -> bool:
+        """Whether batches are held ahead."""
+        return self._ahead > 0
+
     def wait(self, told: Callable[[], bool]) -> None:
         """Returns when the next batch and those behind it are here, or all that are left, or `told` says so, which is asked
         every SLICE seconds of waiting. Nothing when batches are not held ahead."""

@@ -334,9 +334,7 @@ class Job:
         self._in_steps = True
         try:
             batches = data.epochs(epochs, ahead=accumulate)
-            if data.looks_ahead:
-                batches.wait(self._stopping.told)
-                self._stopping.meet("data")
+            self._await_data(batches)
             while True:
                 # Before the batch is asked for: the loader's position counts it as soon as it is handed out.
                 batches.wait(self._stopping.told)
@@ -403,13 +401,25 @@ class Job:
 
     # Step boundaries ------------------------------------------------------------------------------------
 
+    def _await_data(self, batches: LookAhead) -> None:
+        """All ranks, in step, before a step that no rank has begun: so that all have its batch when one begins it."""
+        if batches.looks_ahead:
+            batches.wait(self._stopping.told)
+            self._stopping.meet("data")
+
     def _stop_if_told(self, batches: LookAhead) -> None:
-        if not self._stopping.may_go_on():
+        while (begun := self._stopping.begin_unit()) is None:
+            # The advice may have cut this rank's wait for data short, and the ranks are now all before the same step.
+            self._save_if_advised()
+            self._await_data(batches)
+        if not begun:
             self._stop()
+        self._save_if_advised()
+
+    def _save_if_advised(self) -> None:
         if self._stopping.advised:
             self._stopping.advised = False
             self._saves.save(self._step, "advice")
-            batches.wait(self._stopping.told)
 
     def _stop(self) -> NoReturn:
         """All ranks, in step, at the same boundary: what the notice leaves time for, then Preempted."""

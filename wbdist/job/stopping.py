@@ -40,7 +40,7 @@ class Stopping:
         self.advised = False
         """All ranks have agreed, at the same unit, that a checkpoint should be made soon. Whoever makes it resets this."""
         self.asked = False
-        """`may_go_on` has answered False."""
+        """`begin_unit` has answered False."""
         self.plan: budget.StopPlan | None = None
         self._stopped_at = 0.0
         self._lead: float | None = None
@@ -56,7 +56,7 @@ class Stopping:
         return None if agreed is None or agreed.advice else agreed
 
     def told(self) -> bool:
-        """Whether the next `may_go_on` is going to ask where all ranks are: for waits that a notice should end. Any thread."""
+        """Whether the next `begin_unit` is going to ask where all ranks are: for waits that a notice should end. Any thread."""
         return self._agreement.requested
 
     def meet(self, name: str) -> None:
@@ -72,23 +72,31 @@ class Stopping:
                     self._peers.get(f"{key}/{rank}", LOOK)
                     break
 
-    def may_go_on(self) -> bool:
-        """All ranks, same sequence: a unit of work begins. False on all ranks before the same unit, from then on always.
+    def begin_unit(self) -> bool | None:
+        """All ranks, same sequence: True when a unit of work begins; False on all ranks before the same unit, from then on
+        always. None on all of them when advice came first: `advised` is set, no unit has begun, ask again.
 
-        Under a microsecond without a notice. Advice makes all ranks meet here once, and sets `advised`.
+        Under a microsecond without a notice.
         """
-        while not self._agreement.begin_unit():
-            told = self._agreement.notice
-            if told is None or not told.advice:
-                self.asked = True
-                return False
-            # Where not all ranks answered there is no common place to save at; but nobody has to stop, either.
-            self.advised = self._agreement.agreed
-            self._agreement = self._agreement.next_round()
-        return True
+        if self._agreement.begin_unit():
+            return True
+        told = self._agreement.notice
+        if told is None or not told.advice:
+            self.asked = True
+            return False
+        # Where not all ranks answered there is no common place to save at; but nobody has to stop, either.
+        self.advised = self._agreement.agreed
+        self._agreement = self._agreement.next_round()
+        return None
+
+    def may_go_on(self) -> bool:
+        """`begin_unit` for those who have nothing to do about advice; whoever comes next sees `advised`."""
+        while (begun := self.begin_unit()) is None:
+            pass
+        return begun
 
     def check(self) -> Notice:
-        """After `may_go_on` said False: the notice. Raises PeerLostError when not all ranks stop at the same place."""
+        """After `begin_unit` said False: the notice. Raises PeerLostError when not all ranks stop at the same place."""
         notice = self._agreement.notice
         assert notice is not None, "asked to stop without a notice"
         if not self._agreement.agreed:
