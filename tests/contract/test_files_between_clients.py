@@ -22,13 +22,16 @@ def ours(server: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_what_we_save_the_sdk_reads(sdk: Any, ours: Path) -> None:
-    """Proves that W&B's Api lists our files with size and digest, downloads and restores them byte by byte."""
+    """Proves that W&B's Api lists our files with size and digest, downloads and restores them byte by byte, and what was
+    printed as output.log."""
     data = bytes(range(256)) * 1000
     (ours / "sub").mkdir()
     (ours / "sub/weights.bin").write_bytes(data)
     with wbdist.init(project="p", id="ours") as run:
         run.log({"x": 1})
         run.save("sub/weights.bin")
+        print("printed by ours")
+    assert wbdist.Api().run("local/p/ours").file("output.log").download(root="read").read() == b"printed by ours\n"
     script = """
 import hashlib, wandb
 api = wandb.Api()
@@ -36,11 +39,13 @@ file = api.run("local/p/ours").file("sub/weights.bin")
 print("FILE", file.size, file.mimetype)
 path = file.download(root="got").name
 print("SHA", hashlib.sha256(open(path, "rb").read()).hexdigest())
+print("LOG", open(api.run("local/p/ours").file("output.log").download(root="got").name).read())
 print("RESTORED", wandb.restore("sub/weights.bin", run_path="local/p/ours", root="again").name)
 """
     said = sdk.run(script)
     assert "FILE 256000 application/octet-stream" in said
     assert f"SHA {hashlib.sha256(data).hexdigest()}" in said
+    assert "LOG printed by ours\n" in said
     assert "again/sub/weights.bin" in said
 
 

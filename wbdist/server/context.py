@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from wbdist.server.auth import Auth
+from wbdist.server.console_file import ConsoleFiles
 from wbdist.server.files import FileStore
 from wbdist.server.refused import RefusalLog
 from wbdist.server.settings import ServerSettings
@@ -26,4 +27,5 @@ class AppContext:
     """The address that was printed at start, without a trailing slash. Answers use the address the client came by."""
     on_stop: list[Callable[[], None]] = field(default_factory=list)
     """Called on the event loop when the server begins to stop, for what would otherwise last until the grace is over."""
+    console_files: ConsoleFiles = field(default_factory=ConsoleFiles)
     refused: RefusalLog = field(default_factory=RefusalLog)

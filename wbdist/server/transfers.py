@@ -9,19 +9,21 @@ from __future__ import annotations
 import hmac
 import math
 import mimetypes
+import re
 from urllib.parse import quote
 
 import msgspec
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
-from starlette.responses import FileResponse, Response
+from starlette.responses import FileResponse, Response, StreamingResponse
 from starlette.routing import BaseRoute, Route
 
+from wbdist.core.position import CONSOLE
 from wbdist.protocol import file_stream
 from wbdist.protocol.attempts import STAMP_HEADER, FileStamp, StreamAnswer
 from wbdist.protocol.file_stream import StreamReply
-from wbdist.server import access, uploads
+from wbdist.server import access, console_file, uploads
 from wbdist.server.auth import User
 from wbdist.server.context import AppContext
 from wbdist.server.files import normal_name
@@ -101,6 +103,12 @@ def routes(ctx: AppContext) -> list[BaseRoute]:
     async def get(request: Request) -> Response:
         run, name = await resolve(request, "GET")
         version = await run_in_threadpool(ctx.store.files.get, run, name)
+        if version is None and name == CONSOLE and await run_in_threadpool(ctx.console_files.of, ctx, run) is not None:
+            lines, asked = run.line_counts[CONSOLE], request.query_params.get("lines", "")
+            # As many as there were when the address was given, with the file's size and digest.
+            printed = console_file.contents(ctx, run, min(lines, int(asked)) if re.fullmatch("[0-9]{1,17}", asked) else lines)
+            headers = {**SAFE_HEADERS, "Content-Disposition": f'attachment; filename="{CONSOLE}"'}
+            return StreamingResponse(printed, headers=headers, media_type="text/plain")
         if version is None:
             raise HTTPException(404, f"{name} was not uploaded")
         filename = name.rpartition("/")[2]

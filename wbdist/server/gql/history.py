@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
@@ -13,6 +12,7 @@ import msgspec
 
 from wbdist.core.position import CONSOLE, EVENTS, HISTORY
 from wbdist.protocol import jsonvalues
+from wbdist.server import console_file
 from wbdist.server.context import AppContext
 from wbdist.server.gql.call import Info, Resolver, call_of, refuse
 from wbdist.server.gql.session import page, page_info
@@ -207,10 +207,6 @@ def _type_name(value: Any) -> str:
 
 # Console ----------------------------------------------------------------------------------------------
 
-_PLAIN_LINE = re.compile(
-    r"(?P<error>ERROR )?(?P<ts>\d{4}-\d\d-\d\dT[\d:.]{8,15}) (?:\[(?P<label>[^\]]{1,64})\] )?(?P<text>.*)", re.DOTALL
-)
-
 
 def _log_lines(
     run: RunRow, info: Info, first: int | None = None, after: str | None = None, last: int | None = None, **_options: Any
@@ -230,8 +226,7 @@ def _log_lines(
 
 
 def _log_line(number: int, text: str) -> dict[str, Any]:
-    """A line as W&B's client sent it: `[ERROR ]TIME [label] text`; anything else is text without a time."""
-    match = _PLAIN_LINE.fullmatch(text)
+    match = console_file.LINE.fullmatch(text)
     if match is None:
         return {"number": number, "timestamp": None, "level": "", "label": "", "line": text}
     return {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
+from wbdist.core.position import CONSOLE
 from wbdist.server import access
 from wbdist.server.files import normal_name
 from wbdist.server.gql.call import Call, Info, Resolver, call_of, check_writing, refuse, run_or_404, storage_id
@@ -51,24 +52,37 @@ def _files(
     wanted = [name for name in names or () if name is not None][:_MAX_FILES]
     if wanted:
         # A name that does not exist is still one node, with md5 "0": so W&B's restore() finds out.
-        nodes = [_node(call, run, name, call.app.store.files.get(run, _checked(name))) for name in wanted]
+        nodes = [_node(call, run, name, _file(call, run, _checked(name))) for name in wanted]
     else:
         like = _like(pattern) if pattern else None
-        live = call.app.store.files.live(run)
-        nodes = [_node(call, run, version.name, version) for version in live if not like or like.fullmatch(version.name)]
+        nodes = [_node(call, run, file.name, file) for file in _all(call, run) if not like or like.fullmatch(file.name)]
     nodes = [node for node in nodes if access.may_read_file(call.user, run.entity, node.name)]
     start, stop = page(after, first, len(nodes), 1000)
     edges = [{"node": node, "cursor": str(start + index + 1)} for index, node in enumerate(nodes[start:stop])]
     return {"edges": edges, "pageInfo": page_info(stop, len(nodes)), "totalCount": len(nodes)}
 
 
+def _file(call: Call, run: RunRow, name: str) -> FileVersion | None:
+    found = call.app.store.files.get(run, name)
+    return call.app.console_files.of(call.app, run) if found is None and name == CONSOLE else found
+
+
+def _all(call: Call, run: RunRow) -> list[FileVersion]:
+    """By name."""
+    console = call.app.console_files.of(call.app, run)
+    found = [*call.app.store.files.live(run), *([] if console is None else [console])]
+    return sorted(found, key=lambda version: version.name)
+
+
 def _node(call: Call, run: RunRow, name: str, version: FileVersion | None) -> FileNode:
+    from_lines = version is not None and not version.sha256
+    printed = f"&lines={run.line_counts[CONSOLE]}" if from_lines else ""
     return FileNode(
         id=f"File:{run.pk}:{name}",
         name=name,
         size=version.size if version else 0,
         md5=version.md5 if version else "0",
-        url=lambda method: _address(call, run, _checked(name), method),
+        url=lambda method: _address(call, run, _checked(name), method) + printed,
         mimetype=version.mimetype if version else None,
         updated_at=version.updated_at if version else None,
     )
@@ -93,7 +107,7 @@ def _mark_uploaded(_source: Any, info: Info, input: dict[str, Any]) -> dict[str,
     call = call_of(info)
     run = run_or_404(call, input.get("entityName"), input["projectName"], input["runName"])
     names = {_checked(name) for name in input["files"][:_MAX_FILES]}
-    return {"success": names <= {version.name for version in call.app.store.files.live(run)}}
+    return {"success": names <= {version.name for version in _all(call, run)}}
 
 
 def _delete_files(_source: Any, info: Info, input: dict[str, Any]) -> dict[str, bool]:
@@ -125,6 +139,6 @@ RESOLVERS: dict[str, dict[str, Resolver]] = {
     },
     "Run": {
         "files": _files,
-        "fileCount": lambda run, info: len(call_of(info).app.store.files.live(run)),
+        "fileCount": lambda run, info: len(_all(call_of(info), run)),
     },
 }

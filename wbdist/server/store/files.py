@@ -83,10 +83,14 @@ class FileTable:
 
     def get(self, run: RunRow, name: str) -> FileVersion | None:
         """The newest visible version of one file; None when there is none, or it was deleted."""
+        found = self.newest(run, name)
+        return found if found is not None and found.sha256 else None
+
+    def newest(self, run: RunRow, name: str) -> FileVersion | None:
+        """The same, with a deletion as a version without contents."""
         with self._db.read() as db:
             view = view_of(db, run.pk, run.attempt if run.view is None else run.view)
-            found = _newest(db, view, name).get(name)
-        return found if found is not None and found.sha256 else None
+            return _newest(db, view, name).get(name)
 
 
 def _stamped(db: sa.Connection, run: Any, version: FileVersion, stamp: FileStamp) -> Filed:
