@@ -274,6 +274,7 @@ def _write_parts(layer: FileLayer, temporary: Path, rank: int, request: SaveRequ
 
 
 def _commit(layer: FileLayer, request: SaveRequest, temporary: Path, reports: list[_Written]) -> None:
+    _check_seen(temporary, reports)
     manifest = Manifest(
         version=VERSION,
         step=request.step,
@@ -298,6 +299,21 @@ def _commit(layer: FileLayer, request: SaveRequest, temporary: Path, reports: li
     retention.check_fence(request.directory, request.attempt)
     layer.rename(temporary, request.directory / request.name)
     layer.sync_directory(request.directory)
+
+
+def _check_seen(temporary: Path, reports: list[_Written]) -> None:
+    """Raises CheckpointError when this rank does not see what the others wrote: nobody could go on from such a checkpoint."""
+    for rank, report in enumerate(reports):
+        for name, entry in report.files.items():
+            try:
+                size = (temporary / name).stat().st_size
+            except OSError as error:
+                problem = f"{name}, which rank {rank} wrote, is not there for rank 0 ({error.strerror})"
+            else:
+                if size == entry.size:
+                    continue
+                problem = f"{name} has {size} bytes for rank 0, and rank {rank} wrote {entry.size}"
+            raise CheckpointError(f"{problem}. {str(temporary.parent)!r} must be one directory for all ranks, across hosts too")
 
 
 def _discard(layer: FileLayer, temporary: Path) -> None:

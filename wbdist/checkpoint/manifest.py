@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -210,14 +211,15 @@ def committed(directory: str | os.PathLike[str]) -> list[Manifest]:
     return scan(Path(directory))[0]
 
 
-def verify(manifest: Manifest) -> None:
-    """Reads every file of a committed checkpoint and compares size and digest.
+def verify(manifest: Manifest, wanted: Callable[[str], bool] = lambda name: True) -> None:
+    """Reads every file of a committed checkpoint, of those `wanted` by name, and compares size and digest.
 
     Any process; blocks for as long as reading takes. Raises CheckpointCorruptError that lists every file that is
     missing, of another size, or of another content.
     """
+    files = sorted(item for item in manifest.files.items() if wanted(item[0]))
     with ThreadPoolExecutor(_READERS, "wbdist-verify") as readers:
-        found = readers.map(lambda item: _problem(Path(manifest.directory), *item), sorted(manifest.files.items()))
+        found = readers.map(lambda item: _problem(Path(manifest.directory), *item), files)
         problems = [problem for problem in found if problem]
     if problems:
         raise CheckpointCorruptError(f"checkpoint {manifest.directory} is damaged: {'; '.join(problems)}")

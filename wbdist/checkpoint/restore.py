@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from wbdist.checkpoint.sharded import adapted
 from wbdist.checkpoint.storage import TensorFiles
 from wbdist.checkpoint.tracked import RNG, Stateful, TrackedObjects
 from wbdist.checkpoint.verdict import Failure, raise_failures
+from wbdist.checkpoint.views import doubts
 from wbdist.core.coordination import Coordinator
 from wbdist.core.position import RunPosition
 from wbdist.errors import CheckpointCorruptError, CheckpointError, StateMissingError
@@ -76,37 +77,58 @@ class Surroundings:
 
 
 def choose(coordinator: Coordinator, layer: FileLayer, directory: Path, attempt: int, timeout: float) -> Choice:
-    """Rank 0 picks the newest checkpoint that verifies; every rank returns the same choice.
+    """Picks the newest checkpoint that verifies, on rank 0 and wherever another host sees it; every rank returns the same.
 
-    Blocks at most `timeout` seconds; on rank 0 for as long as reading the files takes. Bad ones are quarantined. Raises
-    on every rank when rank 0 cannot choose, PeerLostError when rank 0 does not answer.
+    Blocks at most `timeout` seconds, and for as long as reading the files takes. Bad ones are quarantined; what is
+    whole on rank 0 alone stays and is passed over. Raises on every rank when rank 0 cannot choose, or when another host sees
+    none of those that rank 0 sees; PeerLostError naming who does not answer.
     """
-    word = None
-    if coordinator.rank == 0:
-        try:
-            choice = _pick(layer, directory, attempt)
-        except Exception as error:  # noqa: BLE001  (told to all ranks and raised on each below)
-            choice = Choice(failure=Failure.of(0, error))
-        word = msgspec.msgpack.encode(choice)
-    choice = msgspec.msgpack.decode(coordinator.agree("ckpt/restore/choice", word, timeout), type=Choice)
-    raise_failures([choice.failure] if choice.failure is not None else [], f"no checkpoint chosen in {str(directory)!r}")
-    return choice
+    deadline = time.monotonic() + timeout
+    notes: list[str] = []
+    doubted: dict[str, str] = {}
+    while True:
+        name, word = f"ckpt/restore/choice/{len(doubted)}", None
+        if coordinator.rank == 0:
+            try:
+                choice = _pick(layer, directory, attempt, notes, doubted)
+            except Exception as error:  # noqa: BLE001  (told to all ranks and raised on each below)
+                choice = Choice(failure=Failure.of(0, error))
+            word = msgspec.msgpack.encode(choice)
+        told = coordinator.agree(name, word, max(0.0, deadline - time.monotonic()))
+        choice = msgspec.msgpack.decode(told, type=Choice)
+        raise_failures([choice.failure] if choice.failure is not None else [], f"no checkpoint chosen in {str(directory)!r}")
+        if choice.manifest is None:
+            return choice
+        seen = msgspec.structs.replace(choice.manifest, directory=str(directory / choice.manifest.name))
+        doubt = doubts(coordinator, name, seen, max(0.0, deadline - time.monotonic()))
+        if not doubt:
+            return msgspec.structs.replace(choice, manifest=seen)
+        doubted[seen.name] = doubt
 
 
-def _pick(layer: FileLayer, directory: Path, attempt: int) -> Choice:
+def _pick(layer: FileLayer, directory: Path, attempt: int, notes: list[str], doubted: Mapping[str, str]) -> Choice:
+    """Rank 0's, but for those that other ranks have `doubted`; `notes` grow."""
     retention.check_fence(directory, attempt)
     retention.collect_leftovers(layer, directory, attempt)
     good, broken = scan(directory)
-    notes = [_put_away(layer, Path(bad.directory), bad.problem) for bad in broken]
+    notes += [_put_away(layer, Path(bad.directory), bad.problem) for bad in broken]
     for manifest in good:
+        if manifest.name in doubted:
+            continue
         try:
             verify(manifest)
         except CheckpointCorruptError as error:
             notes.append(_put_away(layer, Path(manifest.directory), str(error)))
         else:
-            if notes:
-                notes.append(f"continuing from {manifest.name}, the newest checkpoint that verifies")
-            return Choice(manifest, tuple(notes))
+            said = [*notes, *(f"{name} is not whole for all ranks: {doubt}" for name, doubt in doubted.items())]
+            if said:
+                said.append(f"continuing from {manifest.name}, the newest checkpoint that verifies")
+            return Choice(manifest, tuple(said))
+    if doubted:
+        raise CheckpointError(
+            f"no checkpoint is whole for all ranks: {'; '.join(doubted.values())}. {str(directory)!r} must be one directory "
+            "for all ranks, across hosts too."
+        )
     if notes:
         notes.append("no checkpoint verifies: starting from nothing")
     return Choice(None, tuple(notes))
