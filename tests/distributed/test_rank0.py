@@ -51,6 +51,24 @@ def test_one_run_of_all_ranks(ranks: Ranks, size: int) -> None:
     assert positions[0]["summary"]["count"] == sum(range(1, size + 1))
 
 
+def test_operations_are_said_once_and_hold_for_new_nested_keys(ranks: Ranks) -> None:
+    """Proves that what a call asks for is journalled when it is new and not at each step, that a key which joins a nested dict
+    later is reduced as it was asked for, too, and that what is no operation is refused by its name."""
+    ranks.start(2, strategy="rank0", steps=4, nested=True, junk=True)
+    assert ranks.wait() == [0, 0], ranks.errors()
+    assert [(row["val.a"], row.get("val.b")) for row in ranks.rows()] == [(2, None)] + [(2, 2)] * 3
+    (feed,) = (path for path in find_journals(ranks.root / "wandb") if path.name.startswith("feed1"))
+    assert [record["reduce"] for record in records_of(feed, Kind.DEFINE)] == [
+        {"count": "sum"},
+        {"lo": "min", "hi": "max", "who": "per_rank"},
+        {"val.a": "sum"},
+        {"val.b": "sum"},
+    ]
+    refused = [event["error"] for event in ranks.events("junk") if event["rank"] == 0]
+    for name, error in zip(("reduce='median'", "reduce=['sum'] for 'x'", "reduce=None"), refused[2:], strict=True):
+        assert error.startswith(f"{name} is not known; choose one of"), error
+
+
 def test_skew_blocks_nobody_and_changes_nothing(ranks: Ranks) -> None:
     """Proves that a rank which is far ahead neither waits nor spoils the rows, and that a rank which logs nothing does not
     hold the others' rows back."""

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import msgspec
 
@@ -32,6 +32,10 @@ from wbdist.settings import Settings
 
 START_SECONDS = 2 * REGISTER_SECONDS
 """Seconds for an aggregator to be up, besides what it may wait for its server."""
+MAX_DECLARED = 1024
+"""Keys with their operations that are remembered; what a script asks for beyond these is looked over each time."""
+_Asked: TypeAlias = str | tuple[tuple[str, str], ...]
+"""`reduce` of a call."""
 
 
 class FeedRun(RankRun):
@@ -82,8 +86,9 @@ class FeedRun(RankRun):
         self._tail = tail_of(self.run, spec.earlier) if identity.rank == 0 else None
         self._cut: list[tuple[Path, int]] = []
         self._cut_step = -1
-        self._declared: set[tuple[str, ...]] = set()
-        self._declared_last: dict[str, tuple[str, ...]] = {}
+        self._declared: set[tuple[_Asked, tuple[str, ...]]] = set()
+        self._declared_last: dict[_Asked, tuple[str, ...]] = {}
+        """What was asked for -> the keys that it was asked for last."""
         self._ops: dict[str, str] = {}
         journal = self.run.journal
         assert isinstance(journal, JournalWriter)
@@ -95,9 +100,7 @@ class FeedRun(RankRun):
     def log(self, data: Mapping[str, Any], step: int | None = None, reduce: str | Mapping[str, str] = DEFAULT) -> None:
         if reduce is not DEFAULT or self._ops:
             self._declare_what_is_new(data, reduce)
-        self.run.log(data, step)
-        if step is not None and step > self._feeder.passed:
-            self._feeder.passed = step
+        self.run.log(data, step)  # a row says by itself that its rank has passed the steps below
 
     def commit_row(self) -> None:
         self.run.commit_row()
@@ -135,19 +138,28 @@ class FeedRun(RankRun):
         self._feeder_peers.close()
 
     def _declare_what_is_new(self, data: Mapping[str, Any], reduce: str | Mapping[str, str]) -> None:
-        if not isinstance(reduce, str):
-            self._declare(data, reduce)
-        elif self._declared_last.get(reduce) != (keys := tuple(data)):
-            if (reduce, *keys) not in self._declared:
-                self._declare(data, reduce)
-            self._declared_last[reduce] = keys
+        """A script asks for the same at each step: that is looked up, and not looked over again."""
+        keys = tuple(data)
+        try:
+            asked = reduce if isinstance(reduce, str) else tuple(reduce.items())
+            if self._declared_last.get(asked) == keys:
+                return
+        except (TypeError, AttributeError):  # no words, and no mapping to words
+            check_reduce(reduce)
+            raise
+        if (asked, keys) not in self._declared:
+            nested = isinstance(reduce, str) and any(isinstance(value, Mapping) for value in data.values())
+            self._declare(flat_row(data) if nested else data, reduce)
+            if nested or len(self._declared) >= MAX_DECLARED:
+                return
+            self._declared.add((asked, keys))
+        self._declared_last[asked] = keys
 
-    def _declare(self, data: Mapping[str, Any], reduce: str | Mapping[str, str]) -> None:
+    def _declare(self, data: Iterable[str], reduce: str | Mapping[str, str]) -> None:
         """Journals what is new in how keys are reduced, before the row that needs it. Each is said once."""
         check_reduce(reduce)
         if isinstance(reduce, str):
-            nested = any(isinstance(value, Mapping) for value in data.values())
-            wanted = dict.fromkeys(flat_row(data) if nested else data, reduce)
+            wanted = dict.fromkeys(data, reduce)
         else:
             wanted = {key: reduce.get(key, DEFAULT) for key in data} | dict(reduce)
         changed = {key: op for key, op in wanted.items() if self._ops.get(key, DEFAULT) != op}
@@ -156,8 +168,6 @@ class FeedRun(RankRun):
             self._ops.update(changed)
             self._declared.clear()
             self._declared_last.clear()
-        if isinstance(reduce, str) and len(self._declared) < 1024:  # ever new keys: then they are looked at each time
-            self._declared.add((reduce, *data))
 
     # Meeting the aggregator -----------------------------------------------------------------------------
 

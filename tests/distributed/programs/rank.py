@@ -4,7 +4,8 @@ orders: strategy, steps; gate: {rank: step}: before that step wait for ROOT/open
 log nothing; prints: print a line at the start of each step, and keep what is printed; drain: step to drain at the end (rank
 order: all); base: a position to continue from; settings: more of them; config0: rank 0's config; refuse: ranks that cannot
 open their run; late: a LatePolicy; hosts: each rank is on a host of its own; no_aggregator: it does not come up at the start;
-junk: log what cannot be logged; alerts, pages: {rank: step}: where it has an alert, and logs a page of HTML.
+junk: log what cannot be logged; nested: log a dict of sums, which has a key more from the second step on; alerts, pages:
+{rank: step}: where it has an alert, and logs a page of HTML.
 """
 
 from __future__ import annotations
@@ -106,10 +107,11 @@ def main() -> None:
                 runs.log(given, step=0)
             except TypeError as error:
                 say(event="junk", rank=rank, error=str(error))
-        try:
-            runs.log({"x": 1}, step=0, reduce="median")
-        except UsageError as error:
-            say(event="junk", rank=rank, error=str(error))
+        for reduce in ("median", {"x": ["sum"]}, None):
+            try:
+                runs.log({"x": 1}, step=0, reduce=reduce)
+            except UsageError as error:
+                say(event="junk", rank=rank, error=str(error))
     if rank == 0:
         runs.run.summary["early"] = 1
     first = runs.run.starting_step
@@ -133,6 +135,8 @@ def main() -> None:
             runs.log({"loss": 0.1 * step + rank, "step_again": step}, step=step)
             runs.log({"count": rank + 1}, step=step, reduce="sum")
             runs.log({"lo": rank, "hi": rank, "who": rank}, step=step, reduce={"lo": "min", "hi": "max", "who": "per_rank"})
+        if orders.get("nested"):
+            runs.log({"val": {"a": 1} if step == first else {"a": 1, "b": 1}}, step=step, reduce="sum")
         runs.commit_row()
     if rank == 0:
         runs.run.summary["weights"] = "abc"

@@ -1,4 +1,5 @@
-"""Under torchrun: windows of steps of a DDP model, in each of which one rank, or none, is slow; rank 0 writes who was named.
+"""Under torchrun: windows of steps of a DDP model, in each of which one rank, or none, is slow; rank 0 writes who was named,
+and each what it measured (`waits<rank>.json`, WINDOW numbers a window).
 
 `straggling.py OUT SEED WINDOWS [SHARE]`: SHARE of the windows have a slow rank, by 5 to 50 ms before its forward pass.
 """
@@ -7,6 +8,7 @@ import json
 import random
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -29,7 +31,15 @@ said: list[str] = []
 slow = StragglerWatch(peers, "slow", f"host{me.rank}", said.append, verdicts.append)
 torch.manual_seed(1)
 model = DistributedDataParallel(nn.Sequential(nn.Linear(20, 50), nn.BatchNorm1d(50), nn.Linear(50, 5)), bucket_cap_mb=0.001)
-DdpWatch(model, lambda row: None, detail_every=0, waited=slow.waited)
+waits: list[float] = []
+
+
+def waited(milliseconds: float) -> Mapping[str, object]:
+    waits.append(milliseconds)
+    return slow.waited(milliseconds)
+
+
+DdpWatch(model, lambda row: None, detail_every=0, waited=waited)
 
 
 def window(rank: int, delay: float) -> None:
@@ -47,6 +57,7 @@ for _ in range(windows):
     delay = source.uniform(0.005, 0.050)
     injected.append((rank, delay * 1e3 if rank >= 0 else 0.0))
     window(rank, delay)
+(out / f"waits{me.rank}.json").write_text(json.dumps(waits[WINDOW:]))
 if me.rank == 0:
     deadline = time.monotonic() + 60
     while len(verdicts) < windows + 1 and time.monotonic() < deadline:
