@@ -185,7 +185,8 @@ def _copy_from_devices(copies: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> l
                 target.copy_(source, non_blocking=True)
                 # The caller may let go of a state made for this call only; its memory must outlive the copy.
                 source.record_stream(side)
-            event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            # Blocking: who waits for it sleeps, and leaves the core to training.
+            event = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
             event.record(side)
         current.wait_event(event)
         events.append(event)
