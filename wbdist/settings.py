@@ -99,6 +99,14 @@ class Settings(WithoutEffect, frozen=True, kw_only=True, forbid_unknown_fields=T
     """Disks whose space and traffic are sampled."""
     x_stats_gpu_device_ids: tuple[int, ...] | None = None
     """GPUs to sample; None: all."""
+    save_code: bool = False
+    """Keep the running script with the run, and what its checkout has changed since its commit."""
+    disable_code: bool = False
+    """Keep no code, whatever `save_code` says."""
+    ignore_globs: tuple[str, ...] = ()
+    """Files of the run's directory that are not uploaded: patterns of their names in the run, such as `*.tmp`."""
+    stop_fn: Any = None
+    """Called without arguments, in a thread, when somebody asks on the server that the run stop, in place of the SIGINT."""
     start_method: str | None = None
     """Accepted as in W&B and ignored: there is no service process to start in one way or another."""
 
@@ -280,8 +288,10 @@ def _convert(name: str, value: Any, source: str) -> Any:
     synonyms = _SYNONYMS.get(name, {})
     if isinstance(value, str | bool) and (value.lower() if isinstance(value, str) else value) in synonyms:
         value = synonyms[value.lower() if isinstance(value, str) else value]
-    if name == "config_paths" and isinstance(value, str):
-        value = tuple(path.strip() for path in value.split(",") if path.strip())
+    if name in ("config_paths", "ignore_globs") and isinstance(value, str):
+        value = tuple(part.strip() for part in value.split(",") if part.strip())
+    if name == "stop_fn" and not (value is None or callable(value)):
+        raise UsageError(f"setting stop_fn={value!r} (from {source}) must be a function without arguments")
     if name == "run_tags" and isinstance(value, str):
         value = tuple(tag.strip() for tag in value.split(",") if tag.strip()) if source != "init()" else (value,)
     if name in ("x_stats_disk_paths", "x_stats_gpu_device_ids") and isinstance(value, str):

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 import wbdist
+from wbdist.run.journal import JournalReader, Kind
 
 
 @pytest.mark.usefixtures("offline")
@@ -74,3 +75,36 @@ def test_they_are_uploaded_and_save_code_keeps_the_script(embedded: Path, script
     found = {file.name: file for file in wbdist.Api().run("p/r").files()}
     assert {"config.yaml", "wandb-metadata.json", "wandb-summary.json", "requirements.txt", "code/script.py"} <= set(found)
     assert b"save_code=True" in found["code/script.py"].download("got").read()
+
+
+@pytest.mark.usefixtures("offline")
+def test_which_files_are_kept(own_directory: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Proves that code is kept by setting and environment, too, unless it is forbidden; and that ignored names are no files of
+    the run, from wherever they come."""
+    script = own_directory / "train.py"
+    script.write_text("pass\n")
+    monkeypatch.setattr("__main__.__file__", str(script), raising=False)
+    (own_directory / "a.tmp").write_text("1")
+    (own_directory / "a.bin").write_text("1")
+
+    def kept(**settings: Any) -> set[str]:
+        run = wbdist.init(project="p", settings={"quiet": True, "x_disable_stats": True, **settings})
+        assert len(run.save("a.*")) == 2
+        run.finish()
+        assert run.journal_path is not None
+        with JournalReader.open(run.journal_path) as reader:
+            return {record.data["name"] for record in reader.read() if record.kind is Kind.FILE}
+
+    own = {"config.yaml", "wandb-metadata.json", "wandb-summary.json", "requirements.txt"}
+    assert kept() == {*own, "a.tmp", "a.bin"}
+    assert kept(save_code=True, ignore_globs=["*.tmp", "requirements.txt"]) == {*own, "code/train.py", "a.bin"} - {
+        "requirements.txt"
+    }
+    monkeypatch.setenv("WANDB_SAVE_CODE", "true")
+    monkeypatch.setenv("WANDB_IGNORE_GLOBS", "code/*")
+    assert kept(disable_git=True) == {*own, "a.tmp", "a.bin"}
+    monkeypatch.delenv("WANDB_IGNORE_GLOBS")
+    assert "code/train.py" in kept()
+    monkeypatch.setenv("WANDB_DISABLE_CODE", "true")
+    assert "code/train.py" not in kept()
+    assert "without effect" not in capsys.readouterr().err

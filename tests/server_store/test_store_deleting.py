@@ -75,10 +75,10 @@ def test_a_fork_outlives_its_source(store: SqlStore) -> None:
 
 
 def test_a_run_that_was_asked_to_stop(store: SqlStore) -> None:
-    """The flag stands until the process ends, or the run is opened again."""
+    """The flag stands until the process ends, or the run is opened again; its first process hears it, however early it was."""
     run = StoredRun(store)
-    run.begin(1)
     store.ask_to_stop(run.pk)
+    run.begin(1)
     run.append(1, 0, rows([0]))
     assert run.row.stopping
     store.record_event(run.pk, RunEvent.KILL, NOW, attempt=1, exit_code=255)

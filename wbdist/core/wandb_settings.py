@@ -21,7 +21,6 @@ class WithoutEffect(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     console_chunk_max_seconds: Any = None
     capture_loggers: Any = None
     credentials_file: Any = None
-    disable_code: Any = None
     disable_git_fork_point: Any = None
     disable_job_creation: Any = None
     docker: Any = None
@@ -35,7 +34,6 @@ class WithoutEffect(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     http_proxy: Any = None
     https_proxy: Any = None
     identity_token_file: Any = None
-    ignore_globs: Any = None
     finish_timeout_raises: Any = None
     insecure_disable_ssl: Any = None
     job_name: Any = None
@@ -48,7 +46,6 @@ class WithoutEffect(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     relogin: Any = None
     sagemaker_disable: Any = None
     settings_system: Any = None
-    stop_fn: Any = None
     max_end_of_run_history_metrics: Any = None
     max_end_of_run_summary_metrics: Any = None
     show_colors: Any = None

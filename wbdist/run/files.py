@@ -11,7 +11,8 @@ from __future__ import annotations
 import glob as globbing
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from fnmatch import fnmatchcase
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Final
 
@@ -59,12 +60,15 @@ class _Saved(msgspec.Struct):
 class SavedFiles:
     """The files of one run in the process that writes it. Thread-safe; copying never holds up who logs rows meanwhile."""
 
-    def __init__(self, journal: JournalWriter, directory: Path, say: Callable[[str], None]) -> None:
-        """`directory`: the run's, which holds `files`."""
+    def __init__(
+        self, journal: JournalWriter, directory: Path, say: Callable[[str], None], ignored: Sequence[str] = ()
+    ) -> None:
+        """`directory`: the run's, which holds `files`. `ignored`: patterns of names that are no files of the run."""
         self._journal = journal
         self._files = directory / "files"
         self._staged = directory / STAGED
         self._say = say
+        self._ignored = ignored
         self._lock = threading.RLock()
         self._saved: dict[str, _Saved] = {}
         self._said: set[str] = set()
@@ -107,7 +111,8 @@ class SavedFiles:
 
     def add(self, name: str) -> None:
         """A file that lies in the files directory already, and is not written again, is one of the run."""
-        self._put(FileRecord(str(self._files / name), name, "now"))
+        if not self._is_ignored(name):
+            self._put(FileRecord(str(self._files / name), name, "now"))
 
     def at_finish(self) -> None:
         """What `end` and `live` files hold now becomes their last version. A file that fails is said, and fails no other."""
@@ -142,6 +147,8 @@ class SavedFiles:
         if not place(source, target) and policy == "live":
             self._once(f"{source} can only be copied to {target}: later changes of it are not noticed")
             policy = "now"
+        if self._is_ignored(name):
+            return
         with self._lock:
             saved = self._saved.get(name)
             if saved is None or saved.source != source:
@@ -153,6 +160,9 @@ class SavedFiles:
                 self._version(name, saved)
             elif saved.key is None:
                 self._put(FileRecord(str(source), name, policy, str(source)))  # in case that nobody comes to finish
+
+    def _is_ignored(self, name: str) -> bool:
+        return any(fnmatchcase(name, pattern) for pattern in self._ignored)
 
     def _version(self, name: str, saved: _Saved, *, last: bool = False) -> None:
         with self._lock:

@@ -531,12 +531,14 @@ class Run(ArtifactMethods, AbsentNames):
                 self._keep_sample({f"system.{name}{suffix}": value for name, value in metrics.items()})
 
     def interrupt_when_stopped(self) -> None:
-        """From now on the main thread gets a SIGINT when somebody asks on the server that this run stop. Nothing offline."""
+        """From now on the main thread gets a SIGINT (or `settings.stop_fn` is called) when somebody asks on the server that
+        it stop. Nothing offline."""
         if self._shipping is not None:
             from wbdist.run import stopping
 
-            text = f"run {self.id}: somebody asked on the server that it stop: this script is interrupted"
-            self.on_finish(stopping.watch(self._shipping.stop_asked, lambda: self._say(text, warning=True)))
+            text = f"run {self.id}: somebody asked on the server that it stop"
+            say = lambda: self._say(text, warning=True)  # noqa: E731
+            self.on_finish(stopping.watch(self._shipping.stop_asked, say, self.settings.stop_fn))
 
     def log_through(self, log_row: Callable[[Mapping[str, Any], int | None, bool | None], bool]) -> None:
         """From now on `log` hands its arguments to `log_row`, which journals them, or says False when the row is dropped."""
@@ -604,7 +606,12 @@ class Run(ArtifactMethods, AbsentNames):
 
             assert isinstance(self._journal, JournalWriter)
             assert self._run_directory is not None
-            self._files = SavedFiles(self._journal, self._run_directory.absolute(), lambda text: self._say(text, warning=True))
+            self._files = SavedFiles(
+                self._journal,
+                self._run_directory.absolute(),
+                lambda text: self._say(text, warning=True),
+                self.settings.ignore_globs,
+            )
         return self._files
 
     def _set_config(self, changed: dict[str, Any]) -> None:

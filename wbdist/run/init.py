@@ -102,6 +102,7 @@ def init(  # noqa: PLR0917  (W&B's order, but for `project` first, as its docume
         "fork_from": fork_from,
         "allow_val_change": allow_val_change,
         "force": force,
+        "save_code": save_code,
     }
     given = {name: value for name, value in arguments.items() if value is not None}
     resolved = resolve(settings, given)
@@ -147,8 +148,6 @@ def init(  # noqa: PLR0917  (W&B's order, but for `project` first, as its docume
             run.finish(0)
     run = lifecycle.open_run(spec)
     run.interrupt_when_stopped()
-    if save_code:
-        run.keep_code()
     if policy != "create_new":
         lifecycle.set_current(run)
     return run

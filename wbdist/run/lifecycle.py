@@ -185,6 +185,9 @@ def open_run(spec: RunSpec) -> Run:
     run.url = placed.url or spec.url
     if spec.role == "run" and spec.announce:
         _announce(run, placed)
+    settings = spec.settings
+    if settings.save_code and not settings.disable_code and spec.role == "run" and settings.x_primary:
+        run.keep_code()
     if spec.capture_console:
         run.capture_console()
     if spec.sample != "nothing" and not spec.settings.x_disable_stats:

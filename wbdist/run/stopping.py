@@ -8,6 +8,7 @@ script sees the KeyboardInterrupt it knows from Ctrl-C, also in the middle of a 
 from __future__ import annotations
 
 import ctypes
+import logging
 import os
 import signal
 import threading
@@ -19,6 +20,7 @@ INTERVAL = 2.0
 """Seconds between two questions of well under a millisecond."""
 
 _lock = threading.Lock()
+_log = logging.getLogger(__name__)
 _watched: list[_Watched] = []
 _watching_in = 0
 """The process whose thread watches; a forked child's runs need one of its own."""
@@ -28,14 +30,17 @@ class _Watched(msgspec.Struct):
     asked: Callable[[], bool]
     """Whether a stop was asked for."""
     say: Callable[[], None]
+    act: Callable[[], object] | None
+    """In place of the interrupt."""
 
 
-def watch(asked: Callable[[], bool], say: Callable[[], None]) -> Callable[[], None]:
-    """From now on `asked` is called every INTERVAL seconds; once it is true, `say` is called and the main thread interrupted.
+def watch(asked: Callable[[], bool], say: Callable[[], None], act: Callable[[], object] | None = None) -> Callable[[], None]:
+    """From now on `asked` is called every INTERVAL seconds; once it is true, `say` is called and the main thread interrupted,
+    or `act` called in this module's thread, where its exceptions are logged.
 
     Returns what ends the watching."""
     global _watching_in  # noqa: PLW0603  (one thread a process)
-    one = _Watched(asked, say)
+    one = _Watched(asked, say, act)
     with _lock:
         if _watching_in != os.getpid():
             _watched.clear()
@@ -57,7 +62,17 @@ def _work() -> None:
             if one.asked():
                 _forget(one)
                 one.say()
-                _interrupt()
+                _stop(one)
+
+
+def _stop(one: _Watched) -> None:
+    if one.act is None:
+        _interrupt()
+        return
+    try:
+        one.act()
+    except Exception:  # noqa: BLE001  (the user's function: the other runs are watched on)
+        _log.exception("the function of the setting stop_fn failed")
 
 
 def _interrupt() -> None:

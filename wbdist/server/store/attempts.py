@@ -51,6 +51,7 @@ def begin(
     """See `Store.begin_attempt`; `run` and `source` are locked by the caller. `before`: the run's row before the client's words
     about the new attempt."""
     pk, current = int(run["pk"]), int(run["attempt"])
+    lived = current > 0 or (run["stopping"] and bool(view_of(db, pk, 0).next_of(0)))
     known = attempt_of(db, pk, request.attempt)
     if known is not None and known["nonce"] not in {"", request.nonce}:
         return BegunAttempt(accepted=False, attempt=current)
@@ -75,7 +76,9 @@ def begin(
                 change["config"] = json.dumps(config)
                 _note(db, pk, current, "beneath", beneath)
             state = next_state(RunState(run["state"]), RunEvent.START)
-            change |= {"attempt": current, "state": state.value, "heartbeat_at": now, "stopping": False}
+            change |= {"attempt": current, "state": state.value, "heartbeat_at": now}
+            if lived:  # else its first process is the very one that was meant, which has registered the run and now begins
+                change["stopping"] = False
         db.execute(sa.update(runs).where(runs.c.pk == pk).values(**change, version=runs.c.version + 1))
         if known is not None or not newest:
             recount_forks(db, pk, lambda base: base.attempt >= request.attempt)
