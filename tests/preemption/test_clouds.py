@@ -190,7 +190,8 @@ def test_gce_preemption_by_a_hanging_request(hear: Callable[..., Heard], monkeyp
         assert (notice.source, notice.reason) == ("gcp", "the instance is preempted")
         assert 60 < in_seconds(notice) <= 120
         prefix = "/computeMetadata/v1/instance/"
-        assert paths_of(service) == {("GET", f"{prefix}preempted"), ("GET", f"{prefix}maintenance-event")}
+        keys = ("preempted", "maintenance-event", "upcoming-maintenance")
+        assert paths_of(service) == {("GET", prefix + key) for key in keys}
         assert {request.headers["metadata-flavor"] for request in service.requests} == {"Google"}
 
 
@@ -324,7 +325,7 @@ def test_silent_service_is_said_once_and_tried_again(hear: Callable[..., Heard],
         service.answer = real  # type: ignore[method-assign]
         service.schedule("Terminate", 300)
         heard.notice()
-    warnings = [record for record in caplog.records if "does not answer" in record.message]
+    warnings = [record for record in caplog.records if "does not answer properly" in record.message]
     assert len(warnings) == 1
     assert "500" in warnings[0].getMessage()
 

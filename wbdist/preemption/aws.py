@@ -11,13 +11,11 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
-from datetime import datetime
-from email.utils import parsedate_to_datetime
 from typing import TYPE_CHECKING
 
 import msgspec
 
-from wbdist.preemption.metadata import MetadataSource
+from wbdist.preemption.metadata import MetadataSource, UnreadableError, unix_time
 
 if TYPE_CHECKING:
     import requests
@@ -33,23 +31,25 @@ INTERVAL = 2.0
 MAINTENANCE_INTERVAL = 30.0
 LAST_MINUTES = 180.0
 """Seconds before a scheduled reboot or stop at which the job stops."""
+STOPPING = {"instance-reboot", "system-reboot", "instance-stop", "instance-retirement"}
+"""Scheduled events that end what runs on the instance; in others, such as network or power maintenance, it stays."""
 BLOCKED_INTERVAL = 60.0
 """Seconds between tries when the token cannot reach us: a setting of the instance, which rarely changes under a job."""
 
 
 class _Action(msgspec.Struct):
     action: str
-    time: str = ""
+    time: str | None = None
 
 
 class _Rebalance(msgspec.Struct):
-    noticeTime: str = ""  # noqa: N815  (AWS's name)
+    noticeTime: str  # noqa: N815  (AWS's name)
 
 
 class _Event(msgspec.Struct):
     NotBefore: str
     Code: str
-    Description: str = ""
+    Description: str | None = None
     EventId: str = ""
     State: str = "active"
 
@@ -80,30 +80,45 @@ class AwsSource(MetadataSource):
         found = self._get(session, "spot/instance-action")
         if found is not None:
             said = msgspec.json.decode(found, type=_Action)
-            deadline = _unix(said.time)
-            if said.action == "hibernate":
-                deadline = time.time()  # it begins with the notice
+            if not said.action:
+                raise UnreadableError(f"a spot action without a name: {found!r}")
+            # Hibernation begins with the notice.
+            deadline = time.time() if said.action.casefold() == "hibernate" else unix_time(said.time or "")
             self._tell(f"EC2 spot interruption: {said.action} at {said.time}", deadline)
         elif not self._recommended:
-            found = self._get(session, "events/recommendations/rebalance")
-            if found is not None:
-                self._recommended = True
-                when = msgspec.json.decode(found, type=_Rebalance).noticeTime
-                self._tell(f"EC2 rebalance recommendation of {when}: the instance is at elevated risk", None, advice=True)
+            self._beside("rebalance recommendations", self._rebalance, session)
         if time.monotonic() >= self._next_events:
             self._next_events = time.monotonic() + MAINTENANCE_INTERVAL
-            for event in msgspec.json.decode(self._get(session, "events/maintenance/scheduled") or b"[]", type=list[_Event]):
-                self._take(event)
+            self._beside("scheduled maintenance", self._scheduled_maintenance, session)
         return self._interval
+
+    def _rebalance(self, session: requests.Session) -> None:
+        found = self._get(session, "events/recommendations/rebalance")
+        if found is not None:
+            when = msgspec.json.decode(found, type=_Rebalance).noticeTime
+            self._recommended = True
+            self._tell(f"EC2 rebalance recommendation of {when}: the instance is at elevated risk", None, advice=True)
+
+    def _scheduled_maintenance(self, session: requests.Session) -> None:
+        found = self._get(session, "events/maintenance/scheduled") or b"[]"
+        unreadable = None
+        for raw in msgspec.json.decode(found, type=list[msgspec.Raw]):
+            try:
+                self._take(msgspec.json.decode(raw, type=_Event))
+            except (msgspec.MsgspecError, UnreadableError) as error:
+                unreadable = error  # the others are heard all the same
+        if unreadable is not None:
+            raise UnreadableError(f"an event that cannot be read: {unreadable}")
 
     def _take(self, event: _Event) -> None:
         """Looked at again and again: it may be cancelled, or put off."""
-        if event.State != "active":
+        if event.State.casefold() != "active":
             return
-        begins = parsedate_to_datetime(event.NotBefore).timestamp()
+        begins = unix_time(event.NotBefore)
+        if begins is None:
+            raise UnreadableError(f"NotBefore {event.NotBefore!r} is no time")
         reason = f"EC2 scheduled {event.Code} at {event.NotBefore}" + (f": {event.Description}" if event.Description else "")
-        # Network or power maintenance: the instance stays.
-        if event.Code != "system-maintenance" and begins - time.time() <= LAST_MINUTES:
+        if event.Code.casefold() in STOPPING and begins - time.time() <= LAST_MINUTES:
             self._tell(reason, begins)
         elif event.EventId not in self._events:
             self._events.add(event.EventId)
@@ -162,11 +177,3 @@ class AwsSource(MetadataSource):
                 means,
             )
         return self._without_token
-
-
-def _unix(text: str) -> float | None:
-    """`2026-11-21T03:22:00Z` as unix time; None for what cannot be read, which still is a notice."""
-    try:
-        return datetime.fromisoformat(text).timestamp()
-    except ValueError:
-        return None

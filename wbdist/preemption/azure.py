@@ -10,15 +10,15 @@ from __future__ import annotations
 
 import logging
 import platform
+import re
 import threading
 import time
 from collections.abc import Callable
-from email.utils import parsedate_to_datetime
 from typing import TYPE_CHECKING
 
 import msgspec
 
-from wbdist.preemption.metadata import MetadataSource, direct_session
+from wbdist.preemption.metadata import MetadataSource, UnreadableError, direct_session, unix_time
 
 if TYPE_CHECKING:
     import requests
@@ -33,6 +33,9 @@ INTERVAL = 1.0
 TIMEOUT = 5.0
 FIRST_TIMEOUT = 150.0
 """The first request switches the service on and may take two minutes."""
+ENDING = {"preempt", "terminate"}
+POSTPONABLE = {"reboot", "redeploy"}
+"""Event types after which nothing runs here. A freeze passes, and of a type that is not documented nobody knows: advice."""
 LAST_MINUTES = 180.0
 """Seconds before a reboot or redeployment, announced 10 to 15 minutes ahead, at which the job stops."""
 
@@ -42,13 +45,13 @@ class _Event(msgspec.Struct):
     EventType: str
     Resources: list[str] = []
     EventStatus: str = ""
-    NotBefore: str = ""
-    Description: str = ""
+    NotBefore: str | None = None
+    Description: str | None = None
 
 
 class _Document(msgspec.Struct):
-    DocumentIncarnation: int = 0
-    Events: list[_Event] = []
+    DocumentIncarnation: int
+    Events: list[msgspec.Raw] = []
 
 
 class AzureSource(MetadataSource):
@@ -60,7 +63,8 @@ class AzureSource(MetadataSource):
         super().__init__(base_url, interval)
         self._machine = ""
         self._seen_document = -1
-        self._seen: set[str] = set()
+        self._seen: dict[str, _Event] = {}
+        """Those of this machine in the last document, by id."""
         self._to_approve: list[str] = []
         self._lock = threading.Lock()
 
@@ -108,11 +112,27 @@ class AzureSource(MetadataSource):
         document = msgspec.json.decode(answer.content, type=_Document)
         if document.DocumentIncarnation != self._seen_document:
             self._seen_document = document.DocumentIncarnation
-            for event in document.Events:
-                if self._machine in event.Resources and event.EventId not in self._seen:
-                    self._seen.add(event.EventId)
-                    self._take(event)
+            self._take_all(document.Events)
         return self._interval
+
+    def _take_all(self, events: list[msgspec.Raw]) -> None:
+        found: dict[str, _Event] = {}
+        for raw in events:
+            try:
+                event = msgspec.json.decode(raw, type=_Event)
+            except msgspec.MsgspecError as error:
+                log.warning("azure: a scheduled event cannot be read (%s) and counts as none: %s", error, bytes(raw)[:500])
+                continue
+            if self._machine.casefold() in (name.casefold() for name in event.Resources):
+                found[event.EventId] = event
+        # What is no longer listed is over, or was called off.
+        for gone in self._seen.keys() - found.keys():
+            self._settle(gone)
+        before, self._seen = self._seen, found
+        for event in found.values():
+            last = before.get(event.EventId)
+            if last is None or (last.EventStatus, last.NotBefore) != (event.EventStatus, event.NotBefore):
+                self._take(event, first=last is None)
 
     def _find_name(self, session: requests.Session) -> str:
         """What events call this machine."""
@@ -125,20 +145,35 @@ class AzureSource(MetadataSource):
         if answer.status_code == 404:
             return platform.node()
         answer.raise_for_status()
-        return answer.text.strip()
+        name = answer.text.strip()
+        if not re.fullmatch(r"[\w.-]{1,200}", name):
+            raise UnreadableError(f"the name of this machine as {name[:100]!r}")
+        return name
 
-    def _take(self, event: _Event) -> None:
-        # Blank once the event has started: now.
-        begins = parsedate_to_datetime(event.NotBefore).timestamp() if event.NotBefore else time.time()
-        reason = f"scheduled event {event.EventType}" + (f": {event.Description}" if event.Description else "")
-        if event.EventType == "Freeze":
-            self._tell(reason, begins, advice=True)
-            return
+    def _settle(self, event: str) -> None:
+        """There is nothing more to stop for, or to approve."""
+        self._withdraw(event)
         with self._lock:
-            if event.EventStatus != "Started":
+            self._to_approve = [waiting for waiting in self._to_approve if waiting != event]
+
+    def _take(self, event: _Event, *, first: bool) -> None:
+        """One that is new, has begun, or has another time than before."""
+        started = event.EventStatus.casefold() == "started"
+        # Blank once the event has started: now.
+        begins = unix_time(event.NotBefore) if event.NotBefore else time.time()
+        reason = f"scheduled event {event.EventType}" + (f": {event.Description}" if event.Description else "")
+        kind = event.EventType.casefold()
+        self._settle(event.EventId)
+        if kind not in ENDING | POSTPONABLE:
+            if first:
+                self._tell(reason, begins, advice=True)
+            return
+        if not started:
+            with self._lock:
                 self._to_approve.append(event.EventId)
-        if event.EventType in {"Reboot", "Redeploy"} and begins - time.time() > LAST_MINUTES:
-            self._tell(reason, begins, advice=True)
-            self._tell_at(begins - LAST_MINUTES, reason, begins)
+        if kind in POSTPONABLE and begins is not None and begins - time.time() > LAST_MINUTES:
+            if first:
+                self._tell(reason, begins, advice=True)
+            self._tell_at(event.EventId, begins - LAST_MINUTES, reason, begins)
         else:
             self._tell(reason, begins)

@@ -44,8 +44,17 @@ class FileSource:
         self._thread.start()
 
     def _watch(self, tell: Callable[[Notice], bool]) -> None:
+        hidden = False
         while not self._closing.is_set():
-            if self._path.exists():
+            try:
+                there = self._path.exists()
+            except OSError as error:
+                # A file system that is away, or a directory that may not be entered: not there, as far as anybody can tell.
+                there = False
+                if not hidden:
+                    hidden = True
+                    log.warning("whether %s exists cannot be seen: %s", self._path, error)
+            if there:
                 tell(Notice("file", self._reason(), time.monotonic()))
                 return
             self._closing.wait(self._interval)

@@ -17,11 +17,13 @@ from wbdist.errors import UsageError
 from wbdist.preemption.notice import Notice
 
 LONGEST_BODY = 10_000
+LONGEST = 365 * 86400.0
+"""Seconds ahead that a notice may be."""
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
 class _Body(msgspec.Struct):
-    reason: str = ""
+    reason: str | None = None
     seconds: float | None = None
 
 
@@ -73,7 +75,7 @@ def _handler(tell: Callable[[Notice], bool], token: str) -> type[BaseHTTPRequest
             length = self.headers.get("Content-Length") or "0"
             if self.path != "/stop":
                 self.send_error(404)
-            elif not length.isdigit() or int(length) > LONGEST_BODY:
+            elif not length.isdecimal() or int(length) > LONGEST_BODY:
                 self.send_error(413)
             elif token and not hmac.compare_digest(self.headers.get("Authorization", "").encode(), f"Bearer {token}".encode()):
                 self.send_error(401)
@@ -83,6 +85,8 @@ def _handler(tell: Callable[[Notice], bool], token: str) -> type[BaseHTTPRequest
         def _take(self, raw: bytes) -> None:
             try:
                 body = msgspec.json.decode(raw, type=_Body) if raw.strip() else _Body()
+                if body.seconds is not None and not 0 <= body.seconds < LONGEST:
+                    raise msgspec.ValidationError(f"seconds={body.seconds:g} is no time that may be left")
             except msgspec.MsgspecError as error:
                 self.send_error(400, explain=f'{error}; send {{"reason": "...", "seconds": 120}}, or nothing')
                 return

@@ -13,12 +13,12 @@ import os
 import threading
 import time
 from collections.abc import Callable, Mapping
-from datetime import datetime
 from pathlib import Path
-from typing import Any
+
+import msgspec
 
 from wbdist.errors import UsageError
-from wbdist.preemption.metadata import direct_session
+from wbdist.preemption.metadata import direct_session, unix_time
 from wbdist.preemption.notice import Notice
 
 log = logging.getLogger("wbdist.preemption")
@@ -29,6 +29,27 @@ ANNOTATIONS = "/etc/podinfo/annotations"
 ANNOTATION = "wbdist/stop"
 INTERVAL = 1.0
 TIMEOUT = 3.0
+
+
+class _Metadata(msgspec.Struct):
+    creationTimestamp: str | None = None  # noqa: N815  (Kubernetes' names)
+    deletionTimestamp: str | None = None  # noqa: N815
+
+
+class _Condition(msgspec.Struct):
+    type: str = ""
+    status: str = ""
+    reason: str | None = None
+    message: str | None = None
+
+
+class _Status(msgspec.Struct):
+    conditions: list[_Condition] | None = None
+
+
+class _Pod(msgspec.Struct):
+    metadata: _Metadata
+    status: _Status = msgspec.field(default_factory=_Status)
 
 
 class Pod:
@@ -46,16 +67,15 @@ class Pod:
     def created(self) -> float | None:
         """Unix time at which the pod was made, for a scheduler to place; None where the API server does not say."""
         pod = self._ask("when the pod was made is not known, nor how long it waited")
-        made = "" if pod is None else pod.get("metadata", {}).get("creationTimestamp") or ""
-        return datetime.fromisoformat(made).timestamp() if made else None
+        return None if pod is None else unix_time(pod.metadata.creationTimestamp or "")
 
-    def _ask(self, unknown: str) -> dict[str, Any] | None:
+    def _ask(self, unknown: str) -> _Pod | None:
         """The pod as the API server has it; may take some seconds. None, and `unknown` in the log, when it does not say."""
         import requests
 
         account = Path(self._env.get("WBDIST_SERVICE_ACCOUNT") or ACCOUNT)
         host, port = self._env.get("KUBERNETES_SERVICE_HOST", ""), self._env.get("KUBERNETES_SERVICE_PORT", "443")
-        base = self._env.get("WBDIST_KUBERNETES_API") or f"https://{host}:{port}"
+        base = self._env.get("WBDIST_KUBERNETES_API") or f"https://{f'[{host}]' if ':' in host else host}:{port}"
         name = self._env.get("WBDIST_POD_NAME") or self._env.get("HOSTNAME", "")
         try:
             token, namespace = ((account / file).read_text().strip() for file in ("token", "namespace"))
@@ -67,23 +87,21 @@ class Pod:
                     timeout=TIMEOUT,
                 )
             answer.raise_for_status()
-            found: dict[str, Any] = answer.json()
-        except (OSError, requests.RequestException) as error:
+            return msgspec.json.decode(answer.content, type=_Pod)
+        except (OSError, requests.RequestException, msgspec.MsgspecError) as error:
             log.info("kubernetes: %s: %s", unknown, error)
             return None
-        return found
 
 
-def _notice_of(pod: dict[str, Any]) -> Notice | None:
-    deletion = pod.get("metadata", {}).get("deletionTimestamp")
-    if not deletion:
+def _notice_of(pod: _Pod) -> Notice | None:
+    if not pod.metadata.deletionTimestamp:
         return None
     why = "the pod is deleted"
-    for condition in pod.get("status", {}).get("conditions", []):
-        if condition.get("type") == "DisruptionTarget" and condition.get("status") == "True":
-            why = f"{condition.get('reason')}: {condition.get('message', '')}".rstrip(": ")
+    for condition in pod.status.conditions or []:
+        if condition.type == "DisruptionTarget" and condition.status == "True":
+            why = f"{condition.reason or 'disrupted'}: {condition.message or ''}".rstrip(": ")
     # The time of deletion with the grace already added.
-    return Notice("kubernetes", why, time.monotonic(), datetime.fromisoformat(deletion).timestamp())
+    return Notice("kubernetes", why, time.monotonic(), unix_time(pod.metadata.deletionTimestamp))
 
 
 class AnnotationSource:
@@ -118,7 +136,7 @@ class AnnotationSource:
         for line in lines:
             name, _, value = line.partition("=")
             if name == ANNOTATION:
-                return value.strip('"') or f"annotated with {ANNOTATION}"
+                return _unquoted(value) or f"annotated with {ANNOTATION}"
         return None
 
     def close(self) -> None:
@@ -126,3 +144,11 @@ class AnnotationSource:
         self._closing.set()
         if self._thread is not None:
             self._thread.join(1.0)
+
+
+def _unquoted(value: str) -> str:
+    """The downward API quotes values as Go does, of which JSON understands what people write."""
+    try:
+        return msgspec.json.decode(value, type=str).strip()
+    except msgspec.MsgspecError:
+        return value.strip('"')

@@ -11,7 +11,11 @@ import threading
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
 from typing import TYPE_CHECKING
+
+import msgspec
 
 from wbdist.errors import UsageError
 from wbdist.preemption.notice import Notice
@@ -21,21 +25,39 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("wbdist.preemption")
 
-LONGEST_PAUSE = 30.0
-"""Seconds between two tries while the service fails."""
+LONGEST_PAUSE = 5.0
+"""Seconds between two tries while the service fails: some notices come only 30 s ahead, and a request to the host is cheap."""
 EARLY = 0.05
 """Seconds by which a look begins before its interval is over, since its answer takes time, too; at most a tenth of it."""
 CLOSING = 1.0
 """Seconds that `close` waits; a request that hangs longer is abandoned with its thread, which can tell nobody any more."""
 
 
+class UnreadableError(Exception):
+    """An answer that is none of those the provider documents: not to be taken for a notice, nor for "nothing yet"."""
+
+
 def direct_session() -> requests.Session:
-    """HTTP without the environment's proxies, credentials and redirect habits: they are not for link-local addresses."""
+    """HTTP without the environment's proxies and credentials, and without redirects (`requests.TooManyRedirects`): none of them
+    is for link-local addresses."""
     import requests
 
     session = requests.Session()
     session.trust_env = False
+    session.max_redirects = 0
     return session
+
+
+def unix_time(text: str) -> float | None:
+    """`2026-11-21T03:22:00Z`, `Mon, 11 Apr 2022 22:26:58 GMT` or `21 Jan 2019 09:00:43 GMT` as unix time, UTC where no zone is
+    named; None for what is no time."""
+    for read in (datetime.fromisoformat, parsedate_to_datetime):
+        try:
+            moment = read(text)
+        except ValueError:
+            continue
+        return (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()
+    return None
 
 
 class MetadataSource(ABC):
@@ -52,14 +74,16 @@ class MetadataSource(ABC):
         self._closing = threading.Event()
         self._threads: list[threading.Thread] = []
         self._tell_hub: Callable[[Notice], bool] | None = None
-        self._postponed: list[tuple[float, Notice]] = []
-        """(unix time, notice): given when that time comes."""
+        self._postponed: dict[str, tuple[float, Notice]] = {}
+        """By what it is about: (unix time, notice), given when that time comes."""
         self._postponing = threading.Lock()
+        self._failing: set[str] = set()
+        """The questions beside the main one that failed last time."""
 
     @abstractmethod
     def _questions(self) -> list[Callable[[requests.Session], float]]:
         """Each is asked for ever on a thread of its own: it looks once, tells what it found, and returns the seconds until it
-        wants to be asked again. What it raises from `requests` is a failure that passes."""
+        wants to be asked again. What it raises from `requests`, UnreadableError and msgspec's errors are failures that pass."""
 
     def start(self, tell: Callable[[Notice], bool]) -> None:
         """Any thread. Raises UsageError when the source was started before."""
@@ -82,10 +106,28 @@ class MetadataSource(ABC):
         assert self._tell_hub is not None
         self._tell_hub(Notice(self.name, reason, time.monotonic(), deadline, advice=advice))
 
-    def _tell_at(self, when: float, reason: str, deadline: float) -> None:
-        """Tells once unix time `when` has come; a hanging request may delay that by as long as it hangs."""
+    def _tell_at(self, about: str, when: float, reason: str, deadline: float) -> None:
+        """Tells once unix time `when` has come, instead of what was postponed about the same before; a hanging request may
+        delay that by as long as it hangs."""
         with self._postponing:
-            self._postponed.append((when, Notice(self.name, reason, 0.0, deadline)))
+            self._postponed[about] = (when, Notice(self.name, reason, 0.0, deadline))
+
+    def _withdraw(self, about: str) -> None:
+        """The provider has changed its mind: what was postponed about this is not told."""
+        with self._postponing:
+            self._postponed.pop(about, None)
+
+    def _beside(self, what: str, question: Callable[[requests.Session], None], session: requests.Session) -> None:
+        """Asks for something less urgent, whose failures must not slow down what is asked on the same thread."""
+        import requests
+
+        try:
+            question(session)
+            self._failing.discard(what)
+        except (requests.RequestException, UnreadableError, msgspec.MsgspecError) as error:
+            if what not in self._failing:
+                self._failing.add(what)
+                log.warning("%s: the metadata service at %s tells nothing about %s: %s", self.name, self._base, what, error)
 
     def _ask(self, question: Callable[[requests.Session], float]) -> None:
         import requests
@@ -100,13 +142,13 @@ class MetadataSource(ABC):
                     if failures:
                         log.info("%s: the metadata service at %s answers again", self.name, self._base)
                     failures = 0
-                except requests.RequestException as error:
+                except (requests.RequestException, UnreadableError, msgspec.MsgspecError) as error:
                     failures += 1
                     pause = min(self._interval * 2**failures, LONGEST_PAUSE)
                     # The first failure may be a hiccup, and after the second everybody knows.
                     if failures == 2:
                         log.warning(
-                            "%s: the metadata service at %s does not answer (%s); its notices will not be heard until it does",
+                            "%s: the metadata service at %s does not answer properly (%s); no notice is heard until it does",
                             self.name,
                             self._base,
                             error,
@@ -123,7 +165,7 @@ class MetadataSource(ABC):
 
     def _tell_postponed(self) -> None:
         with self._postponing:
-            due = [notice for when, notice in self._postponed if time.time() >= when]
-            self._postponed = [(when, notice) for when, notice in self._postponed if notice not in due]
-        for notice in due:
+            due = [about for about, (when, _) in self._postponed.items() if time.time() >= when]
+            notices = [self._postponed.pop(about)[1] for about in due]
+        for notice in notices:
             self._tell(notice.reason, notice.deadline)

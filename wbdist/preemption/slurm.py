@@ -27,6 +27,9 @@ class SlurmJob:
     def __init__(self, env: Mapping[str, str] | None = None) -> None:
         self._env = os.environ if env is None else env
         self._job = self._env.get("SLURM_JOB_ID", "")
+        array, task = self._env.get("SLURM_ARRAY_JOB_ID"), self._env.get("SLURM_ARRAY_TASK_ID")
+        self._asked_for = f"{array}_{task}" if array and task else self._job
+        """One task of an array has the array's own number, and by that all of its tasks would be shown."""
 
     def end(self) -> float | None:
         """Unix time at which its time is up, as the controller says now, else as it was at the start; None without a limit."""
@@ -61,7 +64,7 @@ class SlurmJob:
             return {}
         try:
             asked = subprocess.run(
-                ["scontrol", "show", "job", "-o", self._job],
+                ["scontrol", "show", "job", "-o", self._asked_for],
                 capture_output=True,
                 text=True,
                 timeout=PATIENCE,
@@ -70,4 +73,8 @@ class SlurmJob:
             )
         except (OSError, subprocess.TimeoutExpired):
             return {}
-        return dict(word.partition("=")[::2] for word in asked.stdout.split()) if asked.returncode == 0 else {}
+        if asked.returncode != 0:
+            return {}
+        # One line a job: several for one that has parts of different kinds.
+        jobs = [dict(word.partition("=")[::2] for word in line.split()) for line in asked.stdout.splitlines()]
+        return next((job for job in jobs if job.get("JobId") == self._job), {})
