@@ -74,23 +74,24 @@ def test_rm(directory: Path) -> None:
 def test_rm_spares_a_living_job(tmp_path: Path) -> None:
     """What it started from and the newest stay, even by force, until it is gone; a dead job's lock file holds nothing."""
     directory = tmp_path / "ckpt"
-    for attempt, steps in ((1, (1, 2)), (2, (3, 4))):
+
+    def save(attempt: int, *steps: int) -> None:
         with Checkpointer(directory, alone(), attempt=attempt, keep_last=9) as checkpoints:
             for step in steps:
                 checkpoints.save(step, position(step, attempt), block=True, timeout=20)
+
+    save(1, 1, 2)
     script = (
         "import sys; from pathlib import Path; from wbdist.checkpoint.claim import Claim\n"
         "Claim.take(Path(sys.argv[1]), run_id=None, project='p', entity='e', name=None)\n"
         "print('held', flush=True); sys.stdin.read()\n"
     )
-    # Numbers start at 1 here: these are lives of the job that left no checkpoint, and the one that lives.
-    (directory / "attempts").mkdir()
-    (directory / "attempts" / "000001.json").write_text("{}")
     arguments = [sys.executable, "-c", script, str(directory)]
     with subprocess.Popen(arguments, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as living:
         assert living.stdout is not None
         assert living.stdin is not None
         assert living.stdout.readline() == "held\n"
+        save(2, 3, 4)
         for force in ((), ("--force",)):
             code, output = run("rm", directory, "step-2.a1", *force)
             assert code == 2

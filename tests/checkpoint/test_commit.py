@@ -13,6 +13,7 @@ from support.ranks import alone
 from support.training import Training, position
 
 from wbdist.checkpoint.checkpointer import Checkpointer
+from wbdist.checkpoint.claim import Claim
 from wbdist.checkpoint.files import FileLayer
 from wbdist.checkpoint.manifest import Manifest, committed, directory_name, scan, verify
 from wbdist.errors import CheckpointCorruptError, CheckpointError, FencedError
@@ -120,6 +121,15 @@ def test_a_fenced_attempt_commits_nothing(tmp_path: Path) -> None:
     with pytest.raises(FencedError, match="belongs to attempt 1"):
         restored_step(tmp_path, attempt=1)
     assert [path.name for path in tmp_path.iterdir()] == ["step-4.a2"]
+
+
+def test_checkpoints_brought_by_hand(tmp_path: Path) -> None:
+    """Without the records of the attempts that made them, they are those of earlier attempts all the same."""
+    save(tmp_path, 4, attempt=3)
+    claim = Claim.take(tmp_path, run_id=None, project="", entity="", name=None)
+    assert claim.attempt.number == 4
+    assert restored_step(tmp_path, attempt=4)[0] == 4
+    claim.release()
 
 
 def test_leftovers_are_collected(tmp_path: Path) -> None:

@@ -122,3 +122,34 @@ def test_without_the_server(embedded: Path, own_directory: Path, monkeypatch: py
     with pytest.raises(CommError):
         wbdist.restore("g", "me/p/off", root="elsewhere")
     assert backend.last_url(embedded) is None
+
+
+@pytest.mark.slow
+def test_a_checkpoint_kept_with_the_run(embedded: Path, own_directory: Path) -> None:
+    """Proves that what `save` kept of checkpoints is whole when the disk is gone: restored by name, verified, gone on from in
+    the next attempt; where a file is missing, from the checkpoint before."""
+    model = torch.nn.Linear(2, 2)
+    with wbdist.init(project="p") as run:
+        for attempt in (1, 2):
+            with wbdist.checkpoints("ckpt", keep_last=9) as saved:
+                saved.track(model=model)
+                saved.restore()
+                for step in (2 * attempt - 1, 2 * attempt):
+                    torch.nn.init.constant_(model.weight, step)
+                    kept = saved.save(step, block=True).name
+                    for pattern in ("*", "*/*"):
+                        run.save(f"ckpt/{kept}/{pattern}", policy="now")
+    shutil.rmtree(own_directory / "wandb")
+    names = [file.name for file in wbdist.Api().run(run.path).files(pattern="ckpt/%")]
+    found = []
+    for lost in (None, "ckpt/step-4.a2/rank-0/state.json"):
+        shutil.rmtree(own_directory / "ckpt")  # another machine
+        for name in names:
+            if name != lost:
+                assert wbdist.restore(name, run.path) is not None
+        with wbdist.checkpoints("ckpt") as saved:
+            saved.track(model=model)
+            restored = saved.restore()
+            assert restored is not None
+            found.append((restored.manifest.name, model.weight.unique().tolist(), saved.save(9, block=True).name))
+    assert found == [("step-4.a2", [4.0], "step-9.a3"), ("step-3.a2", [3.0], "step-9.a3")]

@@ -26,6 +26,7 @@ from typing import Self
 
 import msgspec
 
+from wbdist.checkpoint.retention import newest_attempt
 from wbdist.core.ids import id_from_entropy
 from wbdist.errors import CheckpointError, JobAlreadyRunningError
 
@@ -149,8 +150,8 @@ def _identity(directory: Path, ours: JobIdentity) -> JobIdentity:
 
 
 def _next_attempt(directory: Path, cause: str) -> Attempt:
-    taken = [int(p.stem) for p in (directory / "attempts").glob("*.json") if p.stem.isdigit()]
-    number = max(taken, default=0) + 1
+    # Checkpoints may have been brought here by hand, without the records of the attempts that made them.
+    number = newest_attempt(directory) + 1
     attempt = Attempt(
         number,
         secrets.token_hex(8),
