@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from support.recording import Exchange, Recorder, shape
-from support.seeding import CLIENTS, Client, Seeds, wait_for
+from support.seeding import CLIENTS, Client, Seeds, other, wait_for
 
 SCENARIOS = """
 import os
@@ -39,6 +39,9 @@ open("weights.bin", "wb").write(bytes(1000))
 with opened("saved") as run:
     run.save("weights.bin")
     run.log({"a": 1})
+    made = wandb.Artifact("made", type="model")
+    made.add_file("weights.bin")
+    run.log_artifact(made, aliases=["best"])
 run = opened("marked")
 run.log({"a": 1})
 run.mark_preempting()
@@ -75,9 +78,15 @@ TELEMETRY = "/sdk/otel/"
 class Record:
     """What one client said in all scenarios."""
 
-    def __init__(self, exchanges: list[Exchange], states: dict[str, str]) -> None:
+    def __init__(
+        self, exchanges: list[Exchange], states: dict[str, str], read: dict[str, Any], attempts: dict[str, Any]
+    ) -> None:
         self.exchanges = exchanges
         self.states = states
+        self.read = read
+        """run id -> what the other client reads of it."""
+        self.attempts = attempts
+        """run id -> (number, rows, rows that show) of each of its attempts."""
 
     def operations(self, field: str) -> list[dict[str, Any]]:
         """The variables of each request with the mutation `field`; null and absent are the same."""
@@ -106,7 +115,7 @@ def records(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[Client, R
         found = {}
         for client in CLIENTS:
             folder = world.place(f"by-{client}")
-            with Recorder(world.server.url) as recorder:
+            with Recorder(world.server.url, times=2) as recorder:
                 where = {"WANDB_BASE_URL": recorder.url, "WHERE": f"by-{client}", "WANDB_X_DISABLE_MACHINE_INFO": "false"}
                 crashing = world.start(client, CRASH, world.place(f"crash-{client}"), **where)
                 assert crashing.stdout is not None
@@ -118,7 +127,14 @@ def records(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[Client, R
                     return dict(world.read("wbdist", f"[(r.id, r.state) for r in api.runs('local/by-{client}')]"))
 
                 wait_for(lambda: states().get("crashed") == "crashed", "the killed process to be noticed")
-                found[client] = Record(list(recorder.exchanges), states())
+                read = {run["id"]: run for run in world.runs(other(client), f"by-{client}")}
+                told = "[(r.id, [(a.attempt, a.rows, a.rows_live) for a in r.attempts()]) for r in api.runs('local/by-{}')]"
+                attempts = dict(world.read("wbdist", told.format(client)))
+                versions = "[(a.version, sorted(a.aliases)) for a in api.artifacts('model', 'local/by-{}/made')]"
+                read["saved"]["artifacts"] = world.read("wandb", versions.format(client))
+                files = "sorted([f.name, f.size] for f in api.run('local/by-{}/saved').files())"
+                read["saved"]["files"] = dict(world.read(other(client), files.format(client)))
+                found[client] = Record(list(recorder.exchanges), states(), read, attempts)
         yield found
 
 
@@ -139,6 +155,34 @@ def test_states(records: dict[Client, Record]) -> None:
     """Proves that the same script ends in the same states with either client, the killed one included."""
     assert records["wandb"].states == STATES
     assert records["wbdist"].states == STATES
+
+
+@pytest.mark.parametrize("client", CLIENTS)
+def test_every_request_came_twice(records: dict[Client, Record], client: Client) -> None:
+    """Proves that a request posted again changes nothing more, whichever it is: here each one of both clients was."""
+    read = records[client].read
+    first = [1 / (i + 1) for i in range(20)]
+    losses = {
+        "plain": [*first[:5], 0.125],
+        "forked": [*first[:10], 0.25],
+        "defined": [None],
+        "saved": [None],
+        "marked": [None],
+        "failed": [None],
+    }
+    for run_id, expected in losses.items():
+        rows = read[run_id]["rows"]
+        assert [(row["_step"], row.get("loss")) for row in rows] == list(enumerate(expected)), run_id
+    assert (read["plain"]["config"], read["plain"]["group"]) == ({"lr": 0.1, "net": {"w": 3}, "more": 1}, "g")
+    assert read["forked"]["config"] == {"lr": 0.1, "net": {"w": 3}, "more": 1}
+    first_of_plain = 0 if client == "wandb" else 1  # W&B's client begins none with a new run
+    expected_attempts = [(20, 5), (1, 0), (1, 1)]
+    assert records[client].attempts["plain"] == [[first_of_plain + n, *counts] for n, counts in enumerate(expected_attempts)]
+    assert records[client].attempts["forked"] == [[1, 1, 1]]
+    assert read["plain"]["summary"]["loss"] == 0.125
+    assert str(read["defined"]["summary"]["acc"]) == "{'max': 0.5}"
+    assert read["saved"]["artifacts"] == [["v0", ["best", "latest"]]]
+    assert read["saved"]["files"]["weights.bin"] == 1000
 
 
 def test_everything_is_accepted(records: dict[Client, Record]) -> None:
@@ -182,8 +226,8 @@ def test_history_lines(records: dict[Client, Record]) -> None:
     for run_id in ("plain", "forked", "defined", "saved", "marked", "failed"):
         ours, theirs = (records[client].lines(run_id, "wandb-history.jsonl") for client in ("wbdist", "wandb"))
         assert _told(ours) == _told(theirs), run_id
-        for row, other in zip(ours, theirs, strict=True):
-            agree(shape(_times(row)), shape(_times(other)), f"{run_id}: a row")
+        for row, their_row in zip(ours, theirs, strict=True):
+            agree(shape(_times(row)), shape(_times(their_row)), f"{run_id}: a row")
 
 
 def _times(row: dict[str, Any]) -> dict[str, Any]:

@@ -65,8 +65,9 @@ def test_a_fork_inherits_config_and_summary(store: SqlStore) -> None:
     opened(store, "src", "start", a=1, b=1)
     source = StoredRun(store, "src")
     source.append(None, 0, rows(range(10), peak=lambda s: s, old=1))
-    fork = opened(store, "f", "fork", "src", 4, b=2)
-    assert (user(fork), fork.summary["peak"]) == ({"a": 1, "b": 2}, 4)
+    for _ in range(2):  # the answer to the first may be lost
+        fork = opened(store, "f", "fork", "src", 4, b=2)
+        assert (user(fork), fork.summary["peak"]) == ({"a": 1, "b": 2}, 4)
     metrics = {"_wandb": {"value": {"e": {"w": {}}, "m": [{"1": "peak", "7": [2]}]}}}
     later = store.upsert_run("e", "p", "f", RunFields(config=metrics | {"b": {"value": 3}, "c": {"value": 4}}), NOW)[0]
     assert user(later) == {"a": 1, "b": 3, "c": 4}

@@ -32,9 +32,12 @@ def _decoded(body: bytes, encoding: str) -> Any:
 
 
 class Recorder:
-    """Listens on loopback and passes everything on to `server_url`. Use as a context manager."""
+    """Listens on loopback and passes everything on to `server_url`. Use as a context manager.
 
-    def __init__(self, server_url: str) -> None:
+    `times`: each request goes to the server so often, as if the answers before had been lost; the last one is given back.
+    """
+
+    def __init__(self, server_url: str, times: int = 1) -> None:
         self.exchanges: list[Exchange] = []
         target = urlsplit(server_url)
         recorder = self
@@ -44,14 +47,15 @@ class Recorder:
 
             def _pass_on(self) -> None:
                 body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-                # The Host header goes along: the server makes the addresses of uploads from it.
-                connection = http.client.HTTPConnection(target.hostname or "", target.port or 80, timeout=30)
-                try:
-                    connection.request(self.command, self.path, body, dict(self.headers.items()))
-                    answer = connection.getresponse()
-                    content = answer.read()
-                finally:
-                    connection.close()
+                for _ in range(times):
+                    # The Host header goes along: the server makes the addresses of uploads from it.
+                    connection = http.client.HTTPConnection(target.hostname or "", target.port or 80, timeout=30)
+                    try:
+                        connection.request(self.command, self.path, body, dict(self.headers.items()))
+                        answer = connection.getresponse()
+                        content = answer.read()
+                    finally:
+                        connection.close()
                 recorder.exchanges.append(
                     Exchange(
                         self.command,

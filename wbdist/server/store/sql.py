@@ -75,12 +75,13 @@ class SqlStore:
                     values["display_name"] = names.invent(run_id, number)
                 inserted = self._db.insert(runs).values(**values).on_conflict_do_nothing().returning(runs.c.pk)
                 if (pk := db.execute(inserted).scalar()) is not None:
-                    return self._opened(db, pk, opening, now), True
+                    return self._opened(db, pk, self._asked(db, pk, opening, inserted=True), now), True
                 found = db.execute(self._db.locked(sa.select(runs).where(named))).mappings().one()
             if found["deleted_at"] is not None:
                 raise DeletedRunError(f"run {entity}/{project}/{run_id} was previously created and deleted; use another id")
             config = json.loads(found["config"])
-            anew = opening is not None and opening.kind != "resume"
+            asked = self._asked(db, found["pk"], opening)
+            anew = asked is not None and opening is not None and opening.kind != "resume"
             beneath = None if anew else attempts.beneath_of(attempts.attempt_of(db, found["pk"], found["attempt"]))
             changes = to_columns(given, config, config if keep_config else beneath.config if beneath else ())
             if not changes.get("display_name", "x"):
@@ -88,20 +89,23 @@ class SqlStore:
             db.execute(
                 sa.update(runs).where(runs.c.pk == found["pk"]).values(**changes, heartbeat_at=now, version=runs.c.version + 1)
             )
-            return self._opened(db, found["pk"], opening, now, before=found), False
+            return self._opened(db, found["pk"], asked, now, before=found), False
 
     def open_run(self, pk: int, opening: Opening, now: float) -> RunRow:
         with self._db.write() as db:
-            return self._opened(db, pk, opening, now, before=self._locked(db, pk))
+            locked = self._locked(db, pk)
+            return self._opened(db, pk, self._asked(db, pk, opening), now, before=locked)
+
+    def _asked(self, db: sa.Connection, pk: int, opening: Opening | None, *, inserted: bool = False) -> BeginAttempt | None:
+        """The attempt that W&B's client begins with these words; None when it begins none, as when they come again."""
+        return None if opening is None else attempts_by_opening.request(db, self._row(db, pk), opening, inserted=inserted)
 
     def _opened(
-        self, db: sa.Connection, pk: int, opening: Opening | None, now: float, *, before: sa.RowMapping | None = None
+        self, db: sa.Connection, pk: int, asked: BeginAttempt | None, now: float, *, before: sa.RowMapping | None = None
     ) -> RunRow:
         """The run after what W&B's client opened it with; `before`: its row before that, None for a new one. It is locked."""
-        if opening is not None:
-            asked = attempts_by_opening.request(db, self._row(db, pk), opening, inserted=before is None)
-            if asked is not None:
-                self._begin(db, pk, asked, now, before=before)
+        if asked is not None:
+            self._begin(db, pk, asked, now, before=before)
         return run_row(self._row(db, pk))
 
     def _count_run(self, db: sa.Connection, entity: str, project: str, now: float) -> int:
