@@ -6,18 +6,14 @@ and, where the simulator can be brought to give the same answer, how. Times are 
 
 from __future__ import annotations
 
-import re
 import time
 from collections import Counter
 from collections.abc import Iterator
-from datetime import UTC, datetime
-from email.utils import formatdate
-from pathlib import Path
 from typing import Any
 
-import msgspec
 import pytest
 from support.jobs import poll
+from support.recorded import TABLES, body_of, read, records, shape
 
 from wbdist.preemption import aws, azure, gcp, metadata
 from wbdist.preemption.hub import NoticeHub
@@ -29,33 +25,7 @@ from wbdist.preemption.rehearsal.gcp import GcpMetadata
 from wbdist.preemption.rehearsal.service import Answer, Request, Service
 
 FAST = 0.02
-TABLES = {path.stem: msgspec.json.decode(path.read_bytes()) for path in Path(__file__).with_name("payloads").glob("*.json")}
 CLOUDS = ("aws", "gcp", "azure")
-
-
-def records(*names: str) -> list[Any]:
-    return [pytest.param(name, record, id=f"{name}: {record['name']}") for name in names for record in TABLES[name]["records"]]
-
-
-FORMATS = {
-    "iso": lambda when: datetime.fromtimestamp(when, UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
-    "aws": lambda when: datetime.fromtimestamp(when, UTC).strftime("%d %b %Y %H:%M:%S GMT"),
-    "rfc": lambda when: formatdate(when, usegmt=True),
-}
-
-
-def now_in(value: Any) -> Any:
-    """With times for `@iso+120`."""
-    if isinstance(value, str) and (found := re.fullmatch(r"@(\w+)([+-]\d+)", value)):
-        return FORMATS[found[1]](time.time() + int(found[2]))
-    if isinstance(value, dict):
-        return {name: now_in(inner) for name, inner in value.items()}
-    return [now_in(inner) for inner in value] if isinstance(value, list) else value
-
-
-def body_of(answer: dict[str, Any]) -> str:
-    body = answer.get("body", "")
-    return body if isinstance(body, str) else msgspec.json.encode(now_in(body)).decode()
 
 
 class Recordings(Service):
@@ -171,32 +141,6 @@ def test_what_is_heard(provider: str, record: dict[str, Any], listening: dict[st
     wanted = heard.get("advice", [])
     assert len(one.advice) == len(wanted), one.advice
     assert all(part in said.reason for part, said in zip(wanted, one.advice, strict=True))
-
-
-KINDS = {
-    "iso": r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ",
-    "rfc": r"[A-Z][a-z]{2}, \d\d [A-Z][a-z]{2} \d{4} \d\d:\d\d:\d\d GMT",
-    "aws": r"\d\d [A-Z][a-z]{2} \d{4} \d\d:\d\d:\d\d GMT",
-    "uuid": r"[0-9A-F]{8}(-[0-9A-F]{4}){3}-[0-9A-F]{12}",
-}
-
-
-def shape(value: Any, free: list[str]) -> Any:
-    """What must be the same in two answers: fields, types, words, and how times are written."""
-    if isinstance(value, dict):
-        return {name: "any" if name in free else shape(inner, free) for name, inner in value.items()}
-    if isinstance(value, list):
-        return [shape(inner, free) for inner in value]
-    if isinstance(value, str):
-        return next((kind for kind, pattern in KINDS.items() if re.fullmatch(pattern, value)), value)
-    return value
-
-
-def read(text: str) -> Any:
-    try:
-        return msgspec.json.decode(text)
-    except msgspec.DecodeError:
-        return text
 
 
 def ask(service: Service, request: dict[str, Any]) -> Answer:

@@ -14,11 +14,12 @@ from typing import Any
 from wbdist.core.goodput import END, OWN, Mark, written
 from wbdist.launch import times
 from wbdist.launch.times import Start
+from wbdist.preemption import lsf, pbs
 from wbdist.preemption.kubernetes import Pod
 from wbdist.preemption.slurm import SlurmJob
 
 SUBMITTED = "WBDIST_SUBMITTED"
-"""Unix time at which the job was submitted, when whoever did it says so; Slurm and Kubernetes are asked."""
+"""Unix time at which the job was submitted, when whoever did it says so; schedulers are asked."""
 
 _first = True
 """Whether this process has had no job yet: its start-up is the first one's."""
@@ -118,11 +119,21 @@ def ask_when_submitted(phases: Phases, *, ask: bool = True, env: Mapping[str, st
         return
     if said.replace(".", "", 1).isdigit():
         phases.tell_submitted(float(said))
-    elif ask and (env.get("SLURM_JOB_ID") or env.get("KUBERNETES_SERVICE_HOST")):
-        source = SlurmJob(env).submitted if env.get("SLURM_JOB_ID") else Pod(env).created
+    elif ask and (source := _scheduler(env)) is not None:
 
         def tell() -> None:
             if (moment := source()) is not None:
                 phases.tell_submitted(moment)
 
         threading.Thread(target=tell, name="wbdist-submitted", daemon=True).start()
+
+
+def _scheduler(env: Mapping[str, str]) -> Callable[[], float | None] | None:
+    """Who knows when the job was submitted; asking takes seconds at most."""
+    if env.get("SLURM_JOB_ID"):
+        return SlurmJob(env).submitted
+    if env.get(lsf.JOB):
+        return lambda: lsf.submitted(env)
+    if env.get(pbs.JOB):
+        return lambda: pbs.submitted(env)
+    return Pod(env).created if env.get("KUBERNETES_SERVICE_HOST") else None

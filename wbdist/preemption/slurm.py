@@ -7,16 +7,13 @@ job is RUNNING; one that was cancelled is COMPLETING long before its time is up,
 from __future__ import annotations
 
 import os
-import shutil
-import subprocess
 import time
 from collections.abc import Mapping
 from datetime import datetime
 
+from wbdist.preemption.asking import answer_of
 from wbdist.preemption.notice import Notice
 
-PATIENCE = 5.0
-"""Seconds for one question to Slurm's controller; a notice does not wait for the answer."""
 SURE = 5.0
 """Seconds before the end of its time until which a job that is ending must have been cancelled."""
 
@@ -48,7 +45,7 @@ class SlurmJob:
             return None
 
     def explain(self, number: int) -> Notice | None:
-        """What stands behind the signal `number`: cancelled by a person, or only its time. May take PATIENCE seconds."""
+        """What stands behind the signal `number`: cancelled by a person, or only its time. May take 5 s."""
         del number
         facts = self._ask()
         limit = self._env.get("SLURM_JOB_END_TIME", "")
@@ -60,21 +57,7 @@ class SlurmJob:
         return None if end is None else Notice("slurm", "the job's time is up", time.monotonic(), end)
 
     def _ask(self) -> dict[str, str]:
-        if not self._job or shutil.which("scontrol", path=self._env.get("PATH")) is None:
-            return {}
-        try:
-            asked = subprocess.run(
-                ["scontrol", "show", "job", "-o", self._asked_for],
-                capture_output=True,
-                text=True,
-                timeout=PATIENCE,
-                check=False,
-                env=dict(self._env),
-            )
-        except (OSError, subprocess.TimeoutExpired):
-            return {}
-        if asked.returncode != 0:
-            return {}
+        answer = answer_of(["scontrol", "show", "job", "-o", self._asked_for], self._env) if self._job else None
         # One line a job: several for one that has parts of different kinds.
-        jobs = [dict(word.partition("=")[::2] for word in line.split()) for line in asked.stdout.splitlines()]
+        jobs = [dict(word.partition("=")[::2] for word in line.split()) for line in (answer or "").splitlines()]
         return next((job for job in jobs if job.get("JobId") == self._job), {})
