@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections import Counter
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.ranks import alone
 from torchdata.stateful_dataloader import StatefulDataLoader
 
+from wbdist.checkpoint.checkpointer import Checkpointer
 from wbdist.core.mixing import mix64
 from wbdist.errors import UsageError
 from wbdist.hooks.sampler import ResumableSampler, epoch_order
@@ -162,8 +165,8 @@ def test_bad_arguments_are_refused() -> None:
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_in_torchdatas_loader(workers: int) -> None:
-    """Stopped anywhere, also at the end of an epoch and with batches prefetched: it goes on where training was."""
+def test_in_torchdatas_loader(workers: int, tmp_path: Path) -> None:
+    """Saved anywhere, also at the end of an epoch and with batches prefetched: it goes on where training was."""
     data = list(range(44))
 
     def make() -> tuple[ResumableSampler, StatefulDataLoader[int]]:
@@ -185,10 +188,14 @@ def test_in_torchdatas_loader(workers: int) -> None:
     for stop in (1, 5, 11, 12) if workers == 0 else (5, 11):
         sampler, loader = make()
         before = go_on(sampler, loader, stop)
-        state = loader.state_dict()
-        del loader
+        with Checkpointer(tmp_path / str(stop), alone(), attempt=1) as checkpoints:
+            checkpoints.track(data=loader)
+            checkpoints.save(stop)
+        del loader, checkpoints
         sampler, loader = make()
-        loader.load_state_dict(state)
+        with Checkpointer(tmp_path / str(stop), alone(), attempt=2) as checkpoints:
+            checkpoints.track(data=loader)
+            assert checkpoints.restore() is not None
         assert before + go_on(sampler, loader, 25 - stop) == whole, stop
 
 
