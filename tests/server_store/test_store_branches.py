@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 import sqlalchemy as sa
 from support.storing import NOW, StoredRun, cut, rows
@@ -128,6 +130,36 @@ def test_a_fork_shows_its_source_by_reference(store: SqlStore) -> None:
     assert [bucket.last for bucket in store.series(fork.pk, "x")] == [*map(float, range(20)), -20.0, -21.0, -22.0, -23.0]
     assert store.lineage(fork.row) == [{"run": "source", "attempt": 1, "step": 19, "kind": "fork"}]
     assert store.lineage(source.row) == []
+
+
+@pytest.mark.parametrize("url", ["sqlite"], indirect=True)
+def test_many_forks_take_the_space_of_their_own_rows(store: SqlStore) -> None:
+    """Fifty forks of a long run, at steps of their own, take hardly more than fifty short runs with the same new rows."""
+
+    def pages() -> int:
+        with store._db.read() as db:
+            return int(db.exec_driver_sql("PRAGMA page_count").scalar_one())
+
+    noise = random.Random(0)
+    before = pages()
+    source = StoredRun(store, "source")
+    source.begin(1)
+    for first in range(0, 20_000, 10_000):
+        source.append(1, first, rows(range(first, first + 10_000), x=lambda _: noise.random()))
+    long = pages() - before
+    grown = []
+    for name, base_run in (("short", ""), ("fork", "source")):
+        before = pages()
+        for n in range(50):
+            run = StoredRun(store, f"{name}{n}")
+            at = 19_999 - 37 * n
+            begin(run, 1, **({"base_run": base_run, "at_step": at} if base_run else {}))
+            run.append(1, 0, rows(range(at + 1, at + 21), x=lambda _: noise.random()))
+        grown.append(pages() - before)
+    short, forks = grown
+    assert forks < 1.5 * short + 10
+    assert forks < long  # as copies they would be fifty times that
+    assert StoredRun(store, "fork49").steps(min_step=19_999 - 37 * 49) == list(range(19_999 - 37 * 49, 19_999 - 37 * 49 + 21))
 
 
 def test_a_fork_of_a_fork_and_of_an_archived_incarnation(store: SqlStore) -> None:
