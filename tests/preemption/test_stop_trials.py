@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from typing import Any
 
@@ -96,6 +97,29 @@ def test_thirty_random_stops(world: int, count: int, store: Any) -> None:
         ends = light_trial(store, number, world)
         assert len(set(ends)) == 1, f"trial {number}: {ends}"
         assert ends[0][3].act == "save"
+
+
+def test_a_rank_without_its_batch_lets_nobody_begin_the_step(store: Any) -> None:
+    """Proves that ranks which meet before a step wait for one that was told to stop before its batch came, until they are told
+    too: they began the step, and waited for that rank in it for good."""
+    prefixed = dist.PrefixStore("meeting", store)
+    hubs = [NoticeHub([]) for _ in range(2)]
+    ranks = [Stopping(StoreCoordinator(prefixed.clone(), rank, 2, "meeting"), hub) for rank, hub in enumerate(hubs)]
+    told: list[bool] = []
+
+    def meets() -> None:
+        ranks[0].meet("data", ready=True)
+        told.append(ranks[0].told())
+
+    other = threading.Thread(target=meets, daemon=True)
+    other.start()
+    hubs[1].tell(Notice("test", "now", time.monotonic()))
+    ranks[1].meet("data", ready=False)
+    other.join(60)
+    assert told == [True]
+    with ThreadPoolExecutor(2) as pool:
+        assert list(pool.map(Stopping.begin_unit, ranks)) == [False, False]
+        list(pool.map(Stopping.close, ranks))
 
 
 def test_advice_and_then_a_stop_while_a_rank_waits_for_data() -> None:

@@ -42,13 +42,14 @@ class LookAhead:
         """Whether batches are held ahead."""
         return self._ahead > 0
 
-    def wait(self, told: Callable[[], bool]) -> None:
-        """Returns when the next batch and those behind it are here, or all that are left, or `told` says so, which is asked
-        every SLICE seconds of waiting. Nothing when batches are not held ahead."""
+    def wait(self, told: Callable[[], bool]) -> bool:
+        """True when the next batch and those behind it are here, or all that are left; False when `told`, which is asked every
+        SLICE seconds of waiting, has cut that short. At once where batches are not held ahead."""
         while self._ahead and len(self._held) <= self._ahead and not self._over:
             if told():
-                return
+                return False
             self._look()
+        return True
 
     def __iter__(self) -> LookAhead:
         return self

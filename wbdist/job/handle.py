@@ -404,22 +404,23 @@ class Job:
     def _await_data(self, batches: LookAhead) -> None:
         """All ranks, in step, before a step that no rank has begun: so that all have its batch when one begins it."""
         if batches.looks_ahead:
-            batches.wait(self._stopping.told)
-            self._stopping.meet("data")
+            self._stopping.meet("data", ready=batches.wait(self._stopping.told))
 
     def _stop_if_told(self, batches: LookAhead) -> None:
+        self._heed_advice(batches)
         while (begun := self._stopping.begin_unit()) is None:
-            # The advice may have cut this rank's wait for data short, and the ranks are now all before the same step.
-            self._save_if_advised()
-            self._await_data(batches)
+            self._heed_advice(batches)
         if not begun:
             self._stop()
-        self._save_if_advised()
 
-    def _save_if_advised(self) -> None:
-        if self._stopping.advised:
-            self._stopping.advised = False
+    def _heed_advice(self, batches: LookAhead) -> None:
+        """All ranks, in step, before a step that no rank has begun: what advice asks for, heard here or in an evaluation."""
+        if not self._stopping.advised:
+            return
+        self._stopping.advised = False
+        if self._stopping.advice_agreed:
             self._saves.save(self._step, "advice")
+        self._await_data(batches)  # some rank's wait for it may have been cut short by the advice
 
     def _stop(self) -> NoReturn:
         """All ranks, in step, at the same boundary: what the notice leaves time for, then Preempted."""

@@ -38,7 +38,9 @@ class Stopping:
         self._peers, self._hub = peers, hub
         self._agreement = StopAgreement(peers, hub, timeout=STOP_TIMEOUT)
         self.advised = False
-        """All ranks have agreed, at the same unit, that a checkpoint should be made soon. Whoever makes it resets this."""
+        """Advice has come to all ranks, before the same unit. Whoever heeds it resets this."""
+        self.advice_agreed = False
+        """The last advice reached all ranks: the checkpoint that it asks for can be made."""
         self.asked = False
         """`begin_unit` has answered False."""
         self.plan: budget.StopPlan | None = None
@@ -59,12 +61,15 @@ class Stopping:
         """Whether the next `begin_unit` is going to ask where all ranks are: for waits that a notice should end. Any thread."""
         return self._agreement.requested
 
-    def meet(self, name: str) -> None:
-        """All ranks, same sequence: returns when all are here, or a notice has come, or some rank is away for LOST seconds
-        (what comes next will tell who). A millisecond when nobody is late."""
+    def meet(self, name: str, *, ready: bool) -> None:
+        """All ranks, same sequence: returns when all are here and ready, or a notice has come, or some rank is away for LOST
+        seconds (what comes next will tell who). A millisecond when nobody is late.
+
+        A rank that is not ready must have been `told`, as the others are about to be."""
         self._meetings += 1
         key = f"meet/{name}/{self._meetings}"
-        self._peers.put(f"{key}/{self._peers.rank}", b"")
+        if ready:
+            self._peers.put(f"{key}/{self._peers.rank}", b"")
         until = time.monotonic() + LOST
         for rank in range(self._peers.world_size):
             while not self.told() and time.monotonic() < until:
@@ -85,7 +90,7 @@ class Stopping:
             self.asked = True
             return False
         # Where not all ranks answered there is no common place to save at; but nobody has to stop, either.
-        self.advised = self._agreement.agreed
+        self.advised, self.advice_agreed = True, self._agreement.agreed
         self._agreement = self._agreement.next_round()
         return None
 
