@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.ranks import alone
+from support.ranks import ThreadCoordinator, alone, run_ranks
 from support.training import Training, position
 
 from wbdist.checkpoint.checkpointer import Checkpointer
@@ -196,6 +196,44 @@ def test_a_fault_at_every_system_call(tmp_path: Path) -> None:
             torch.nn.init.constant_(model.weight, 3)
             checkpoints.save(3, position(3), block=True, timeout=20)
         assert restored_step(directory) == (3, ()), at
+
+
+def test_a_fault_at_every_system_call_of_either_rank(tmp_path: Path) -> None:
+    """Whichever rank's call fails: all ranks say so with its reason, the checkpoint before stays, and the next save works."""
+
+    def act(directory: Path, failing: int, at: int) -> int:
+        def rank(coordinator: ThreadCoordinator) -> int:
+            model = torch.nn.Linear(2, 2)
+            torch.nn.init.zeros_(model.weight)
+            torch.nn.init.zeros_(model.bias)
+            with Checkpointer(directory, coordinator, attempt=1) as checkpoints:
+                checkpoints.track(model=model)
+                checkpoints.track(per_rank=True, own=torch.nn.Linear(2, 2))
+                checkpoints.save(1, position(1), block=True, timeout=20)
+                layer = checkpoints._layer = Fault(at if coordinator.rank == failing else 0)
+                if at:
+                    with pytest.raises(CheckpointError, match=rf"step 2 was not committed: rank {failing} .*No space left"):
+                        checkpoints.save(2, position(2), block=True, timeout=20)
+                    assert [m.step for m in committed(directory)] == [1], at
+                    coordinator.barrier("looked", 20)
+                    checkpoints._layer = FileLayer()
+                checkpoints.save(3, position(3), block=True, timeout=20)
+                return layer.calls
+
+        first, second = run_ranks(2, rank)
+        assert isinstance(first, int), first
+        assert isinstance(second, int), second
+        assert [m.step for m in committed(directory)] == [3, 1]
+        verify(committed(directory)[0])
+        assert not list(directory.glob("*.tmp"))
+        return (first, second)[failing]
+
+    for failing in (0, 1):
+        calls = act(tmp_path / f"probe-{failing}", failing, 0)
+        assert calls > 8
+        # Of rank 0 those of the commit, but the last one, after which the checkpoint stands; the others are one rank's, above.
+        for at in range(calls - 5, calls) if failing == 0 else range(1, calls + 1):
+            act(tmp_path / f"{failing}-{at}", failing, at)
 
 
 def test_a_disk_full_within_a_big_tensor_is_called_that(tmp_path: Path) -> None:

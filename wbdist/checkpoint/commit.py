@@ -178,6 +178,8 @@ def run_save(coordinator: Coordinator, layer: FileLayer, request: SaveRequest, d
     failure = None
     if rank == 0:
         failure = _attempt(rank, lambda: _commit(layer, request, temporary, reports))
+        if failure is not None and temporary.exists():
+            _discard(layer, temporary)
     verdict = _Verdict(failure, time.time())
     told = coordinator.agree(f"{key}/commit", msgspec.msgpack.encode(verdict) if rank == 0 else None, left())
     verdict = msgspec.msgpack.decode(told, type=_Verdict)
