@@ -16,6 +16,7 @@ import pytest
 import yaml
 from click.testing import CliRunner
 from support.launching import SCRIPT
+from support.processes import free_port
 
 from wbdist.cli import main
 from wbdist.cli.submit import submit
@@ -51,7 +52,7 @@ def test_files_to_copy_are_what_submit_renders(command: str) -> None:
     names = {"slurm": "slurm.sbatch", "ec2": "ec2-user-data.sh", "gce": "gce-startup.sh", "ray": "ray.sh"}
     place = command.split()[1]
     if "--nodes" in command:
-        names["slurm"] = "slurm-nodes.sbatch"
+        names |= {"slurm": "slurm-nodes.sbatch", "kubernetes": "kubernetes-nodes.yaml"}
     assert done.output == (LAUNCHERS / names.get(place, f"{place}.yaml")).read_text()
 
 
@@ -125,6 +126,37 @@ def test_kubernetes_policy_and_our_exit_codes(tmp_path: Path) -> None:
     assert mounted == {volume["name"] for volume in spec["template"]["spec"]["volumes"]}
     grace = float(container["command"][container["command"].index("--grace") + 1])
     assert spec["template"]["spec"]["terminationGracePeriodSeconds"] > grace
+
+
+def test_kubernetes_pods_of_several_nodes_are_one_job(tmp_path: Path) -> None:
+    """Proves with the containers' own commands, run here with what the kubelet fills in, that the pods meet at pod 0's name,
+    number their ranks by the pods' indices and leave with one code, which the policy lets go; and that the Service gives the
+    name."""
+    options = ("--nodes", "2", "--image", "i", "--claim", "c", "--retries", "3", "--python", sys.executable)
+    service, job = yaml.safe_load_all(dry_run("kubernetes", *options, str(SCRIPT), "codes", "75,0"))
+    spec, pod = job["spec"], job["spec"]["template"]["spec"]
+    assert (spec["completionMode"], spec["completions"], spec["parallelism"], spec["backoffLimit"]) == ("Indexed", 2, 2, 6)
+    assert (service["kind"], service["spec"]["clusterIP"], service["spec"]["publishNotReadyAddresses"]) == (
+        "Service",
+        "None",
+        True,
+    )
+    assert service["spec"]["selector"] == {"batch.kubernetes.io/job-name": job["metadata"]["name"]}
+    command = pod["containers"][0]["command"]
+    host, _, port = command[command.index("--rdzv-endpoint") + 1].partition(":")
+    assert host == f"{job['metadata']['name']}-0.{pod['subdomain']}"
+    assert pod["subdomain"] == service["metadata"]["name"]
+    here = f"localhost:{free_port()}"
+    started = []
+    for index in ("0", "1"):
+        filled = [word.replace("$(JOB_COMPLETION_INDEX)", index).replace(f"{host}:{port}", here) for word in command]
+        env = {**os.environ, "JOB_COMPLETION_INDEX": index}
+        started.append(subprocess.Popen(filled, cwd=tmp_path, env=env, stderr=subprocess.PIPE, text=True))
+    told = [process.communicate(timeout=60)[1] for process in started]
+    for number, process in enumerate(started):
+        assert process.returncode in spec["podFailurePolicy"]["rules"][1]["onExitCodes"]["values"], told
+        assert f"on 2 rank(s), here rank {number}" in told[number]
+    assert spec["podFailurePolicy"]["rules"][1]["action"] == "Ignore"
 
 
 def test_machine_installs_its_unit_once_and_the_unit_runs_the_job(tmp_path: Path) -> None:

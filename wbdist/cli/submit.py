@@ -122,13 +122,21 @@ def _slurm(wanted: Wanted, **options: Any) -> Submission:
 @click.option("--image", required=True, help="Container image with wbdist and the script.")
 @click.option("--claim", required=True, help="PersistentVolumeClaim for the checkpoints.")
 @click.option("--mount", default="/checkpoints", show_default=True, help="Where the claim is mounted.")
-@click.option("--retries", default=6, show_default=True, type=click.IntRange(0), help="Failed pods in all.")
+@click.option("--retries", default=6, show_default=True, type=click.IntRange(0), help="Failures in all.")
+@click.option(
+    "--nodes",
+    default=1,
+    show_default=True,
+    type=click.IntRange(1),
+    help="Pods of one job; --nproc, --gpus are then each one's.",
+)
 def _kubernetes(wanted: Wanted, **options: Any) -> Submission:
     """A Kubernetes Job (1.31 or newer) whose pod failure policy knows wbdist's exit codes.
 
     \b
     Example:
         wbdist submit kubernetes --image registry/train:1 --claim checkpoints --gpus 1 /app/train.py
+        wbdist submit kubernetes --nodes 2 --nproc 8 --gpus 8 --image registry/train:1 --claim shared /app/train.py
     """
     return kubernetes.render(wanted, **options)
 

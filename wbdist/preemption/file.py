@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from wbdist.errors import UsageError
+from wbdist.preemption.metadata import EARLY
 from wbdist.preemption.notice import Notice
 
 log = logging.getLogger("wbdist.preemption")
@@ -57,7 +58,7 @@ class FileSource:
             if there:
                 tell(Notice("file", self._reason(), time.monotonic()))
                 return
-            self._closing.wait(self._interval)
+            self._closing.wait(self._interval - min(EARLY, self._interval / 10))
 
     def _reason(self) -> str:
         try:

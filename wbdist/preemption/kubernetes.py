@@ -18,7 +18,7 @@ from pathlib import Path
 import msgspec
 
 from wbdist.errors import UsageError
-from wbdist.preemption.metadata import direct_session, unix_time
+from wbdist.preemption.metadata import EARLY, direct_session, unix_time
 from wbdist.preemption.notice import Notice
 
 log = logging.getLogger("wbdist.preemption")
@@ -126,7 +126,7 @@ class AnnotationSource:
             if reason is not None:
                 tell(Notice("kubernetes", reason, time.monotonic()))
                 return
-            self._closing.wait(self._interval)
+            self._closing.wait(self._interval - min(EARLY, self._interval / 10))
 
     def _reason(self) -> str | None:
         try:

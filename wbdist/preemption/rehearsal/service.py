@@ -46,6 +46,7 @@ class Service(ABC):
 
         class Handler(BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
+            disable_nagle_algorithm = True  # an answer is two writes, of which the second would wait 40 ms for the first
 
             def _serve(self) -> None:
                 length = int(self.headers.get("Content-Length") or 0)
