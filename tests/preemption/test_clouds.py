@@ -165,6 +165,7 @@ def test_ec2_scheduled_maintenance(hear: Callable[..., Heard], monkeypatch: pyte
         "/latest/api/token": [Answer(200, "AQAEAL==")],
         "/latest/meta-data/events/maintenance/scheduled": [Answer(200, printed)],
     }
+    monkeypatch.setattr(aws, "booted", lambda: 1548000000.0)
     with Recorded(answers) as recorded:
         assert hear(aws.AwsSource(recorded.url, FAST)).notice().deadline == 1548061243.0
 

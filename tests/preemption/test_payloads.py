@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -24,7 +25,7 @@ from wbdist.preemption.rehearsal.azure import AzureMetadata
 from wbdist.preemption.rehearsal.gcp import GcpMetadata
 from wbdist.preemption.rehearsal.service import Answer, Request, Service
 
-FAST = 0.02
+FAST = 0.05
 CLOUDS = ("aws", "gcp", "azure")
 
 
@@ -108,6 +109,9 @@ def listening() -> Iterator[dict[str, Listening]]:
             (metadata, "LONGEST_PAUSE"),
         ):
             patch.setattr(module, name, FAST)
+        boot = time.time() - 60
+        for cloud in (aws, azure):
+            patch.setattr(cloud, "booted", lambda: boot)
         with Recordings() as service:
             found = {str(case.id): Listening(service, *case.values) for case in records(*CLOUDS)}
             for name, one in found.items():
@@ -150,17 +154,22 @@ def ask(service: Service, request: dict[str, Any]) -> Answer:
     return found
 
 
-def simulator(provider: str, record: dict[str, Any]) -> tuple[Service, dict[str, Any]]:
-    """And what its clients have to send along."""
+@contextmanager
+def simulator(provider: str, record: dict[str, Any]) -> Iterator[tuple[Service, dict[str, Any]]]:
+    """It, asked without a network, and what its clients have to send along."""
+    service: Service
     if provider == "aws":
         service = AwsMetadata()
         lifetime = {"x-aws-ec2-metadata-token-ttl-seconds": "60"}
         token = ask(service, {"method": "PUT", "path": "/latest/api/token", "headers": lifetime}).body
-        return service, {"headers": {"x-aws-ec2-metadata-token": token}}
-    if provider == "gcp":
-        return GcpMetadata(), {"headers": {"metadata-flavor": "Google"}}
-    machine = AzureMetadata(machine=record.get("machine", "WestNO_0"))
-    return machine, {"headers": {"metadata": "true"}, "query": {"api-version": "2020-07-01"}}
+        along: dict[str, Any] = {"headers": {"x-aws-ec2-metadata-token": token}}
+    elif provider == "gcp":
+        service, along = GcpMetadata(), {"headers": {"metadata-flavor": "Google"}}
+    else:
+        service = AzureMetadata(machine=record.get("machine", "WestNO_0"))
+        along = {"headers": {"metadata": "true"}, "query": {"api-version": "2020-07-01"}}
+    yield service, along
+    service._server.server_close()
 
 
 @pytest.mark.parametrize(
@@ -172,8 +181,7 @@ def test_what_is_rehearsed(provider: str, record: dict[str, Any]) -> None:
     rehearsed = record["rehearsed"]
     path = rehearsed.get("path", next(iter(record["answers"])))
     recorded = record["answers"][path][-1]
-    made, request = simulator(provider, record)
-    with made as service:
+    with simulator(provider, record) as (service, request):
         for name, *arguments in [rehearsed["do"]] if rehearsed["do"] else []:
             getattr(service, name)(*arguments)
         found = ask(service, {**request, "path": path})
@@ -188,7 +196,6 @@ def test_what_is_rehearsed(provider: str, record: dict[str, Any]) -> None:
 @pytest.mark.parametrize("provider", CLOUDS)
 def test_what_is_refused(provider: str) -> None:
     """Proves that the simulators demand what the providers demand of a request."""
-    made, _ = simulator(provider, {})
-    with made as service:
+    with simulator(provider, {}) as (service, _):
         for request in TABLES[provider]["refused"]:
             assert ask(service, request).status == request["status"], request["document"]

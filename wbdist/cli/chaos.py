@@ -123,8 +123,11 @@ def aws(plan: Plan, action: str, rebalance_after: float | None, maintenance: str
 
 @command.command(context_settings=_CONTEXT)
 @click.option("--maintenance", is_flag=True, help="Terminated for host maintenance, instead of preempted.")
+@click.option(
+    "--window-after", type=Duration(), help="Also a window of maintenance days ahead, known this long after the start."
+)
 @_planned("30s")
-def gcp(plan: Plan, maintenance: bool) -> None:
+def gcp(plan: Plan, maintenance: bool, window_after: float | None) -> None:
     """A preempted Google Compute Engine instance."""
     from wbdist.preemption.rehearsal.gcp import GcpMetadata
 
@@ -132,6 +135,8 @@ def gcp(plan: Plan, maintenance: bool) -> None:
         what = "host maintenance" if maintenance else "preempted"
         happen = service.announce_maintenance if maintenance else service.preempt
         events = [Event(plan.after, f"GCE: {what}, {plan.lead:g} s left", lambda _: happen())]
+        if window_after is not None:
+            events.append(Event(window_after, "GCE: a window of maintenance in 3 days", lambda _: service.plan_maintenance()))
         plan.run(events, {"WBDIST_NOTICES": f"gcp={plan.lead:g}", "WBDIST_GCP_METADATA": service.url})
 
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
+from wbdist.preemption.machine import booted
 from wbdist.preemption.metadata import MetadataSource, UnreadableError, unix_time
 
 if TYPE_CHECKING:
@@ -31,7 +32,8 @@ INTERVAL = 2.0
 MAINTENANCE_INTERVAL = 30.0
 LAST_MINUTES = 180.0
 """Seconds before a scheduled reboot or stop at which the job stops."""
-STOPPING = {"instance-reboot", "system-reboot", "instance-stop", "instance-retirement"}
+REBOOTS = {"instance-reboot", "system-reboot"}
+STOPPING = REBOOTS | {"instance-stop", "instance-retirement"}
 """Scheduled events that end what runs on the instance; in others, such as network or power maintenance, it stays."""
 BLOCKED_INTERVAL = 60.0
 """Seconds between tries when the token cannot reach us: a setting of the instance, which rarely changes under a job."""
@@ -117,6 +119,8 @@ class AwsSource(MetadataSource):
         begins = unix_time(event.NotBefore)
         if begins is None:
             raise UnreadableError(f"NotBefore {event.NotBefore!r} is no time")
+        if event.Code.casefold() in REBOOTS and begins < booted():
+            return  # we have come back from it; it may be listed for an hour more
         reason = f"EC2 scheduled {event.Code} at {event.NotBefore}" + (f": {event.Description}" if event.Description else "")
         if event.Code.casefold() in STOPPING and begins - time.time() <= LAST_MINUTES:
             self._tell(reason, begins)

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
+from wbdist.preemption.machine import booted
 from wbdist.preemption.metadata import MetadataSource, UnreadableError, direct_session, unix_time
 
 if TYPE_CHECKING:
@@ -36,6 +37,8 @@ FIRST_TIMEOUT = 150.0
 ENDING = {"preempt", "terminate"}
 POSTPONABLE = {"reboot", "redeploy"}
 """Event types after which nothing runs here. A freeze passes, and of a type that is not documented nobody knows: advice."""
+AHEAD = 600.0
+"""Seconds at least that a reboot or redeployment is announced ahead."""
 LAST_MINUTES = 180.0
 """Seconds before a reboot or redeployment, announced 10 to 15 minutes ahead, at which the job stops."""
 
@@ -164,6 +167,10 @@ class AzureSource(MetadataSource):
         reason = f"scheduled event {event.EventType}" + (f": {event.Description}" if event.Description else "")
         kind = event.EventType.casefold()
         self._settle(event.EventId)
+        if first and started and kind in POSTPONABLE and time.time() - booted() < AHEAD:
+            # Announced before this machine was started, and so what it has come back from: listed until Azure has looked.
+            log.info("azure: %s is over, though still listed", reason)
+            return
         if kind not in ENDING | POSTPONABLE:
             if first:
                 self._tell(reason, begins, advice=True)

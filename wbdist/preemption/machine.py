@@ -1,7 +1,8 @@
-"""On which cloud this machine is, from what its firmware says: a few small files, no request, nothing to wait for elsewhere."""
+"""On which cloud this machine is, from what its firmware says (a few small files, no request), and since when it runs."""
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Literal
 
@@ -22,6 +23,11 @@ def detect_cloud(dmi: Path = DMI) -> Cloud | None:
     if _read(dmi / "chassis_asset_tag") == AZURE_ASSET_TAG:
         return "azure"
     return None
+
+
+def booted() -> float:
+    """Unix time at which this machine, or the host of this container, was started."""
+    return time.time() - time.clock_gettime(time.CLOCK_BOOTTIME)
 
 
 def _read(path: Path) -> str:
