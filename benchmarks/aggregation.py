@@ -12,6 +12,12 @@ Contenders, interleaved, each in fresh processes, 10 floats a row:
   in a killed rank's feeder are lost, and a rank killed at the wrong moment blocks all others.
 - `queue + wandb`: the documented pattern: the parent logs the rows of the queue to its W&B run, offline.
 - `wandb per rank`: an offline W&B run a rank, grouped.
+- `frames`: the floor of a row that is durable when the call returns: each rank packs the ten numbers with `struct`, sums them
+  with `crc32` and copies the frame into a mapped file. No keys and types are looked at, no step, no lock, nobody reads them.
+- `alone`: one process logs into a plain offline run, without peers, feed or aggregator, while the other ranks only compute.
+
+`yardstick` is a fixed piece of Python (eight tuples of ten), timed between the calls of the same processes: a virtual machine's
+processors change their speed by half with what else their host does, and `p50` is to be read against it.
 
 `--step` is what a training step is longer by: 20 metrics a step, 1 ms of work between. In one run, in turns of steps: `log`
 under rank0, `log` while the aggregator is stopped (SIGSTOP), and one packed all-reduce (gloo) of the same 20 numbers.
@@ -24,12 +30,15 @@ from __future__ import annotations
 import argparse
 import functools
 import json
+import mmap
 import multiprocessing
 import os
 import statistics
+import struct
 import sys
 import tempfile
 import time
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -39,9 +48,9 @@ import msgspec
 KEYS = [f"metric_{number}" for number in range(10)]
 
 
-def loop(put: Callable[[dict[str, float], int], None], rows: int, pace: float) -> list[int]:
-    """Nanoseconds of each call."""
-    took = []
+def loop(put: Callable[[dict[str, float], int], None], rows: int, pace: float) -> dict[str, float]:
+    """Microseconds of a call, and of the yardstick."""
+    took, yardstick = [], []
     clock = time.perf_counter_ns
     due = time.perf_counter()
     for step in range(rows):
@@ -49,10 +58,15 @@ def loop(put: Callable[[dict[str, float], int], None], rows: int, pace: float) -
         began = clock()
         put(row, step)
         took.append(clock() - began)
+        if step % 16 == 0:
+            began = clock()
+            for _ in range(8):
+                tuple(row)
+            yardstick.append(clock() - began)
         if pace:
             due += pace
             time.sleep(max(0.0, due - time.perf_counter()))
-    return took
+    return digest(took) | {"yard": statistics.median(yardstick) / 1000}
 
 
 def digest(took: list[int]) -> dict[str, float]:
@@ -79,7 +93,7 @@ def rank_of_wbdist(directory: str, rows: int, pace: float, strategy: str) -> Non
     looped = time.perf_counter() - began
     runs.finish(0)
     wall = time.perf_counter() - began
-    result = {"calls": digest(took), "loop": looped, "wall": wall}
+    result = {"calls": took, "loop": looped, "wall": wall}
     (Path(directory) / f"{me.rank}.json").write_text(json.dumps(result))
     peers.close()
 
@@ -117,7 +131,7 @@ def rank_of_queue(queue: Any, start: Any, rows: int, pace: float, result: Any) -
     took = loop(lambda row, step: queue.put((rank, step, row)), rows, pace)
     looped = time.perf_counter() - began
     queue.put(None)
-    result.send({"calls": digest(took), "loop": looped})
+    result.send({"calls": took, "loop": looped})
 
 
 def run_queue(ranks: int, rows: int, pace: float, *, wandb: bool = False) -> dict[str, Any]:
@@ -172,7 +186,7 @@ def rank_of_wandb(directory: str, start: Any, rows: int, pace: float, result: An
     took = loop(lambda row, step: run.log(row, step=step), rows, pace)
     looped = time.perf_counter() - began
     run.finish()
-    result.send({"calls": digest(took), "loop": looped, "wall": time.perf_counter() - began})
+    result.send({"calls": took, "loop": looped, "wall": time.perf_counter() - began})
 
 
 def run_wandb(ranks: int, rows: int, pace: float) -> dict[str, Any]:
@@ -187,6 +201,71 @@ def run_wandb(ranks: int, rows: int, pace: float) -> dict[str, Any]:
         for child in children:
             child.join()
     return summary(results, ranks * rows)
+
+
+# Floors -------------------------------------------------------------------------------------------------
+
+
+def rank_of_frames(_number: int, start: Any, rows: int, pace: float, result: Any) -> None:
+    head, packed = struct.Struct("<II"), struct.Struct(f"<IBIqd{len(KEYS)}d")
+    length = head.size + packed.size
+    frame = bytearray(length)
+    body = memoryview(frame)[head.size :]
+    with tempfile.TemporaryFile() as file:
+        os.posix_fallocate(file.fileno(), 0, rows * length)
+        target = mmap.mmap(file.fileno(), rows * length)
+        target.madvise(23)  # MADV_POPULATE_WRITE, as a journal does
+
+        def put(row: dict[str, float], step: int) -> None:
+            packed.pack_into(frame, head.size, step, 1, 0, step, time.time(), *row.values())
+            head.pack_into(frame, 0, packed.size, zlib.crc32(body))
+            target.write(frame)
+
+        start.wait()
+        began = time.perf_counter()
+        took = loop(put, rows, pace)
+        wall = time.perf_counter() - began
+        os.fsync(file.fileno())
+    result.send({"calls": took, "loop": wall, "wall": time.perf_counter() - began})
+
+
+def rank_alone(number: int, start: Any, rows: int, pace: float, result: Any) -> None:
+    """Rank 0 logs, the others compute until it is done."""
+    if number:
+        start.wait()
+        while not result.poll():
+            sum(range(1000))
+        return
+    import wbdist
+
+    with tempfile.TemporaryDirectory() as name:
+        settings = wbdist.Settings(silent=True, console="off", x_disable_stats=True)
+        run = wbdist.init(project="bench", mode="offline", dir=name, settings=settings)
+        start.wait()
+        began = time.perf_counter()
+        took = loop(run.log, rows, pace)
+        looped = time.perf_counter() - began
+        run.finish()
+        wall = time.perf_counter() - began
+    result.send({"calls": took, "loop": looped, "wall": wall})
+
+
+def run_forked(ranks: int, rows: int, pace: float, rank: Callable[..., None], *, logging: int | None = None) -> dict[str, Any]:
+    """`logging`: how many of the ranks log and tell of it; the others go on until these are done."""
+    context = multiprocessing.get_context("fork")
+    start = context.Barrier(ranks)
+    pipes = [context.Pipe() for _ in range(ranks)]
+    children = [
+        context.Process(target=rank, args=(number, start, rows, pace, theirs)) for number, (_, theirs) in enumerate(pipes)
+    ]
+    for child in children:
+        child.start()
+    results = [ours.recv() for ours, _ in pipes[:logging]]
+    for ours, _ in pipes[logging or ranks :]:
+        ours.send(None)
+    for child in children:
+        child.join()
+    return summary(results, rows * len(results))
 
 
 # A training step ------------------------------------------------------------------------------------------
@@ -274,7 +353,7 @@ def show_steps(args: argparse.Namespace) -> None:
 
 def summary(results: list[dict[str, Any]], rows: int) -> dict[str, Any]:
     """The ranks' calls: medians over ranks, the worst `max`."""
-    calls = {name: statistics.median(result["calls"][name] for result in results) for name in ("p50", "p99", "p999")}
+    calls = {name: statistics.median(result["calls"][name] for result in results) for name in ("p50", "p99", "p999", "yard")}
     calls["max"] = max(result["calls"]["max"] for result in results)
     wall = max(result["wall"] for result in results)
     return {"wall": wall, "krows": rows / wall / 1000, "loop": max(result["loop"] for result in results), **calls}
@@ -286,6 +365,8 @@ CONTENDERS: dict[str, Callable[[int, int, float], dict[str, Any]]] = {
     "queue": run_queue,
     "queue + wandb": functools.partial(run_queue, wandb=True),
     "wandb per rank": run_wandb,
+    "frames": functools.partial(run_forked, rank=rank_of_frames),
+    "alone": functools.partial(run_forked, rank=rank_alone, logging=1),
 }
 
 
@@ -317,10 +398,10 @@ def main() -> None:
     if args.json:
         json.dump(table, sys.stdout, indent=1)
         return
-    print("| ranks | contender | wall s | krows/s | loop s | p50 us | p99 us | p99.9 us | max us |")
-    print("|" + "---|" * 9)
+    print("| ranks | contender | wall s | krows/s | loop s | p50 us | p99 us | p99.9 us | max us | yardstick us |")
+    print("|" + "---|" * 10)
     for row in table:
-        numbers = [f"{row[key]:.3g}" for key in ("wall", "krows", "loop", "p50", "p99", "p999", "max")]
+        numbers = [f"{row[key]:.3g}" for key in ("wall", "krows", "loop", "p50", "p99", "p999", "max", "yard")]
         print(f"| {row['ranks']} | {row['contender']} | " + " | ".join(numbers) + " |")
 
 

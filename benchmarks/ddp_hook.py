@@ -2,14 +2,20 @@
 
     python benchmarks/ddp_hook.py [--steps 400] [--ranks 1,2]
 
-CPU time of the process is what our code costs, whatever else the machine does; wall clock is shown beside it. `no details`
-looks closely at no pass, `all details` at each, the default at one in ten. Rows are logged into an offline run.
+In each round every variant takes one step, in turning order, and is compared with the two plain steps of that round. `plain
+again` is the control: plain against plain, by the same reckoning; what is not far outside its error is not known. `no
+details` looks closely at no pass, `all details` at each, `watched` (the default) at one in 50: its number is the mean of two
+medians, of the passes that are looked at (those of `all details`) and of the others. Errors are standard errors of medians.
+CPU time of the process is what our code costs, whatever else the machine does; wall clock is shown beside it. Rows are logged
+as a job logs them: into one run of all ranks, with the operations by key.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
+import math
 import os
 import socket
 import statistics
@@ -18,19 +24,22 @@ import sys
 import tempfile
 import time
 
-VARIANTS = {"plain": None, "plain again": None, "watched": 25, "no details": 0, "all details": 1}
+EVERY = 50
+VARIANTS = {"plain": None, "plain again": None, "watched": EVERY, "no details": 0, "all details": 1}
+WARM_UP = 20
 
 
-def rank(steps: int) -> None:
+def rank(steps: int, directory: str) -> None:
+    import msgspec
     import torch
     import torch.distributed as dist
     from torch import nn
     from torch.nn.parallel import DistributedDataParallel
 
-    import wbdist
-    from wbdist.distributed import coordination, identity
-    from wbdist.hooks.ddp import DdpWatch
-    from wbdist.hooks.stragglers import StragglerWatch
+    from wbdist.distributed import coordination, identity, strategies
+    from wbdist.hooks import ddp, stragglers
+    from wbdist.run.init import make_spec
+    from wbdist.settings import resolve
 
     torch.set_num_threads(1)
     me = identity.detect()
@@ -40,8 +49,11 @@ def rank(steps: int) -> None:
         dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
     else:
         coordination.init_process_group(me, incarnation=incarnation, timeout=60)
-    run = wbdist.init(project="bench", mode="offline", dir=tempfile.mkdtemp(), settings=wbdist.Settings(x_disable_stats=True))
-    slow = [StragglerWatch(peers, name, "here", print) for name in VARIANTS] if me.world_size > 1 else []
+    settings = resolve({"mode": "offline", "root_dir": directory, "project": "bench", "run_id": "bench", "silent": True})
+    runs = strategies.open_runs("auto", me, peers, msgspec.structs.replace(make_spec(settings), nonce="bench"))
+    slow = [stragglers.StragglerWatch(peers, name, "here", print) for name in VARIANTS] if me.world_size > 1 else []
+    reduce = {**ddp.REDUCE, **stragglers.REDUCE}
+    steps_of_run = itertools.count()
 
     def made(name: str, detail_every: int | None) -> DistributedDataParallel:
         torch.manual_seed(0)
@@ -49,7 +61,12 @@ def rank(steps: int) -> None:
         model = DistributedDataParallel(nn.Sequential(*layers), bucket_cap_mb=1)
         if detail_every is not None:
             waited = slow[list(VARIANTS).index(name)].waited if slow else None
-            DdpWatch(model, run.log, detail_every=detail_every, waited=waited)
+            ddp.DdpWatch(
+                model,
+                lambda row: runs.log(row, step=next(steps_of_run), reduce=reduce),
+                detail_every=detail_every,
+                waited=waited,
+            )
         return model
 
     models = {name: made(name, detail_every) for name, detail_every in VARIANTS.items()}
@@ -58,20 +75,20 @@ def rank(steps: int) -> None:
     wall: dict[str, list[float]] = {name: [] for name in VARIANTS}
     cpu: dict[str, list[float]] = {name: [] for name in VARIANTS}
     order = list(VARIANTS)
-    for number in range(steps + 20):
+    for number in range(steps + WARM_UP):
         for name in order:
             dist.barrier()
             began, spent = time.perf_counter(), time.process_time()
             models[name](xs).pow(2).mean().backward()
             optimizers[name].step()
             optimizers[name].zero_grad()
-            if number >= 20:
+            if number >= WARM_UP:
                 wall[name].append(time.perf_counter() - began)
                 cpu[name].append(time.process_time() - spent)
         order = order[1:] + order[:1]
-    run.finish()
     for each in slow:
         each.close()
+    runs.finish(0)
     if me.rank == 0:
         print(json.dumps({"wall": wall, "cpu": cpu}))
     dist.barrier()
@@ -83,9 +100,10 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--ranks", default="1,2")
     parser.add_argument("--rank", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--directory", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.rank:
-        rank(args.steps)
+        rank(args.steps, args.directory)
         return
     for size in map(int, args.ranks.split(",")):
         with socket.socket() as probe:
@@ -98,26 +116,46 @@ def main() -> None:
             "MASTER_PORT": str(port),
             "OMP_NUM_THREADS": "1",
         }
-        command = [sys.executable, __file__, "--rank", "--steps", str(args.steps)]
-        processes = [
-            subprocess.Popen(command, env={**where, "RANK": str(number)}, stdout=subprocess.PIPE, text=True)
-            for number in range(size)
-        ]
-        outputs = [process.communicate()[0] for process in processes]
+        with tempfile.TemporaryDirectory() as directory:
+            command = [sys.executable, __file__, "--rank", "--steps", str(args.steps), "--directory", directory]
+            processes = [
+                subprocess.Popen(command, env={**where, "RANK": str(number)}, stdout=subprocess.PIPE, text=True)
+                for number in range(size)
+            ]
+            outputs = [process.communicate()[0] for process in processes]
         found = json.loads(outputs[0].strip().splitlines()[-1])
-        print(
-            f"{size} rank{'s' if size > 1 else ''}; load {os.getloadavg()[0]:.1f}; medians and means of {args.steps} steps each"
-        )
+        print(f"{size} rank{'s' if size > 1 else ''}; load {os.getloadavg()[0]:.1f}; {args.steps} rounds")
         for clock in ("cpu", "wall"):
-            base = found[clock]["plain"]
-            for name, times in found[clock].items():
-                added = [(mine - other) * 1e6 for mine, other in zip(times, base, strict=True)]
-                middle, mean = statistics.median(added), statistics.fmean(sorted(added)[len(added) // 20 : -len(added) // 20])
-                step = statistics.median(base) * 1e3
-                print(
-                    f"  {clock:4} {name:12} step {statistics.median(times) * 1e3:7.2f} ms   added {middle:7.0f} us median "
-                    f"({middle / step / 10:+.2f} %), {mean:7.0f} us mean without the outer tenth ({mean / step / 10:+.2f} %)"
-                )
+            show(clock, found[clock])
+
+
+def show(clock: str, times: dict[str, list[float]]) -> None:
+    plain, again = times["plain"], times["plain again"]
+    step = statistics.median(plain)
+    looked_at = median_of([mine - (a + b) / 2 for mine, a, b in zip(times["all details"], plain, again, strict=True)])
+    for name, taken in times.items():
+        if name == "plain":
+            print(f"  {clock:4} {name:12} a step of {step * 1e3:.2f} ms")
+            continue
+        if name == "plain again":
+            differences = [second - first for first, second in zip(plain, again, strict=True)]
+        else:
+            differences = [mine - (a + b) / 2 for mine, a, b in zip(taken, plain, again, strict=True)]
+        middle, error = median_of(differences)
+        if name == "watched":
+            others = [each for number, each in enumerate(differences, WARM_UP) if number % EVERY]
+            (near, error_near), (far, error_far) = looked_at, median_of(others)
+            middle = (near + (EVERY - 1) * far) / EVERY
+            error = math.hypot(error_near, (EVERY - 1) * error_far) / EVERY
+        told = f"{middle * 1e6:+7.0f} +- {error * 1e6:.0f} us ({middle / step * 100:+.2f} +- {error / step * 100:.2f} %)"
+        print(f"  {clock:4} {name:12} added {told}")
+
+
+def median_of(values: list[float]) -> tuple[float, float]:
+    """And its standard error, from the median deviation."""
+    middle = statistics.median(values)
+    spread = statistics.median(abs(each - middle) for each in values)
+    return middle, 1.4826 * 1.2533 * spread / math.sqrt(len(values))
 
 
 if __name__ == "__main__":

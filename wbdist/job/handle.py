@@ -254,7 +254,7 @@ class Job:
         settle(wrapped)
         return wrapped
 
-    def watch_ddp(self, model: nn.Module, *, hook: Any = None, state: Any = None, detail_every: int = 25) -> None:
+    def watch_ddp(self, model: nn.Module, *, hook: Any = None, state: Any = None, detail_every: int = 50) -> None:
         """All ranks, once, before the first backward pass: what reducing this model's gradients costs and brings goes into the
         row of each step as `ddp/...` (see hooks/ddp.py), and the gradients stay what they are, bit for bit. A rank that the
         others keep waiting for is named, in the rows and on the terminal (see hooks/stragglers.py).
