@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -106,3 +107,12 @@ def test_terminal_lines(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.
     wandb.termerror("four", prefix=False)
     wandb.require("core")
     assert capsys.readouterr().err == "wbdist: one\nwbdist: two\nfour\n"
+
+
+def test_login_without_a_key(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Proves that `login` says False where there is no key, and raises with W&B's `force`."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    assert wandb.login(host="http://wandb.example") is False
+    with pytest.raises(wandb.AuthenticationError, match="wbdist login"):
+        wandb.login(host="http://wandb.example", force=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +14,7 @@ from support.seeding import Seeds
 import wbdist
 from wbdist.errors import DeadlineError
 from wbdist.run.reader import ProjectNotFoundError, RunNotFoundError
+from wbdist.run.remote_run import RunRecord
 
 WRITE = """
 import sys
@@ -158,6 +160,81 @@ def test_waiting_for_the_end(world: Seeds, api: wbdist.Api, tmp_path: Path) -> N
     found.wait_until_finished(timeout=60)
     assert found.state == "finished"
     ending.join()
+
+
+def test_every_name_of_wandbs_is_real_or_refused(world: Seeds, api: wbdist.Api, tmp_path: Path) -> None:
+    """Proves that no method or property of W&B's read API and artifacts is silently nothing."""
+    (tmp_path / "a.txt").write_text("a")
+    made = wbdist.Artifact("named", type="t")
+    made.add_file(tmp_path / "a.txt")
+    with wbdist.init(project="names", dir=tmp_path, settings={"silent": True}) as run:
+        run.log_artifact(made)
+    remote = api.run(run.path)
+    objects = {
+        "Api": api,
+        "apis.public.Run": remote,
+        "apis.public.File": remote.files()[0],
+        "apis.public.Runs": api.runs("names"),
+        "Artifact": api.artifact("names/named:latest"),
+        "sdk.wandb_run.Run": run,
+        "sdk.artifacts.artifact.Artifact": made,
+    }
+    inner = {
+        "snake_to_camel", "user_agent", "convert_objects", "cursor", "last_response", "more", "next", "update_variables",
+        "upgrade_to_full",
+    }  # fmt: skip
+    for theirs, ours in objects.items():
+        names = world.read("wandb", f"[name for name in dir(wandb.{theirs}) if not name.startswith('_')]")
+        assert len(names) > 3
+        said = {name: _refusal(ours, name) for name in names}
+        unknown = [name for name, error in said.items() if error is not None and not isinstance(error, wbdist.UsageError)]
+        assert set(unknown) <= inner, theirs
+    assert remote.metadata is not None
+    assert remote.metadata["program"]
+
+
+def test_every_argument_of_wandbs_is_taken(world: Seeds, api: wbdist.Api) -> None:
+    """Proves that functions and methods have all of W&B's arguments, by name."""
+    del api
+    run = ("log", "save", "restore", "define_metric", "watch", "unwatch", "alert", "finish", "log_artifact", "use_artifact")
+    run += ("log_model", "use_model", "link_model", "log_code", "mark_preempting")
+    read = (
+        "history",
+        "scan_history",
+        "files",
+        "file",
+        "upload_file",
+        "delete",
+        "update",
+        "wait_until_finished",
+        "console_logs",
+    )
+    asked = {
+        **{
+            name: getattr(wbdist, name)
+            for name in ("init", "login", "setup", "teardown", "finish", "restore", "Api", "Histogram")
+        },
+        **{f"sdk.wandb_run.Run.{name}": getattr(wbdist.Run, name) for name in run},
+        **{f"apis.public.Run.{name}": getattr(RunRecord, name) for name in read},
+        **{
+            f"Api.{name}": getattr(wbdist.Api, name)
+            for name in ("run", "runs", "project", "projects", "artifact", "create_run")
+        },
+    }
+    signatures = "{name: list(__import__('inspect').signature(eval('wandb.' + name)).parameters) for name in %r}"
+    theirs = world.read("wandb", signatures % list(asked))
+    missing = {name: sorted(set(theirs[name]) - set(inspect.signature(ours).parameters)) for name, ours in asked.items()}
+    assert {name: names for name, names in missing.items() if names} == {}
+
+
+def _refusal(ours: object, name: str) -> AttributeError | None:
+    try:
+        getattr(ours, name)
+    except AttributeError as error:
+        return error
+    except ValueError:
+        return None
+    return None
 
 
 def test_names_that_are_not_here_say_so(api: wbdist.Api) -> None:

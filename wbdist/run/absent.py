@@ -47,6 +47,45 @@ ABSENT: dict[str, str] = {
 """name of W&B's that wbdist has not -> what to do instead"""
 
 
+_FIXED = (
+    "a version that is logged cannot be changed; make an `Artifact` anew and log it: files that are the same are not sent again"
+)
+_LOGGED = "an `Artifact` is what is being made; `Api().artifact('name:latest')` reads what was logged"
+_INSIDE = "read its `manifest`, `download()` it, or get one file with `get_entry(name).download()`"
+
+OF_ARTIFACTS: dict[str, str] = {
+    **dict.fromkeys(("add_dir", "add_file", "add_reference", "new_file", "remove", "new_draft", "delete", "unlink"), _FIXED),
+    **dict.fromkeys(
+        (
+            "collection", "commit_hash", "created_at", "digest_algorithm", "distributed_id", "entity", "file", "file_count",
+            "files", "get_entry", "history_step", "is_link", "linked_artifacts", "linked_at", "logged_by", "project",
+            "qualified_name", "source_artifact", "source_collection", "source_entity", "source_name", "source_project",
+            "source_qualified_name", "source_version", "updated_at", "url", "used_by",
+        ),
+        _LOGGED,
+    ),
+    **dict.fromkeys(("get", "get_path", "get_added_local_path_name", "checkout", "json_encode"), _INSIDE),
+    **dict.fromkeys(("finalize", "is_draft", "incremental", "save"), "an artifact is complete when it is logged; log it once"),
+    "add": "media in artifacts are not built; add a file with `add_file`",
+    "tags": "artifacts have aliases and metadata here, and no tags",
+    "ttl": ABSENT["ArtifactTTL"],
+    "use_as": "slots of a run's inputs are not built",
+    "verify": "`download()` checks every file's digest",
+}  # fmt: skip
+"""name of W&B's artifacts -> what to do instead, where ours has it not"""
+
+
+class AbsentOfArtifact:
+    """Mixin of what is made and of what was logged: W&B's names that it has not are refused with what to do instead."""
+
+    if not TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> NoReturn:
+            if name in OF_ARTIFACTS:
+                raise MissingNameError(f"this artifact has no `{name}`: {OF_ARTIFACTS[name]}")
+            raise AttributeError(f"an artifact has no attribute {name!r}")
+
+
 def absent(name: str) -> MissingNameError | None:
     """The error for a name of W&B's that is not here; None for a name that W&B has not either."""
     if name not in ABSENT:

@@ -29,13 +29,19 @@ class ArtifactMethods:
         name: str | None = None,
         type: str | None = None,
         aliases: Sequence[str] | None = None,
+        tags: Sequence[str] | None = None,
     ) -> Artifact:
         """Makes an Artifact, or the file or directory at a path, the next version of its name; it also becomes `latest`.
 
         Its files are set aside before this returns (blocks shared where the file system can, else copied), the upload goes on
         in the background, and offline waits for `wbdist sync`; `artifact.wait()` waits for it, as `finish` does. The very
-        same contents again are no new version. Raises ValueError, UsageError, OSError; nothing is logged then.
+        same contents again are no new version. `tags` are W&B's, and refused. Raises ValueError, UsageError, OSError;
+        nothing is logged then.
         """
+        if tags:
+            raise UsageError(
+                f"log_artifact(tags={list(tags)!r}): artifacts have no tags here; give aliases, or put them into metadata"
+            )
         return self._log_artifact(artifact_or_path, name, type, aliases or ())
 
     def log_model(self, path: AnyPath, name: str | None = None, aliases: Sequence[str] | None = None) -> Artifact:

@@ -17,6 +17,7 @@ import msgspec
 from wbdist.core import ids
 from wbdist.errors import UsageError
 from wbdist.protocol.artifacts import Manifest, ManifestEntry
+from wbdist.run.absent import AbsentOfArtifact
 from wbdist.run.downloads import digest
 from wbdist.run.restoring import normal_name
 
@@ -36,7 +37,7 @@ class LocalEntry(msgspec.Struct):
     immutable: bool = False
 
 
-class Artifact:
+class Artifact(AbsentOfArtifact):
     """Files under one name, to be logged with `run.log_artifact`: the server then gives them the next version number.
 
     Files are read when the artifact is logged; a run sets them aside then, so that they may change or go afterwards. What is

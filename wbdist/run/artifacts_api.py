@@ -14,6 +14,7 @@ import msgspec
 from wbdist.errors import CommError, UsageError
 from wbdist.protocol import artifacts as protocol
 from wbdist.protocol.artifacts import Manifest, ManifestEntry, RemoteArtifact
+from wbdist.run.absent import AbsentOfArtifact
 from wbdist.run.downloads import digest, download
 from wbdist.run.restoring import normal_name
 
@@ -25,7 +26,7 @@ class ArtifactNotFoundError(CommError, ValueError):
     """The server has no such artifact (or this key may not see it)."""
 
 
-class UsedArtifact:
+class UsedArtifact(AbsentOfArtifact):
     """One version of an artifact, as the server had it when it was asked. Files are fetched when asked for."""
 
     def __init__(self, api: Api, found: RemoteArtifact) -> None:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from wbdist.errors import CommError, UsageError
 from wbdist.protocol import files
 from wbdist.protocol.files import RemoteFile
+from wbdist.run.absent import MissingNameError
 from wbdist.run.connection import is_loopback
 from wbdist.run.downloads import download
 from wbdist.run.remote_lists import Pages
@@ -92,6 +93,13 @@ class File:
         """Deletes it from the run. Raises CommError."""
         number = int(self._project_number) if self._project_number.isdigit() else None
         self._api.execute(files.delete_files([self.id], number))
+
+    if not TYPE_CHECKING:  # a type checker is to find misspelt names
+
+        def __getattr__(self, name: str) -> NoReturn:
+            if name in {"display", "to_html", "path_uri"}:
+                raise MissingNameError(f"a run's file has no `{name}`: download it, or open its `url`")
+            raise AttributeError(f"a run's file has no attribute {name!r}")
 
     def __repr__(self) -> str:
         return f"<File {self.name} ({self.mimetype}) {self.size} B>"

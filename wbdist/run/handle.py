@@ -311,6 +311,11 @@ class Run(ArtifactMethods, AbsentNames):
         return str(self._run_directory / "files") if self._run_directory is not None else ""
 
     @property
+    def sync_dir(self) -> str:
+        """Directory for `wbdist sync`; '' for a disabled run."""
+        return str(self._run_directory) if self._run_directory is not None else ""
+
+    @property
     def journal(self) -> JournalWriter | NoJournal:
         """What the run's rows and records go into; for who stamps them with other times, as the aggregator."""
         return self._journal

@@ -69,6 +69,7 @@ def init(  # noqa: PLR0917  (W&B's order, but for `project` first, as its docume
     sync_tensorboard: bool | None = None,
     monitor_gym: bool | None = None,
     settings: Settings | Mapping[str, Any] | None = None,
+    anonymous: str | None = None,
 ) -> Run:
     """Opens a run and makes it the global one (`wbdist.run`), unless `reinit="create_new"`. Any process, not in step.
 
@@ -103,6 +104,7 @@ def init(  # noqa: PLR0917  (W&B's order, but for `project` first, as its docume
         "allow_val_change": allow_val_change,
         "force": force,
         "save_code": save_code,
+        "anonymous": anonymous,
     }
     given = {name: value for name, value in arguments.items() if value is not None}
     resolved = resolve(settings, given)

@@ -9,20 +9,33 @@ from wbdist.run.connection import Connection
 from wbdist.settings import resolve
 
 
-def login(
-    key: str | None = None, host: str | None = None, relogin: bool | None = None, verify: bool = False, timeout: float = 10.0
+def login(  # noqa: PLR0917  (W&B's order)
+    key: str | None = None,
+    relogin: bool | None = None,
+    host: str | None = None,
+    force: bool | None = None,
+    timeout: float = 10.0,
+    verify: bool = False,
+    referrer: str | None = None,
+    prompt: bool = False,
+    anonymous: str | None = None,
 ) -> bool:
     """Whether there is a key for the server (`host`, else the configured one, else the embedded one).
 
     With `key`: keeps it in ~/.netrc (mode 0600), unless one is there and `relogin` is False. `verify` asks the server, at
-    most `timeout` seconds: AuthenticationError when it does not accept the key, CommError when it does not answer.
+    most `timeout` seconds: AuthenticationError when it does not accept the key, CommError when it does not answer. `force`:
+    AuthenticationError in place of False. Never asks on the terminal (`prompt`), which `wbdist login` does; the other two are
+    W&B's and change nothing.
     """
+    del referrer, prompt, anonymous
     settings = resolve(None, {"base_url": host} if host else {})
     server = backend.server_for(settings)
     if key is not None:
         key = credentials.checked(key)
     known = server.api_key if key is None or relogin is False else None
     use = known or key
+    if use is None and force:
+        raise AuthenticationError(f"there is no API key for {server.base_url}; run `wbdist login`")
     if use is None:
         return False
     if verify:

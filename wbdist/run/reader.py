@@ -30,10 +30,23 @@ _NOT_HERE = {
         "users and keys are the server's, not the Api's",
     ),
     **dict.fromkeys(("registry", "registries", "create_registry"), "there is no registry"),
-    **dict.fromkeys(("automation", "automations", "integrations", "slack_integrations"), "there are no automations"),
+    **dict.fromkeys(
+        (
+            "automation", "automations", "create_automation", "delete_automation", "update_automation", "integrations",
+            "slack_integrations", "webhook_integrations",
+        ),
+        "there are no automations",
+    ),
+    **dict.fromkeys(
+        (
+            "artifacts", "artifact_versions", "artifact_collection", "artifact_collection_exists", "artifact_collections",
+            "artifact_type", "artifact_types",
+        ),
+        "artifacts are found by name, `artifact('name:v3')`, or by run, `run(path).logged_artifacts()`",
+    ),
     "create_project": "a project comes into being with its first run",
     "sync_tensorboard": "TensorBoard logs are not read",
-}
+}  # fmt: skip
 """Names of W&B's `Api` that are not here -> why, or what to do instead."""
 
 
@@ -107,14 +120,22 @@ class Api:
             raise RunNotFoundError(f"could not find run {entity}/{project}/{run_id} on {self.base_url}")
         return found
 
-    def runs(
-        self, path: str | None = None, filters: Mapping[str, Any] | None = None, order: str = "+created_at", per_page: int = 50
+    def runs(  # noqa: PLR0917  (W&B's order)
+        self,
+        path: str | None = None,
+        filters: Mapping[str, Any] | None = None,
+        order: str = "+created_at",
+        per_page: int = 50,
+        include_sweeps: bool = True,
+        lazy: bool = True,
     ) -> Runs:
         """The runs of `entity/project` (or `project`), fetched a page at a time as they are looked at.
 
         `filters`: W&B's subset of MongoDB's language, e.g. {"group": "g1", "config.lr.value": {"$lt": 0.1}}. A project that
-        does not exist has no runs. `order`: a field name behind `+` or `-`.
+        does not exist has no runs. `order`: a field name behind `+` or `-`. `include_sweeps` and `lazy` are W&B's and change
+        nothing: a run comes whole.
         """
+        del include_sweeps, lazy
         if per_page < 1:
             raise UsageError(f"per_page={per_page} must be at least 1")
         parts = [part for part in (path or "").split("/") if part]

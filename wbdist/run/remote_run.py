@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from importlib import import_module
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, NoReturn
 from urllib.parse import quote
 
@@ -30,7 +31,9 @@ POLL_SECONDS = 1.0
 _NOT_HERE = {
     "download_history_exports": "history is not exported to parquet; read it with `scan_history()`",
     "beta_scan_history": "read it with `scan_history()`",
-    "to_html": "open the page at `.url`",
+    **dict.fromkeys(("to_html", "display"), "open the page at `.url`"),
+    **dict.fromkeys(("create", "load_full_data"), "make one with `Api().create_run()`, read it anew with `.load()`"),
+    "json_config": "the config as it is stored is `.rawconfig`",
     "log_artifact": "log it from a run of a process: `init(...).log_artifact(...)`",
     "use_artifact": "read it with `Api().artifact(...)`, or use it in a run of a process",
 }
@@ -71,6 +74,7 @@ class RunRecord:
 
     def _take(self, found: RemoteRun) -> None:
         self._found = found
+        self._metadata: dict[str, Any] | None = None
         self.name = found.display_name
         """Display name."""
         self.notes = found.notes
@@ -278,6 +282,7 @@ class RunRecord:
         page_size: int = PAGE_STEPS,
         min_step: int | None = None,
         max_step: int | None = None,
+        use_cache: bool = True,
         *,
         attempt: int | None = None,
     ) -> Iterator[dict[str, Any]]:
@@ -335,6 +340,14 @@ class RunRecord:
     def file(self, name: str) -> File:
         """One file; its `md5` is "0" when the run has none of that name."""
         return self.files([name])[0]
+
+    @property
+    def metadata(self) -> dict[str, Any] | None:
+        """How and on what the run ran: its file wandb-metadata.json, read once; None while there is none. Raises CommError."""
+        if self._metadata is None and (file := self.file("wandb-metadata.json")).md5 != "0":
+            with TemporaryDirectory(prefix="wbdist-") as folder, file.download(folder) as found:
+                self._metadata = msgspec.json.decode(found.read(), type=dict[str, Any])
+        return self._metadata
 
     def upload_file(self, path: str, root: str = ".") -> File:
         """Adds a local file to the run, named by its path below `root`. Blocks for the upload. Raises ValueError, CommError."""
