@@ -31,7 +31,11 @@ def work():
     if marked == "handler":
         signal.signal(signal.SIGTERM, handler)
         signal.signal(signal.SIGINT, handler)
+    if marked == "exits":
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     run.log({"a": 1})
+    if how == "_exit":
+        os._exit(0)
     if how.startswith("SIG"):
         os.kill(os.getpid(), getattr(signal, how))
         time.sleep(60)
@@ -54,6 +58,9 @@ TABLE = {
     ("no", "raise"): "failed",
     ("no", "SIGKILL"): "crashed",
     ("no", "SIGTERM"): "crashed",
+    ("no", "SIGINT"): "killed",
+    ("no", "_exit"): "crashed",
+    ("exits", "SIGTERM"): "failed",
     ("start", "0"): "finished",
     ("start", "3"): "preempted",
     ("start", "raise"): "preempted",
@@ -104,6 +111,12 @@ def test_every_ending(tmp_path: Path) -> None:
     states_become({name: TABLE[case] for name, case in names.items()})
     for run in wbdist.Api().runs("p"):
         assert [row["a"] for row in run.scan_history()] == [1]
+    assert [
+        attempt.exit_code for name in ("no-SIGINT", "exits-SIGTERM") for attempt in wbdist.Api().run(f"p/{name}").attempts()
+    ] == [
+        255,
+        143,
+    ]
 
 
 @pytest.mark.usefixtures("embedded")

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import inspect
+import json
 import threading
 from collections.abc import Iterator
 from pathlib import Path
 
+import pandas
 import pytest
 import requests
 from support.seeding import Seeds
@@ -79,6 +81,16 @@ def test_answers_are_those_of_wandbs_own_api(world: Seeds, expression: str) -> N
     ours, theirs = world.read("wbdist", expression), world.read("wandb", expression)
     for name, value in theirs.items():
         assert ours[name] == value, name
+
+
+def test_history_is_a_data_frame(world: Seeds, api: wbdist.Api) -> None:
+    """Proves that with pandas installed history is the same frame that W&B's client gives, by steps and by keys."""
+    run = api.run("local/read/run1")
+    for arguments in ("", "keys=['even']", "samples=3", "stream='system'"):
+        ours = eval(f"run.history({arguments})", {"run": run})
+        theirs = world.read("wandb", f"api.run('local/read/run1').history({arguments}).to_json()")
+        assert isinstance(ours, pandas.DataFrame)
+        assert json.loads(ours.to_json()) == json.loads(theirs), arguments
 
 
 def test_every_form_of_a_path(api: wbdist.Api) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from support.seeding import CLIENTS, Client, Seeds, wait_for
+from support.seeding import CLIENTS, Client, Seeds, other, wait_for
 
 import wbdist as wandb
 
@@ -28,7 +28,7 @@ import wandb
 for code in (0, 3):
     run = wandb.init(id=f"code{code}")
     run.log({"a": 1})
-    run.mark_preempting()
+    wandb.mark_preempting()
     run.finish(exit_code=code)
 """
 
@@ -48,10 +48,10 @@ def test_mark_preempting_is_immediate() -> None:
 
 @pytest.mark.parametrize("client", CLIENTS)
 def test_how_it_ends_decides(seeds: Seeds, client: Client) -> None:
-    """Proves that a marked run that exits with 0 is finished, and with another code preempted."""
+    """Proves that a run marked with the documents' line and exiting with 0 is finished, and with another code preempted."""
     project = f"ends-{client}"
     seeds.run(client, ENDS, seeds.place(project), WANDB_PROJECT=project)
-    found = dict(seeds.read("wandb", f"[[r.id, r.state] for r in api.runs('local/{project}')]"))
+    found = dict(seeds.read(other(client), f"[[r.id, r.state] for r in api.runs('local/{project}')]"))
     assert found == {"code0": "finished", "code3": "preempted"}
 
 
@@ -65,10 +65,10 @@ def test_silent_death(seeds: Seeds, here: Path, project: str) -> None:
         return {run.id: run.state for run in wandb.Api().runs(f"local/{project}")}
 
     wait_for(lambda: states() == {"marked": "preempting", "unmarked": "running"}, "both runs to be known")
-    for other in psutil.process_iter(["cmdline"]):
-        line = other.info["cmdline"] or ()
+    for running in psutil.process_iter(["cmdline"]):
+        line = running.info["cmdline"] or ()
         if "wbdist.run.shipper" in line and str(here / "wandb") in line:
-            other.kill()
+            running.kill()
     seeds.kill(process)
     wait_for(lambda: states() == {"marked": "preempted", "unmarked": "crashed"}, "the silence to be noticed")
     with wandb.init(id="marked", resume="allow") as run:

@@ -115,6 +115,10 @@ def test_a_superseded_attempt_is_fenced_and_cannot_end_the_run(ctx: AppContext) 
     [
         ([{"complete": True, "exitcode": 0}], RunState.FINISHED),
         ([{"complete": True, "exitcode": 3}], RunState.FAILED),
+        ([{"complete": True, "exitcode": 255}], RunState.KILLED),
+        ([{"complete": True, "exitcode": 255}] * 2, RunState.KILLED),
+        ([{"preempting": True}, {"complete": True, "exitcode": 255}], RunState.PREEMPTED),
+        ([{"preempting": True, "complete": True, "exitcode": 255}] * 2, RunState.PREEMPTED),
         ([{"preempting": True}], RunState.PREEMPTING),
         ([{"preempting": True}, {}], RunState.PREEMPTING),
         ([{"preempting": True}, {"complete": True, "exitcode": 0}], RunState.FINISHED),

@@ -31,6 +31,8 @@ from wbdist.server.store.interface import RunFields, RunRow
 _log = logging.getLogger(__name__)
 
 Lines = dict[str, tuple[int, list[str]]]
+INTERRUPTED = 255
+"""What either client reports for an uncaught KeyboardInterrupt."""
 _LIVE = frozenset({RunState.RUNNING, RunState.PREEMPTING})
 
 
@@ -147,8 +149,9 @@ def _mark(
         events.append((RunEvent.LOST, None))
     elif ends:
         code = request.exitcode if request.exitcode is not None else int(cause not in {"", "exit"})
-        # A process that was asked to stop and ends with an error code did as it was told.
-        unhappy = RunEvent.KILL if run.stopping else RunEvent.EXIT_NONZERO
+        # A process that was asked to stop and ends with an error code did as it was told; so did one that got Ctrl-C.
+        marked = bool(request.preempting) or cause == "preempted" or run.state in {RunState.PREEMPTING, RunState.PREEMPTED}
+        unhappy = RunEvent.KILL if run.stopping or (code == INTERRUPTED and not marked) else RunEvent.EXIT_NONZERO
         events.append((RunEvent.EXIT_ZERO if code == 0 else unhappy, code))
     for event, exit_code in events:
         ctx.store.record_event(
