@@ -151,6 +151,27 @@ def test_uneven_data_within_a_step(tmp_path: Path) -> None:
     assert found[0] == found[1] == [6.0] * 10
 
 
+@pytest.mark.slow
+def test_all_steps_under_one_join(tmp_path: Path) -> None:
+    """Proves that Join around a job's steps does no harm: saves, an agreed stop and the next attempt are as without it."""
+    assert "weights" not in torchrun(2, "ddp_uneven.py", tmp_path, "around", cwd=tmp_path)
+    assert "weights" in torchrun(2, "ddp_uneven.py", tmp_path, "around", cwd=tmp_path)
+    journals = sorted(find_journals(tmp_path / "wandb"), key=lambda path: header_of(path).attempt)
+    rows = {row["_step"]: row.get("batches") for path in journals if header_of(path).role == "run" for row in rows_of(path)}
+    assert rows == dict.fromkeys(range(10), 4.0)
+
+
+@pytest.mark.slow
+def test_a_rank_with_other_data_is_refused(tmp_path: Path) -> None:
+    """Proves that a rank whose loader makes other steps than rank 0's says so at once; the others would wait for it."""
+    with pytest.raises(AssertionError) as ended:
+        torchrun(2, "ddp_uneven.py", tmp_path, "other", cwd=tmp_path)
+    said = str(ended.value)
+    assert "refused on rank 1: job.steps() loops over other data on rank 1 than on rank 0" in said
+    assert "rank 0: 80 samples, batch_size=4" in said
+    assert "rank 1: 76 samples, batch_size=4" in said
+
+
 def test_a_step_sums_in_the_same_order_first_or_not(tmp_path: Path) -> None:
     """Proves that three ranks whose DDP was made anew before any step, as after a kill, reach the very weights of those that
     went straight on: partly frozen with two types, unused parameters, static graphs, sparse gradients, gradients that are

@@ -31,6 +31,7 @@ from wbdist.job.ending import Fenced, Preempted, exit_code_of, leave_verdict
 from wbdist.job.fence import SERVER, FenceWatch
 from wbdist.job.phases import Phases, ask_when_submitted
 from wbdist.job.plan import Plan, agree_on_plan, decide, position_of, seed_everything
+from wbdist.job.same_data import SameData
 from wbdist.job.saving import COPY_TIMEOUT, PEER_TIMEOUT, Saves
 from wbdist.job.slots import Slot
 from wbdist.job.stopping import Stopping, reason_of, timed
@@ -95,6 +96,7 @@ class Job:
         """The loader of a step whose body was entered and which is not counted yet."""
         self._own_group = False
         self._requests = 0
+        self._loops = 0
         self._unwrapped: nn.Module | None = None
         """What `ddp` gave back as it was."""
         self._stack = ExitStack()
@@ -311,7 +313,8 @@ class Job:
         Between two batches it closes the step's row, saves when due, and agrees with the other ranks whether to go on. On a
         notice it saves and raises Preempted on every rank before the same step. Ends with a checkpoint of the final state. A
         `break` counts the step it leaves as done; it is for all ranks alike, since those that go on would wait in vain for
-        the others when they save or stop, for STATE_TIMEOUT seconds. Torch's Join belongs inside a step.
+        the others when they save or stop, for STATE_TIMEOUT seconds. Torch's Join belongs inside a step. Raises UsageError on
+        ranks whose loader is known to be another than rank 0's, after the first step at the latest.
 
         A step is a batch. With `accumulate=4` the optimizer is to be stepped once in four, and at the end of an epoch: when
         `job.accumulating` is False. Saves and stops wait for that, since no checkpoint holds half a gradient.
@@ -330,12 +333,16 @@ class Job:
             raise UsageError("job.steps() is running already; a job has one loop over its steps at a time")
         self._close_step()
         group = self._saves.group = Group(accumulate)
+        self._loops += 1
+        same = SameData(self._peers, self._loops, data.sampler, epochs, accumulate)
         self._phases.enter("train")
         self._in_steps = True
         try:
             batches = data.epochs(epochs, ahead=accumulate)
             self._await_data(batches)
             while True:
+                if not same.known:
+                    same.check()
                 # Before the batch is asked for: the loader's position counts it as soon as it is handed out.
                 batches.wait(self._stopping.told)
                 if not group.open:
