@@ -59,6 +59,8 @@ class Settings(WithoutEffect, frozen=True, kw_only=True, forbid_unknown_fields=T
     """Raise instead of going on with the journal alone when the server is away."""
     config_paths: tuple[str, ...] = ()
     """YAML files with defaults of the config, after `config-defaults.yaml` of the working directory."""
+    artifact_dir: str = "artifacts"
+    """Where artifacts are downloaded to, each into a directory of its own."""
     console: Console = "auto"
     """Whether what the process prints is kept with the run: `auto` and `wrap` do, `off` does not."""
     silent: bool = False

@@ -18,7 +18,7 @@ from wbdist.protocol.artifacts import Manifest, ManifestEntry
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def test_log_use_download(embedded: Path, own_directory: Path) -> None:
+def test_log_use_download(embedded: Path, own_directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Proves versions, aliases, metadata, names, the one-file form, entries, and that what is logged cannot be changed."""
     (own_directory / "data/sub").mkdir(parents=True)
     (own_directory / "data/a.bin").write_bytes(bytes(range(256)) * 5000)
@@ -50,6 +50,9 @@ def test_log_use_download(embedded: Path, own_directory: Path) -> None:
         assert (place / "note.txt").read_text() == "written here"
         (place / "a.bin").write_bytes(b"damaged")
         assert Path(used.get_entry("a.bin").download()).stat().st_size == 256 * 5000
+        monkeypatch.setenv("WANDB_ARTIFACT_DIR", str(own_directory / "kept"))
+        elsewhere = wbdist.Api().artifact("p/data-set:mine").get_entry("note.txt").download()
+        assert Path(elsewhere) == own_directory / "kept/data-set:v0/note.txt"
         assert Path(user.use_artifact("data-set").file("one")).read_bytes() == b"changed at once"
         with pytest.raises(wbdist.UsageError, match="4 files"):
             used.file()

@@ -74,6 +74,47 @@ def test_sources_win_in_order(tmp_path: Path) -> None:
         found.project = "other"  # type: ignore[misc]
 
 
+def test_each_variable_of_wandbs(tmp_path: Path) -> None:
+    """Proves what each of W&B's environment variables becomes."""
+    meant = {
+        "ENTITY": ("e", "entity", "e"),
+        "PROJECT": ("p", "project", "p"),
+        "RUN_ID": ("i", "run_id", "i"),
+        "NAME": ("n", "run_name", "n"),
+        "NOTES": ("why", "run_notes", "why"),
+        "TAGS": ("a, b", "run_tags", ("a", "b")),
+        "RUN_GROUP": ("g", "run_group", "g"),
+        "JOB_TYPE": ("j", "run_job_type", "j"),
+        "MODE": ("dryrun", "mode", "offline"),
+        "RESUME": ("true", "resume", "auto"),
+        "REINIT": ("true", "reinit", "finish_previous"),
+        "FORK_FROM": ("i?_step=1", "fork_from", "i?_step=1"),
+        "RESUME_FROM": ("i?_step=2", "resume_from", "i?_step=2"),
+        "SAVE_CODE": ("1", "save_code", True),
+        "DISABLE_CODE": ("true", "disable_code", True),
+        "DISABLE_GIT": ("1", "disable_git", True),
+        "PROGRAM": ("x.py", "program", "x.py"),
+        "HOST": ("h", "host", "h"),
+        "DIR": (str(tmp_path), "root_dir", str(tmp_path)),
+        "ARTIFACT_DIR": ("d", "artifact_dir", "d"),
+        "CONFIG_PATHS": ("a.yaml,b.yaml", "config_paths", ("a.yaml", "b.yaml")),
+        "IGNORE_GLOBS": ("*.a,*.b", "ignore_globs", ("*.a", "*.b")),
+        "CONSOLE": ("wrap_raw", "console", "wrap"),
+        "SILENT": ("true", "silent", True),
+        "QUIET": ("1", "quiet", True),
+        "INIT_TIMEOUT": ("3", "init_timeout", 3.0),
+        "FINISH_TIMEOUT": ("4", "finish_timeout", 4.0),
+        "API_KEY": ("k", "api_key", "k"),
+        "BASE_URL": ("http://x/", "base_url", "http://x"),
+        "_DISABLE_STATS": ("true", "x_disable_stats", True),
+        "X_LABEL": ("l", "x_label", "l"),
+    }
+    found = resolve(None, None, {f"WANDB_{name}": text for name, (text, _, _) in meant.items()})
+    assert {name: getattr(found, setting) for name, (_, setting, _) in meant.items()} == {
+        name: value for name, (_, _, value) in meant.items()
+    }
+
+
 def test_wandbs_data_dir_is_not_ours() -> None:
     """Proves that WANDB_DATA_DIR (W&B's artifact staging) does not move our server's data, and WBDIST_DATA_DIR does."""
     assert resolve(None, None, {"WANDB_DATA_DIR": "/elsewhere"}).data_dir.endswith(".local/share/wbdist")

@@ -111,12 +111,12 @@ class UsedArtifact(AbsentOfArtifact):
         return self._manifest
 
     def download(self, root: str | os.PathLike[str] | None = None) -> str:
-        """All files, in `root` (default `./artifacts/<name>:<version>`), whose path is returned.
+        """All files, in `root` (default `<name>:<version>` in `./artifacts`, or in WANDB_ARTIFACT_DIR), whose path is returned.
 
         Files that are there already with the right contents are kept; each other is fetched whole or not at all. Blocks for the
         downloads. Raises CommError, OSError.
         """
-        place = Path(root) if root is not None else Path("artifacts", self.name)
+        place = self._place(root)
         for name in self.manifest.contents:
             self._fetch(name, place.absolute())
         return str(place)
@@ -126,8 +126,11 @@ class UsedArtifact(AbsentOfArtifact):
         names = list(self.manifest.contents)
         if len(names) != 1:
             raise UsageError(f"artifact {self.name} has {len(names)} files: use download(), or get_entry(name).download()")
-        place = Path(root) if root is not None else Path("artifacts", self.name)
+        place = self._place(root)
         return str(self._fetch(names[0], place.absolute()))
+
+    def _place(self, root: str | os.PathLike[str] | None) -> Path:
+        return Path(self._api.settings.artifact_dir).expanduser() / self.name if root is None else Path(root)
 
     def files(self) -> list[str]:
         """The files' names."""
@@ -209,7 +212,7 @@ class ArtifactFile:
 
     def download(self, root: str | os.PathLike[str] | None = None) -> str:
         """Its path; as `UsedArtifact.download`."""
-        place = Path(root) if root is not None else Path("artifacts", self._artifact.name)
+        place = self._artifact._place(root)  # noqa: SLF001
         return str(self._artifact._fetch(self.name, place.absolute()))  # noqa: SLF001
 
 
