@@ -25,6 +25,32 @@ def run(steps: int, config: dict[str, Any], **said: Any) -> int:
     return began
 
 
+def test_a_config_that_is_set_after_the_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the script sets before its loop must be what it set before; what it sets within may come later, or never."""
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    monkeypatch.chdir(tmp_path)
+
+    def life(before: dict[str, Any], within: dict[str, Any], **said: Any) -> int:
+        with wbdist.job(project="p", checkpoint_dir="ckpt", mode="offline", config={"lr": 0.1}, **said) as job:
+            net, data = nn.Linear(1, 1), job.loader(TensorDataset(torch.arange(40.0)), batch_size=4)
+            job.track(net=net, data=data)
+            job.config.update(before, allow_val_change=True)
+            began = job.step
+            for _ in job.steps(data, epochs=1):
+                job.config.update(within, allow_val_change=True)
+                break
+        return began
+
+    first = {"model": {"depth": 2, "width": 3}, "lr": 0.5, "data_dir": "/scratch/1"}
+    assert life(first, {"frozen": True}) == 0
+    assert life({**first, "data_dir": "/scratch/2"}, {"frozen": False}) == 1
+    with pytest.raises(wbdist.ConfigError, match=r"step-2\.a2 .* another: lr 0\.5 -> 0\.6, model\.depth 2 -> 4\. ") as caught:
+        life({"model": {"depth": 4, "width": 3}, "lr": 0.6}, {})
+    assert caught.value.exit_code == 65
+    assert life({"model": {"depth": 4}}, {}, config_changes=["model"]) == 2
+    assert life({"model": {"depth": 4}, "new": 1}, {}) == 3
+
+
 def test_a_job_with_another_config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An error that exits with "do not retry", unless the change is meant: by argument or variable, until the next save."""
     monkeypatch.setenv("WANDB_SILENT", "true")

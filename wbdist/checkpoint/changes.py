@@ -124,6 +124,28 @@ def check_config(name: str, config_hash: str, before: Mapping[str, Any], now: Ma
     return [f"the config has changed since {name}: {_listed(changes)}"] if changes else []
 
 
+def set_later(start: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, Any]:
+    """Of a run's config as it is `now`, in normal form, what the job was not started with; `start` in normal form."""
+    return {key: value for key, value in normal(now).items() if key not in start or start[key] != value}
+
+
+def check_later(name: str, before: Mapping[str, Any], now: Mapping[str, Any], allowed: Allowed) -> None:
+    """As `check_config`, for what was set in the run's config since the start, of which an attempt may not have set all yet.
+
+    Raises ConfigError naming each key that both have, and not alike.
+    """
+    old, new = config_values(dict(before), ""), config_values(dict(now), "")
+    changes = [change for change in _changes(old, new) if _ABSENT not in {change.before, change.now}]
+    refused = [change for change in changes if not _is_layout(change) and not allowed.admits(change.name)]
+    if refused:
+        names = [change.name for change in refused]
+        raise ConfigError(
+            f"{name} was made when the run's config was another: {_listed(refused)}. Going on would put two trainings into one "
+            f"history. Set the old values again; when the change is meant, say config_changes={names!r} (or "
+            f"WBDIST_CONFIG_CHANGES={','.join(names)}) until the next checkpoint stands."
+        )
+
+
 def check_environment(name: str, before: Mapping[str, str], now: Mapping[str, str], allowed: Allowed) -> list[str]:
     """As `check_config`, for the facts of `environment.facts`. Raises ConfigError."""
     changes = _changes(dict(before), dict(now))

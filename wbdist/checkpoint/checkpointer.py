@@ -151,6 +151,7 @@ class Checkpointer:
         self._choice: Choice | None = None
         self._restored: Restored | None = None
         self._serial = 0
+        self._config_checks = 0
         self._last: PendingSave | None = None
         self._thread: threading.Thread | None = None
         self._closed = False
@@ -204,6 +205,24 @@ class Checkpointer:
         )
         return self._restored
 
+    def check_config(self, config: Mapping[str, Any], timeout: float = STATE_TIMEOUT) -> None:
+        """All ranks, in step, after `restore`: rank 0's `config`, the run's as it is now, has no other values for keys that
+        were set after the start, too, when the restored checkpoint was made; without one, nothing is compared.
+
+        Blocks at most `timeout` seconds. Raises ConfigError, on all ranks.
+        """
+        if self._restored is not None:
+            self._config_checks += 1
+            name = f"ckpt/config/{self._config_checks}"
+            restoring.check_later(
+                self._coordinator,
+                name,
+                self._restored.manifest,
+                here=self._surroundings,
+                config=config,
+                timeout=timeout,
+            )
+
     def save(
         self,
         step: int,
@@ -214,6 +233,7 @@ class Checkpointer:
         timeout: float = STATE_TIMEOUT,
         reason: str = "",
         best: Best | None = None,
+        config: Mapping[str, Any] | None = None,
     ) -> PendingSave:
         """Saves the state after `step`. All ranks, in step, on the training thread, at a step boundary.
 
@@ -227,7 +247,8 @@ class Checkpointer:
         None: there is no run.
 
         `history` is called after it, on the same thread: the journals that this rank puts into the checkpoint, up to the
-        position, since losing this machine would lose them. `best` is kept in the manifest, for `keep_best`.
+        position, since losing this machine would lose them. `best` is kept in the manifest, for `keep_best`, and so is
+        what `config`, the run's as it is now, has besides what the job was started with (see `check_config`).
 
         `timeout` seconds bound the whole save. Raises what the previous save failed with (once; then saving goes on),
         UsageError for a state that cannot be stored, and with `block=True` what this save failed with: the error of any rank on
@@ -269,6 +290,7 @@ class Checkpointer:
             reason=reason,
             best=best,
             config=self._surroundings.config,
+            set_later=changes.set_later(self._surroundings.config, config or {}),
             environment=self._surroundings.facts(),
             kinds=self._objects.kinds(),
             keep=self._keep,

@@ -83,6 +83,8 @@ class SaveRequest(msgspec.Struct, frozen=True, kw_only=True):
     best: Best | None
     config: dict[str, Any]
     """In normal form."""
+    set_later: dict[str, Any]
+    """What was set in the run's config since the start."""
     environment: dict[str, str]
     kinds: dict[str, str]
     keep: Keep
@@ -293,6 +295,7 @@ def _commit(layer: FileLayer, request: SaveRequest, temporary: Path, reports: li
         reason=request.reason,
         config_hash=changes.digest(request.config),
         config=request.config,
+        set_later=request.set_later,
         host=socket.gethostname(),
     )
     with layer.writing(temporary / MANIFEST) as stream:

@@ -73,6 +73,8 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """Why it was saved, for people: 'interval', 'preemption', ..."""
     config: dict[str, Any] = {}
     """What the job was started with, as far as it told."""
+    set_later: dict[str, Any] = {}
+    """What rank 0's run had in its config besides, or instead, at the save."""
     host: str = ""
     directory: str = ""
     """Where this checkpoint lies; filled on reading, not stored."""

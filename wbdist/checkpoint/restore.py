@@ -177,6 +177,25 @@ def _check(objects: TrackedObjects, manifest: Manifest, here: Surroundings) -> l
     ]
 
 
+def check_later(
+    coordinator: Coordinator,
+    name: str,
+    manifest: Manifest,
+    *,
+    here: Surroundings,
+    config: Mapping[str, Any],
+    timeout: float,
+) -> None:
+    """All ranks, in step: see `Checkpointer.check_config`."""
+    word = None
+    if coordinator.rank == 0:
+        now = changes.set_later(here.config, config)
+        verdict = _failure(0, lambda: changes.check_later(manifest.name, manifest.set_later, now, here.config_changes))
+        word = msgspec.msgpack.encode(verdict)
+    failure = msgspec.msgpack.decode(coordinator.agree(name, word, timeout), type=Failure | None)
+    raise_failures([failure] if failure is not None else [], f"{manifest.name} cannot be gone on from")
+
+
 def _failure(rank: int, act: Callable[[], object]) -> Failure | None:
     try:
         act()

@@ -332,6 +332,7 @@ class Job:
         if self._in_steps:
             raise UsageError("job.steps() is running already; a job has one loop over its steps at a time")
         self._close_step()
+        self._saves.check_config()
         group = self._saves.group = Group(accumulate)
         self._loops += 1
         same = SameData(self._peers, self._loops, data.sampler, epochs, accumulate)

@@ -124,6 +124,11 @@ class Saves:
         if self._best is not None:
             self._best.hear(data)
 
+    def check_config(self) -> None:
+        """Before the first step: see `Checkpointer.check_config`."""
+        if self._checkpoints is not None:
+            self._checkpoints.check_config(self._runs.run.config.as_dict())
+
     def after_step(self, step: int) -> None:
         """`step` steps are done: saves when that is due and no group of batches is open; else after its last one."""
         if self._pending is not None:
@@ -161,6 +166,7 @@ class Saves:
                 timeout=timeout,
                 reason=reason,
                 best=None if self._best is None else self._best.saved_with(step, is_the_best=reason == BEST),
+                config=self._runs.run.config.as_dict(),
             )
         self._began = time.monotonic() - pending.stall_s + pending.waited_s
         self.report()  # of the save before: that one is done when the next has begun
