@@ -19,8 +19,9 @@ Contenders, interleaved, each in fresh processes, 10 floats a row:
 `yardstick` is a fixed piece of Python (eight tuples of ten), timed between the calls of the same processes: a virtual machine's
 processors change their speed by half with what else their host does, and `p50` is to be read against it.
 
-`--step` is what a training step is longer by: 20 metrics a step, 1 ms of work between. In one run, in turns of steps: `log`
-under rank0, `log` while the aggregator is stopped (SIGSTOP), and one packed all-reduce (gloo) of the same 20 numbers.
+`--step` is what a training step is longer by: 20 metrics a step, 1 ms of work between. In one online run, in turns of
+steps: `log` under rank0, `log` while the aggregator is stopped (SIGSTOP), `log` while the server is, and one packed all-
+reduce (gloo) of the same 20 numbers.
 
 Rows are counted over all ranks. Ratios within one table are what to look at; the machine may be shared.
 """
@@ -33,8 +34,10 @@ import json
 import mmap
 import multiprocessing
 import os
+import signal
 import statistics
 import struct
+import subprocess
 import sys
 import tempfile
 import time
@@ -276,9 +279,7 @@ TURN = 50
 """Steps of one kind before the next kind's turn."""
 
 
-def rank_of_steps(directory: str, steps: int) -> None:
-    import signal
-
+def rank_of_steps(directory: str, steps: int, server: int, url: str, key: str) -> None:
     import torch
     import torch.distributed as dist
 
@@ -290,17 +291,23 @@ def rank_of_steps(directory: str, steps: int) -> None:
     me = identity.detect()
     peers = coordination.connect(me, timeout=60)
     coordination.init_process_group(me, "gloo")
-    settings = resolve({"mode": "offline", "root_dir": directory, "project": "bench", "run_id": "bench", "silent": True})
+    where = {"mode": "online", "base_url": url, "api_key": key, "root_dir": directory}
+    settings = resolve(where | {"project": "bench", "run_id": "bench", "silent": True})
     runs = strategies.open_runs("rank0", me, peers, msgspec.structs.replace(make_spec(settings), nonce="bench"))
     aggregator = getattr(runs, "_aggregator", None)
-    took: dict[str, list[int]] = {"log": [], "log, aggregator stopped": [], "packed all-reduce": []}
+    stopped = {"log, server stopped": server}
+    if aggregator is not None:
+        stopped["log, aggregator stopped"] = aggregator.pid
+    kinds = ["log", "log, aggregator stopped", "log, server stopped", "packed all-reduce"]
+    took: dict[str, list[int]] = {kind: [] for kind in kinds}
     clock = time.perf_counter_ns
     step = 0
-    for turn in range(steps * len(took) // TURN):
-        kind = list(took)[turn % len(took)]
+    for turn in range(steps * len(kinds) // TURN):
+        kind = kinds[turn % len(kinds)]
         dist.barrier()
-        if aggregator is not None:
-            os.kill(aggregator.pid, signal.SIGSTOP if kind == "log, aggregator stopped" else signal.SIGCONT)
+        if me.rank == 0:
+            for stops_in, pid in stopped.items():
+                os.kill(pid, signal.SIGSTOP if kind == stops_in else signal.SIGCONT)
         dist.barrier()
         for _ in range(TURN):
             due = clock() + 1_000_000
@@ -315,8 +322,9 @@ def rank_of_steps(directory: str, steps: int) -> None:
                 runs.log(row, step=step)
             took[kind].append(clock() - began)
             step += 1
-    if aggregator is not None:
-        os.kill(aggregator.pid, signal.SIGCONT)
+    if me.rank == 0:
+        for pid in stopped.values():
+            os.kill(pid, signal.SIGCONT)
     runs.finish(0)
     (Path(directory) / f"{me.rank}.json").write_text(json.dumps({kind: digest(calls) for kind, calls in took.items()}))
     dist.destroy_process_group()
@@ -326,8 +334,31 @@ def rank_of_steps(directory: str, steps: int) -> None:
 def run_steps(ranks: int, steps: int) -> dict[str, dict[str, float]]:
     from wbdist.distributed.bootstrap import launch
 
-    with tempfile.TemporaryDirectory() as name:
-        launch(rank_of_steps, nprocs=ranks, args=(name, steps))
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as name:
+        data, port_file = Path(name) / "data", Path(name) / "url"
+        command = [
+            sys.executable,
+            "-m",
+            "wbdist",
+            "server",
+            "--data-dir",
+            str(data),
+            "--port",
+            "0",
+            "--port-file",
+            str(port_file),
+        ]
+        server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        try:
+            while not (port_file.exists() and port_file.read_text().strip()):
+                assert server.poll() is None, "the server did not start"
+                time.sleep(0.05)
+            key = (data / "admin.key").read_text().strip()
+            launch(rank_of_steps, nprocs=ranks, args=(name, steps, server.pid, port_file.read_text().strip(), key))
+        finally:
+            server.send_signal(signal.SIGCONT)
+            server.terminate()
+            server.wait()
         results = [json.loads((Path(name) / f"{rank}.json").read_text()) for rank in range(ranks)]
     return {
         kind: {at: statistics.median(result[kind][at] for result in results) for at in ("p50", "p99", "max")}
