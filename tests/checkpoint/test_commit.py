@@ -16,6 +16,7 @@ from wbdist.checkpoint.checkpointer import Checkpointer
 from wbdist.checkpoint.claim import Claim
 from wbdist.checkpoint.files import FileLayer
 from wbdist.checkpoint.manifest import Manifest, committed, directory_name, scan, verify
+from wbdist.core.tails import JournalPrefix
 from wbdist.errors import CheckpointCorruptError, CheckpointError, FencedError
 
 
@@ -78,6 +79,49 @@ def test_damage_anywhere_is_found(tmp_path: Path) -> None:
             assert "quarantine" in notes[0]
             assert "continuing from step-1.a1" in notes[-1]
             assert [p.name for p in (tmp_path / "bad" / "quarantine").iterdir()] == ["step-2.a1"]
+
+
+@pytest.mark.slow
+def test_damage_anywhere_is_found_of_many_ranks(tmp_path: Path) -> None:
+    """The same of a checkpoint by two ranks, with state of their own and the history that no server has."""
+    journal = tmp_path / "journal"
+    journal.write_bytes(os.urandom(5000))
+
+    def rank(coordinator: ThreadCoordinator) -> None:
+        model, prefix = torch.nn.Linear(2, 2), JournalPrefix("rank0.a1.wbj", str(journal), 4000)
+        with Checkpointer(tmp_path / "good", coordinator, attempt=1) as checkpoints:
+            checkpoints.track(model=model)
+            checkpoints.track(per_rank=True, own=torch.nn.Linear(2, 2))
+            for step in (1, 2):
+                torch.nn.init.constant_(model.weight, step)
+                torch.nn.init.constant_(model.bias, step)
+                checkpoints.save(step, position(step), history=lambda: [prefix], block=True, timeout=20)
+
+    def restored(coordinator: ThreadCoordinator) -> int:
+        model = torch.nn.Linear(2, 2)
+        with Checkpointer(tmp_path / "bad", coordinator, attempt=2) as checkpoints:
+            checkpoints.track(model=model)
+            checkpoints.track(per_rank=True, own=torch.nn.Linear(2, 2))
+            found = checkpoints.restore(timeout=20)
+            assert found is not None
+            assert model.weight.unique().tolist() == [found.step]
+            return found.step
+
+    assert run_ranks(2, rank) == [None, None]
+    names = [path.relative_to(tmp_path / "good" / "step-2.a1") for path in files_of(committed(tmp_path / "good")[0])]
+    assert {"history-0", "history-1", "rank-0", "rank-1", "shared", "manifest.json"} == {name.parts[0] for name in names}
+    for name in names:
+        for damage in ("nothing", "flip", "cut", "missing"):
+            shutil.rmtree(tmp_path / "bad", ignore_errors=True)
+            shutil.copytree(tmp_path / "good", tmp_path / "bad")
+            path = tmp_path / "bad" / "step-2.a1" / name
+            content = bytearray(path.read_bytes())
+            if damage == "flip":
+                content[len(content) // 3] ^= 1
+            path.write_bytes(content[: len(content) // 2] if damage == "cut" else content)
+            if damage == "missing":
+                path.unlink()
+            assert run_ranks(2, restored) == [2 if damage == "nothing" else 1] * 2, (name, damage)
 
 
 def test_every_bit_of_a_manifest_counts(tmp_path: Path) -> None:

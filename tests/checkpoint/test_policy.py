@@ -77,6 +77,29 @@ def test_times_are_kept_when_steps_slow_down() -> None:
     assert min(gaps) > 45
 
 
+def test_auto_follows_what_is_measured() -> None:
+    """The time between saves is the best one for what saves cost and how often the job fails, and changes with both."""
+    now, cost, mtbf = [0.0], Cost(2.0), [3600.0]
+    schedule = Schedule(SavePolicy(), alone(), lambda: mtbf[0], lambda: now[0])
+    step = itertools.count(1)
+
+    def gap() -> float:
+        """Of the third save from here on: the first one's interval began before."""
+        times: list[float] = []
+        while len(times) < 3:
+            now[0] += 0.5
+            if schedule.due(next(step), cost, 1):
+                times.append(now[0])
+        return times[2] - times[1]
+
+    assert gap() == pytest.approx(best_interval(cost, 3600.0), abs=2)
+    cost = Cost(8.0)
+    assert gap() == pytest.approx(best_interval(cost, 3600.0), abs=2)
+    mtbf[0] = 400.0
+    assert gap() == pytest.approx(best_interval(cost, 400.0), abs=2)
+    assert best_interval(cost, 400.0) < best_interval(Cost(2.0), 3600.0) < best_interval(cost, 3600.0)
+
+
 def test_the_interval_that_loses_the_least(tmp_path: Path) -> None:
     """Dear saves come less often, failures bring them closer; what is lost is least at the interval that is chosen."""
     assert best_interval(Cost(4.0), 3600) > best_interval(Cost(1.0), 3600) > best_interval(Cost(1.0), 900)
