@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import re
+import sys
+from datetime import datetime
 from pathlib import Path
 
 import pytest
@@ -145,3 +147,40 @@ with wbdist.job(project="p", checkpoint_dir="ckpt", mode="offline") as job:
             with open("ends", "a") as file:
                 file.write(json.dumps({"attempt": job.attempt, "run": job.run.id, "steps": steps}) + "\\n")
 """
+
+
+TASK = """#!/bin/bash
+#SBATCH --array=1-2
+#SBATCH --output=task-%a.log
+until [ -e go ]; do sleep 0.2; done
+{python} - <<'PYTHON'
+import json, os
+from wbdist.preemption.slurm import SlurmJob
+said = [os.environ["SLURM_JOB_ID"], SlurmJob().end(), SlurmJob().submitted()]
+path = "task-" + os.environ["SLURM_ARRAY_TASK_ID"]
+open(path + ".new", "w").write(json.dumps(said))
+os.rename(path + ".new", path)
+PYTHON
+sleep 600
+"""
+
+
+def test_tasks_of_an_array_know_their_own_ends(slurm: Cluster, tmp_path: Path) -> None:
+    """Proves that each task of a job array reads its own record, also the one whose number is the array's, by which Slurm shows
+    all of them."""
+    slurm.environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    (tmp_path / "array.sbatch").write_text(TASK.format(python=sys.executable))
+    options = ("--parsable", "--time", "30", "--chdir", str(tmp_path))
+    array = slurm.run("sbatch", *options, str(tmp_path / "array.sbatch")).strip()
+    tasks = [f"{array}_1", f"{array}_2"]
+    slurm.until(lambda: all(state(slurm, task) == "RUNNING" for task in tasks), "both tasks")
+    slurm.run("scontrol", "update", f"JobId={tasks[0]}", "TimeLimit=10")
+    ends = [slurm.facts(task)["EndTime"] for task in tasks]
+    (tmp_path / "go").touch()
+    slurm.until(lambda: all((tmp_path / f"task-{task}").exists() for task in (1, 2)), "both to tell", timeout=110)
+    told = [json.loads((tmp_path / f"task-{task}").read_text()) for task in (1, 2)]
+    slurm.run("scancel", array)
+    assert ends[0] < ends[1]
+    assert array in {number for number, _, _ in told}
+    assert [end for _, end, _ in told] == [datetime.fromisoformat(end).timestamp() for end in ends]
+    assert all(end - 1900 < submitted < end for _, end, submitted in told)
