@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.seeding import Seeds
+from support.seeding import Seeds, wait_for
 
 import wbdist as wandb
+from wbdist.run import stopping
 
 EPOCHS = """
 import os, signal
@@ -131,8 +132,13 @@ def test_notes_are_overwritten_when_given(seeds: Seeds, project: str) -> None:
     assert wandb.Api().run(f"{project}/noted").notes == "second"
 
 
-def test_two_machines_with_one_id(seeds: Seeds, here: Path, project: str) -> None:
-    """Proves that rows of two writers of one id never interleave: the later one has the run, the earlier one is archived."""
+def test_two_machines_with_one_id(
+    seeds: Seeds, here: Path, project: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Proves that rows of two writers of one id never interleave: the later one has the run, the earlier one is archived and
+    told so while it runs."""
+    monkeypatch.setattr(stopping, "INTERVAL", 0.05)
+    monkeypatch.setenv("WANDB_SILENT", "false")
     run = wandb.init(id="shared")
     for i in range(5):
         run.log({"epoch": i, "of": "first"})
@@ -149,6 +155,7 @@ run.finish()
     seeds.run("wbdist", source, elsewhere, WANDB_PROJECT=project)
     for i in range(5, 30):
         run.log({"epoch": i, "of": "zombie"})
+    wait_for(lambda: "what this one logs is kept in the archive" in capsys.readouterr().err, "the one that lost to be told")
     run.finish()
     found = wandb.Api().run(f"{project}/shared")
     assert [(row["epoch"], row["of"]) for row in found.scan_history()] == [

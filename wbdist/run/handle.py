@@ -99,6 +99,8 @@ class Run(ArtifactMethods, AbsentNames):
         self._log_row: Callable[[Mapping[str, Any], int | None, bool | None], bool] = journal.log
         self._sampling: sampler.Subscription | None = None
         self._samples = 0
+        self._fenced = ""
+        """Why another attempt has the run, once that is known."""
         self._alerts: Alerts | None = None
         self._watched: list[Watched] = []
         self._defined: JournaledSummary | None = None
@@ -476,10 +478,8 @@ class Run(ArtifactMethods, AbsentNames):
         timeout = self.settings.finish_timeout
         outcome = shipping.flush(timeout, files=self._files is not None or self._artifacts > 0)
         if outcome.error.startswith("fenced"):
-            self._say(
-                f"run {self.id}: {outcome.error.removeprefix('fenced: ')}; what this one logged is kept in the archive",
-                warning=True,
-            )
+            self._fenced = outcome.error.removeprefix("fenced: ")
+            self._say_fenced()
         elif not outcome.acked:
             why = outcome.error or f"not everything is on the server after {timeout:g} s"
             self._say(
@@ -489,6 +489,13 @@ class Run(ArtifactMethods, AbsentNames):
             )
         elif self.url:
             self._say(f"run {self._name or self.id} is complete at {self.url}")
+
+    def _is_fenced(self) -> bool:
+        self._fenced = self._fenced or (self._shipping.fenced() if self._shipping is not None else "")
+        return self._fenced != ""
+
+    def _say_fenced(self) -> None:
+        self._say(f"run {self.id}: {self._fenced}; what this one logs is kept in the archive", warning=True)
 
     def _finish_at_exit(self, code: int) -> None:
         try:
@@ -537,13 +544,14 @@ class Run(ArtifactMethods, AbsentNames):
 
     def interrupt_when_stopped(self) -> None:
         """From now on the main thread gets a SIGINT (or `settings.stop_fn` is called) when somebody asks on the server that
-        it stop. Nothing offline."""
+        it stop, and a warning says it when another attempt takes the run over. Nothing offline."""
         if self._shipping is not None:
             from wbdist.run import stopping
 
             text = f"run {self.id}: somebody asked on the server that it stop"
             say = lambda: self._say(text, warning=True)  # noqa: E731
             self.on_finish(stopping.watch(self._shipping.stop_asked, say, self.settings.stop_fn))
+            self.on_finish(stopping.watch(self._is_fenced, self._say_fenced, lambda: None))
 
     def log_through(self, log_row: Callable[[Mapping[str, Any], int | None, bool | None], bool]) -> None:
         """From now on `log` hands its arguments to `log_row`, which journals them, or says False when the row is dropped."""

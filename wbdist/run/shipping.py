@@ -24,6 +24,11 @@ class Shipping:
         """Whether somebody asked on the server that the run's process stop. At most a second; never raises."""
         return client.standing(self._root, self._journal).stopped
 
+    def fenced(self) -> str:
+        """Why another attempt has the run, '' while none has. At most a second; never raises."""
+        error = client.standing(self._root, self._journal).fenced
+        return error.removeprefix("fenced: ") if error.startswith("fenced: ") else ""
+
     def flush(self, timeout: float, *, priority: bool = False, files: bool = False) -> client.FlushResult:
         """Waits until the server has acknowledged all that is in the journal now, at most `timeout` seconds.
 
