@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import socket
+import struct
 import time
 from collections.abc import Iterator
 from datetime import datetime
@@ -168,9 +170,10 @@ def test_annotations(tmp_path: Path) -> None:
         assert AnnotationSource(tmp_path / "annotations")._reason() == case["reason"], case["document"]
 
 
-def test_posts() -> None:
+def test_posts(caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]) -> None:
     """Proves what POST /stop takes and what it refuses, each of which it survives."""
     told: list[Notice] = []
+    caplog.set_level(logging.INFO, "wbdist.preemption")
     source = HttpSource("0")
     source.start(lambda notice: told.append(notice) is None)
     for case in TABLES["triggers"]["http"]:
@@ -188,7 +191,29 @@ def test_posts() -> None:
             seconds = None if notice.deadline is None else notice.deadline - began
             assert seconds is None if "seconds" not in case else -1 < (seconds or 0) - case["seconds"] < 60
         told.clear()
+    with socket.create_connection(("127.0.0.1", source.port), timeout=60) as line:
+        line.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # closed with a reset
+        line.sendall(b"POST /stop HTTP/1.1\r\nContent-Length: 9\r\n\r\n{")
+    poll(lambda: "went away" in caplog.text, "the lost client to be said")
+    assert told == []
+    assert capfd.readouterr().err == ""
     source.close()
+
+
+def test_posts_to_an_ipv6_address() -> None:
+    """Proves that loopback may be given as IPv6 writes it, and needs no token."""
+    try:
+        socket.create_server(("::1", 0), family=socket.AF_INET6).close()
+    except OSError:
+        pytest.skip("no IPv6 here")
+    told: list[Notice] = []
+    source = HttpSource("[::1]:0")
+    source.start(lambda notice: told.append(notice) is None)
+    with socket.create_connection(("::1", source.port), timeout=60) as line:
+        line.sendall(b"POST /stop HTTP/1.1\r\n\r\n")
+        assert line.makefile("rb").readline().split()[1] == b"202"
+    source.close()
+    assert len(told) == 1
 
 
 def test_files(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -6,15 +6,22 @@ curl -X POST localhost:8000/stop -d '{"reason": "maintenance at six", "seconds":
 from __future__ import annotations
 
 import hmac
+import logging
+import socket
+import socketserver
+import sys
 import threading
 import time
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
 
 import msgspec
 
 from wbdist.errors import UsageError
 from wbdist.preemption.notice import Notice
+
+log = logging.getLogger("wbdist.preemption")
 
 LONGEST_BODY = 10_000
 LONGEST = 365 * 86400.0
@@ -33,7 +40,7 @@ class HttpSource:
     def __init__(self, address: str, token: str = "") -> None:
         """`address`: `8000` or `host:8000`. Raises UsageError for another, and for an open door without a token."""
         host, _, port = address.rpartition(":")
-        self._host = host or LOOPBACK[0]
+        self._host = host.strip("[]") or LOOPBACK[0]
         if not port.isdigit() or int(port) > 65535:
             raise UsageError(f"http={address!r} is no address; give a port, or host:port")
         if self._host not in LOOPBACK and not token:
@@ -53,10 +60,9 @@ class HttpSource:
         if self._server is not None:
             raise UsageError("this HttpSource was started before; make another")
         try:
-            self._server = ThreadingHTTPServer((self._host, self._port), _handler(tell, self._token))
+            self._server = _Server(self._host, self._port, _handler(tell, self._token))
         except OSError as error:
             raise UsageError(f"http={self._host}:{self._port} cannot be listened on: {error}") from error
-        self._server.daemon_threads = True
         threading.Thread(target=self._server.serve_forever, args=(0.1,), name="wbdist-http-notice", daemon=True).start()
 
     def close(self) -> None:
@@ -65,6 +71,25 @@ class HttpSource:
         if server is not None:
             server.shutdown()
             server.server_close()
+
+
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+
+    def __init__(self, host: str, port: int, handler: type[BaseHTTPRequestHandler]) -> None:
+        self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        super().__init__((host, port), handler)
+
+    def server_bind(self) -> None:
+        # Not HTTPServer's, which asks DNS for the name of this address: where that is slow, for seconds.
+        socketserver.TCPServer.server_bind(self)
+        self.server_name, self.server_port = str(self.server_address[0]), int(self.server_address[1])
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        if isinstance(sys.exc_info()[1], OSError):
+            log.info("http: %s went away in the middle of its request", client_address)
+        else:
+            super().handle_error(request, client_address)
 
 
 def _handler(tell: Callable[[Notice], bool], token: str) -> type[BaseHTTPRequestHandler]:
