@@ -42,7 +42,9 @@ def test_job_on_a_machine_that_is_taken_away(where: str, tmp_path: Path) -> None
 @pytest.mark.slow
 def test_cancelled_job_is_saved_and_not_to_be_started_again(tmp_path: Path) -> None:
     """Proves scancel from a job's view: saved, and not the exit code that asks for a requeue."""
+    # A stop at a step that is saved anyway, as every fifth is by default, would be no other save.
     job = [sys.executable, str(JOB), "--nproc", "1", "--checkpoint-dir", "ckpt", "--epochs", "100000", "--step-seconds", "0.01"]
+    job += ["--save-every", "1000 steps"]
     ended = chaos(tmp_path, "slurm", "--ending", "cancel", "--after", "12s", "--lead", "60s", "--", *job)
     assert ended.returncode == 143, ended.stderr[-3000:]
     assert committed(tmp_path / "ckpt")[0].reason == "preemption"
