@@ -64,7 +64,7 @@ def test_a_delay_of_twice_the_noise() -> None:
             arrivals = [[source.gauss(late * (rank == 2), 3.0) for _ in range(WINDOW)] for rank in range(4)]
             verdict = judge(waits_of(arrivals, 1.0))
             found[late] += verdict.named and (verdict.rank == 2 or not late)
-    assert found[6.0] >= 0.98 * 250
+    assert found[6.0] >= 0.96 * 250
     assert found[0.0] <= 0.01 * 250
 
 
