@@ -10,17 +10,13 @@ Waits are exchanged a window of passes at a time through the coordinator, by a t
 training thread appends a number; no collective is added.
 
     lateness of a rank in a pass = the median of the others' waits - its own wait
-    a window names the rank of the largest median lateness, if that is at least FLOOR_MS, positive in most passes, and no
-    accident: far outside what the passes' own spread explains, or by Wilcoxon's signed-rank test
-
-Each sees what the other does not: a few passes that were held up by much else spoil the ranks, scatter in all of them the
-median.
+    a window names the rank of the largest median lateness, if that is at least FLOOR_MS, positive in most passes, and far
+    outside what the passes' own spread explains
 """
 
 from __future__ import annotations
 
 import logging
-import math
 import queue
 import statistics
 import threading
@@ -43,9 +39,6 @@ MOST = 0.75
 """Share of a window's passes in which a straggler has come after the others."""
 SIGNIFICANT = 4.0
 """Standard errors between a straggler's median lateness and none."""
-SIGNED_RANK = 3.45
-"""The same for its signed-rank sum, which is 3.92 at most for a window's passes. With 3.2 a rank that was late by scheduling
-alone was named on a machine with four times as many busy processes as cores."""
 WARN_AFTER = 3
 """Windows in a row that name the same rank, before a person is told."""
 KEPT = 4
@@ -87,15 +80,7 @@ def judge(waits: Sequence[Sequence[float]], window: int = 0) -> Verdict:
     spread = statistics.median(abs(each - late) for each in lateness[worst])
     error = 1.4826 * 1.2533 * spread / len(lateness[worst]) ** 0.5
     after = sum(each > 0 for each in lateness[worst]) / len(lateness[worst])
-    no_accident = late >= SIGNIFICANT * error or _signed_rank(lateness[worst]) >= SIGNED_RANK
-    return Verdict(window, worst, late, late >= FLOOR_MS and after >= MOST and no_accident)
-
-
-def _signed_rank(values: Sequence[float]) -> float:
-    """Wilcoxon's sum in standard deviations: about normal if the values lie evenly around 0."""
-    count = len(values)
-    total = sum(math.copysign(place, value) for place, value in enumerate(sorted(values, key=abs), 1))
-    return total / math.sqrt(count * (count + 1) * (2 * count + 1) / 6)
+    return Verdict(window, worst, late, late >= FLOOR_MS and after >= MOST and late >= SIGNIFICANT * error)
 
 
 class StragglerWatch:
