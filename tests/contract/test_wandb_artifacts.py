@@ -122,6 +122,7 @@ print("CODE", sorted(a.type for a in api.run("local/p/trainer").logged_artifacts
 """
 
 
+@pytest.mark.slow
 def test_models_tables_and_code(server: Any, sdk: Any) -> None:
     """Proves log_model, use_model, a link into a collection, a Table in a row read back, and logged code."""
     (sdk._folder / "script.py").write_text(MODELS)

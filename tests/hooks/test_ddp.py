@@ -91,7 +91,8 @@ def runs_of(root: Path) -> dict[str, list[dict[str, Any]]]:
     return found
 
 
-@pytest.mark.parametrize("strategy", ["rank0", pytest.param("per_rank", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["rank0", "per_rank"])
 def test_a_job_tells_of_its_reduction(strategy: str, tmp_path: Path) -> None:
     """Proves that one line brings the numbers into the row of each step, under both strategies; that a NaN is told with the
     parameter's name, once; that `watch` works on each rank beside it; and that a hook that is there already is refused."""

@@ -66,6 +66,7 @@ def test_the_tail_survives_the_machine(server: Server, machines: Any, tmp_path: 
         assert tested.state == "finished"
 
 
+@pytest.mark.slow
 def test_the_old_disk_coming_back_changes_nothing(server: Server, machines: Any, tmp_path: Path) -> None:
     """Proves that the original journals may arrive beside their copies: the same lines, and the rest goes to the archive."""
     ckpt, a = tmp_path / "ckpt", machines("a")
