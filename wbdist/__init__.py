@@ -124,6 +124,10 @@ class _Package(ModuleType):
 
     SHADOWED = frozenset({"run", "job", "launch", "config", "summary"})
 
+    def __reduce__(self) -> tuple[Any, tuple[str]]:
+        # dill sends a module by name only if it is exactly a ModuleType: a notebook's function that uses us could not be sent.
+        return import_module, (self.__name__,)
+
     @property
     def run(self) -> Run | None:
         """The global run, None when there is none."""

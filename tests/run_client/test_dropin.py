@@ -116,3 +116,10 @@ def test_login_without_a_key(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
     assert wandb.login(host="http://wandb.example") is False
     with pytest.raises(wandb.AuthenticationError, match="wbdist login"):
         wandb.login(host="http://wandb.example", force=True)
+
+
+def test_the_package_is_sent_by_name() -> None:
+    """Proves that a function of a notebook, sent by value with the globals it uses, may use this package: it went by value."""
+    import dill
+
+    assert dill.loads(dill.dumps(wandb)) is wandb
