@@ -211,7 +211,8 @@ def test_workers_killed_at_any_moment_never_hang_the_pool(tmp_path: Path) -> Non
     """Proves that while random workers are killed at random moments, starting, idle or busy, reading or writing, every call of
     a job ends: with its value, or as lost; and that no call is made twice.
 
-    A kill waits for a result since the last one: on a slow machine all would die as they start, which rightly ends the pool."""
+    A kill waits until the workers have begun five calls more, so that one has had a result: on a slow machine all would die as
+    they start, which rightly ends the pool."""
     made = tmp_path / "made"
 
     def work(n: int) -> tuple[int, bytes]:
@@ -228,9 +229,10 @@ def test_workers_killed_at_any_moment_never_hang_the_pool(tmp_path: Path) -> Non
         def kill() -> None:
             seen = 0
             while not stop.wait(chance.uniform(0.0, 0.02)):
-                if len(done) == seen:
+                size = made.stat().st_size if made.exists() else 0
+                if size < seen + 5 * len("899\n"):
                     continue
-                seen = len(done)
+                seen = size
                 workers = [child for child in psutil.Process().children() if child.pid in pool.pids]
                 if workers:
                     with suppress(psutil.NoSuchProcess):

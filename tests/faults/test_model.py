@@ -246,7 +246,7 @@ class Histories(RuleBasedStateMachine):
     def deliver(self, journal: JournalWriter) -> None:
         delivery = self.delivery_of(journal)
         ticket = delivery.ask()
-        for _ in range(30):
+        for _ in range(400):  # seconds: more than the longest wait between two tries
             if delivery.finished or delivery.flushed >= ticket:
                 break
             delivery.step(self.world.now)

@@ -218,7 +218,8 @@ def _nothing_lost(trial: Trial, api: wbdist.Api) -> None:
             base = max((kept.header.base.step for kept in written if kept.header.base), default=-1)
             if attempt.base_step != base:
                 raise trial.fail(f"run {number} attempt {at}: built on step {attempt.base_step}, the journal says {base}")
-            end = written[-1].end
+            # Of an aggregator's that was killed behind its end: the one that was started for it wrote nothing.
+            end = next((kept.end for kept in reversed(written) if kept.end is not None), None)
             if not attempt.cause or attempt.ended_at is None:
                 raise trial.fail(f"run {number} attempt {at}: cause {attempt.cause!r}, ended at {attempt.ended_at}")
             told = (attempt.end_cause, attempt.exit_code)

@@ -327,7 +327,12 @@ class Delivery:
         if status is not None:
             self._inherited = {key: value for key, value in status.config.items() if key != "_wandb"}
         if not self.header.summary:
-            found = self._ask_for(operations.run_position(*where, step=step), operations.read_position)
+            try:
+                found = self._ask_for(operations.run_position(*where, step=step), operations.read_position)
+            except RefusedError:
+                # Since this attempt began, the source may have been rewound to before that step. If it has not begun, it is
+                # refused for the same reason in a moment.
+                found = None
             if found is not None:
                 position = found[1]
                 self.header = msgspec.structs.replace(self.header, summary=position.summary, runtime=position.runtime)
