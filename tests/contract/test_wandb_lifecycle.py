@@ -319,7 +319,8 @@ deadline = time.monotonic() + 30
 while True:
     try:
         run = wandb.Api().run("local/p/victim")  # an Api keeps runs as it first saw them
-        if run.state == "running" and run.lastHistoryStep == 2: break
+        # The summary may come a request after the rows.
+        if run.state == "running" and run.lastHistoryStep == 2 and run.summary.get("i") == 2: break
     except (ValueError, wandb.Error, TypeError): pass
     assert time.monotonic() < deadline
     time.sleep(0.2)
