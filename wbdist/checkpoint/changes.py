@@ -112,14 +112,10 @@ def check_config(name: str, config_hash: str, before: Mapping[str, Any], now: Ma
             f"tells {config_hash or 'none'}. Use an older checkpoint, or start anew in another directory."
         )
     changes = _changes(config_values(dict(before), ""), config_values(dict(now), ""))
-    refused = [change for change in changes if not _is_layout(change) and not allowed.admits(change.name)]
-    if refused:
-        names = [change.name for change in refused]
+    if refused := _refused(changes, allowed):
         raise ConfigError(
             f"{name} was made with another config: {_listed(refused)}. Going on would put two trainings into one history. "
-            f"Put the old values back; when the change is meant, say config_changes={names!r} (or "
-            f"WBDIST_CONFIG_CHANGES={','.join(names)}) until the next checkpoint stands; or start anew in another "
-            "checkpoint directory."
+            f"Put the old values back; {_when_meant(refused)}; or start anew in another checkpoint directory."
         )
     return [f"the config has changed since {name}: {_listed(changes)}"] if changes else []
 
@@ -136,13 +132,10 @@ def check_later(name: str, before: Mapping[str, Any], now: Mapping[str, Any], al
     """
     old, new = config_values(dict(before), ""), config_values(dict(now), "")
     changes = [change for change in _changes(old, new) if _ABSENT not in {change.before, change.now}]
-    refused = [change for change in changes if not _is_layout(change) and not allowed.admits(change.name)]
-    if refused:
-        names = [change.name for change in refused]
+    if refused := _refused(changes, allowed):
         raise ConfigError(
             f"{name} was made when the run's config was another: {_listed(refused)}. Going on would put two trainings into one "
-            f"history. Set the old values again; when the change is meant, say config_changes={names!r} (or "
-            f"WBDIST_CONFIG_CHANGES={','.join(names)}) until the next checkpoint stands."
+            f"history. Set the old values again; {_when_meant(refused)}."
         )
 
 
@@ -166,6 +159,19 @@ def _changes(before: dict[str, str], now: dict[str, str]) -> list[Change]:
 
 def _listed(changes: list[Change]) -> str:
     return ", ".join(map(str, changes))
+
+
+def _refused(changes: list[Change], allowed: Allowed) -> list[Change]:
+    """Those of a config that neither say where or how wide the job runs, nor are `allowed`."""
+    return [change for change in changes if not _is_layout(change) and not allowed.admits(change.name)]
+
+
+def _when_meant(refused: list[Change]) -> str:
+    names = [change.name for change in refused]
+    return (
+        f"when the change is meant, say config_changes={names!r} (or WBDIST_CONFIG_CHANGES={','.join(names)}) "
+        "until the next checkpoint stands"
+    )
 
 
 def _is_layout(change: Change) -> bool:

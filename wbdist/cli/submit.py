@@ -97,16 +97,14 @@ def submit(submission: Submission) -> int:
     return 0
 
 
+def _nodes(meaning: str) -> Callable[[Any], Any]:
+    return click.option("--nodes", default=1, show_default=True, type=click.IntRange(1), help=meaning)
+
+
 @click.option("--time", help="Time limit, as for sbatch.")
 @click.option("--partition", help="Partition.")
 @click.option("--cpus", type=click.IntRange(1), help="CPUs for the whole job. [default: one a rank]")
-@click.option(
-    "--nodes",
-    default=1,
-    show_default=True,
-    type=click.IntRange(1),
-    help="Nodes; --nproc, --cpus, --gpus are then each node's.",
-)
+@_nodes("Nodes; --nproc, --cpus, --gpus are then each node's.")
 @click.option("--extra", multiple=True, metavar="OPTION", help="Another option for sbatch, such as --extra=--account=a.")
 def _slurm(wanted: Wanted, **options: Any) -> Submission:
     """A Slurm batch job on one node or several, queued again by the job itself after a preemption.
@@ -123,13 +121,7 @@ def _slurm(wanted: Wanted, **options: Any) -> Submission:
 @click.option("--claim", required=True, help="PersistentVolumeClaim for the checkpoints.")
 @click.option("--mount", default="/checkpoints", show_default=True, help="Where the claim is mounted.")
 @click.option("--retries", default=6, show_default=True, type=click.IntRange(0), help="Failures in all.")
-@click.option(
-    "--nodes",
-    default=1,
-    show_default=True,
-    type=click.IntRange(1),
-    help="Pods of one job; --nproc, --gpus are then each one's.",
-)
+@_nodes("Pods of one job; --nproc, --gpus are then each one's.")
 def _kubernetes(wanted: Wanted, **options: Any) -> Submission:
     """A Kubernetes Job (1.31 or newer) whose pod failure policy knows wbdist's exit codes.
 
