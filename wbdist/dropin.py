@@ -6,6 +6,7 @@ import functools
 import os
 import sys
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any
 
 from wbdist import settings
@@ -44,9 +45,10 @@ def generate_id(length: int = 8) -> str:
 
 def teardown(exit_code: int | None = None) -> None:
     """Finishes every open run of this process and forgets what `setup` was told. Waits as `Run.finish` does, for each run."""
-    for run in reversed(lifecycle.active_runs()):
-        run.finish(exit_code)
-    settings.clear_setup()
+    with ExitStack() as ends:
+        ends.callback(settings.clear_setup)
+        for run in lifecycle.active_runs():
+            ends.callback(run.finish, exit_code)
 
 
 def require(*features: str) -> None:

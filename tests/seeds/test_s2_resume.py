@@ -11,6 +11,7 @@ import pytest
 from support.seeding import Seeds, wait_for
 
 import wbdist as wandb
+from wbdist.errors import FencedError
 from wbdist.run import stopping
 
 EPOCHS = """
@@ -156,7 +157,8 @@ run.finish()
     for i in range(5, 30):
         run.log({"epoch": i, "of": "zombie"})
     wait_for(lambda: "what this one logs is kept in the archive" in capsys.readouterr().err, "the one that lost to be told")
-    run.finish()
+    with pytest.raises(FencedError, match="attempt 2 of run shared has taken over"):
+        run.finish()
     found = wandb.Api().run(f"{project}/shared")
     assert [(row["epoch"], row["of"]) for row in found.scan_history()] == [
         (i, "first" if i < 5 else "second") for i in range(10)
@@ -164,6 +166,33 @@ run.finish()
     archived = list(found.scan_history(attempt=1))
     assert [(row["epoch"], row["of"]) for row in archived] == [(i, "first" if i < 5 else "zombie") for i in range(30)]
     assert [attempt.rows for attempt in found.attempts()] == [30, 5]
+
+
+@pytest.mark.parametrize(("ending", "code"), [("run.finish()", 69), ("with run: 1 / 0", 1), ("", 0)])
+def test_how_a_script_ends_whose_run_another_one_has(seeds: Seeds, here: Path, project: str, ending: str, code: int) -> None:
+    """Proves that it trains to its end, then says who has the run, and ends with 69: unless it has failed by itself, or leaves
+    the finishing to the interpreter, which ends with the script's own code."""
+    source = f"""
+import wandb
+run = wandb.init(id="shared")
+run.log({{"epoch": 0}})
+assert run.flush(20)
+print("READY", flush=True)
+input()
+run.log({{"epoch": 1}})
+{ending}
+"""
+    process = seeds.start("wbdist", source, here, WANDB_PROJECT=project, WANDB_SILENT="false")
+    assert process.stdout is not None
+    assert any("READY" in line for line in process.stdout)
+    elsewhere = here / "elsewhere"
+    elsewhere.mkdir()
+    seeds.run("wbdist", "import wandb\nwandb.init(id='shared', resume='must').finish()\n", elsewhere, WANDB_PROJECT=project)
+    said, _ = process.communicate("\n", timeout=60)
+    assert process.returncode == code, said
+    assert "attempt 2 of run shared has taken over" in said
+    assert "what this one logs is kept in the archive" in said
+    assert ("Traceback" in said) == (code == 1)
 
 
 @pytest.mark.usefixtures("here")

@@ -60,8 +60,7 @@ def init_ranks(
     if settings.resume or settings.resume_from or settings.fork_from:
         raise UsageError("init_ranks() begins a new run; one that goes on is a wbdist.job(checkpoint_dir=...)")
     identity = detect()
-    for run in reversed(lifecycle.active_runs()):
-        run.finish(0)
+    lifecycle.finish_previous()
     process_end.chain_excepthook()
     spec = make_spec(settings, config=config)
     peers = coordination.connect(identity, os.environ.get("WBDIST_INCARNATION"), timeout=PEER_TIMEOUT)
@@ -75,6 +74,6 @@ def init_ranks(
         peers.close()
         raise
     run.on_finish(peers.close)
-    run.interrupt_when_stopped()
+    run.belongs_to_script()
     lifecycle.set_current(run)
     return run

@@ -6,6 +6,7 @@ import logging
 import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from time import monotonic, time
 from types import TracebackType
@@ -15,7 +16,7 @@ from msgspec.structs import replace
 
 from wbdist.core.position import ALERTS, ARTIFACTS, CONSOLE, EVENTS, FILES, HISTORY, RunPosition, Watermark
 from wbdist.core.summary import INTERNAL
-from wbdist.errors import JournalError, ShutdownError, UsageError
+from wbdist.errors import FencedError, JournalError, ShutdownError, UsageError
 from wbdist.protocol import names
 from wbdist.run import console, process_end
 from wbdist.run.absent import AbsentNames
@@ -101,6 +102,8 @@ class Run(ArtifactMethods, AbsentNames):
         self._samples = 0
         self._fenced = ""
         """Why another attempt has the run, once that is known."""
+        self._said_fenced = False
+        self._is_scripts = False
         self._alerts: Alerts | None = None
         self._watched: list[Watched] = []
         self._defined: JournaledSummary | None = None
@@ -440,11 +443,15 @@ class Run(ArtifactMethods, AbsentNames):
         Online it then waits until the server has everything, at most `settings.finish_timeout` seconds, and says so in one
         line when it leaves the rest to the shipper, which goes on after this process has ended. Idempotent. `exit_code`
         None: 0, unless an exception is in flight in the calling thread (a `finish()` in a `finally:`): then that one's.
+
+        When all this is done, and another process has taken over a run that `init` opened, raises FencedError, which ends a
+        script that does not catch it with code 69; but no exception takes the place of one that is in flight.
         """
         del quiet  # W&B's deprecated argument
         if self._state == "foreign":
             self._check_usable("finish()")
-        code = process_end.code_of(sys.exc_info()[1]) if exit_code is None else int(exit_code)
+        in_flight = sys.exc_info()[1]
+        code = process_end.code_of(in_flight) if exit_code is None else int(exit_code)
         if self._watched:
             self.unwatch()
         if self._sampling is not None:
@@ -463,6 +470,8 @@ class Run(ArtifactMethods, AbsentNames):
                 self._files.at_finish()
         finally:
             self._end(code, cause)
+        if self._fenced and self._is_scripts and in_flight is None:
+            raise FencedError(self._why_fenced())
 
     def _end(self, code: int, cause: str) -> None:
         try:
@@ -494,12 +503,18 @@ class Run(ArtifactMethods, AbsentNames):
         self._fenced = self._fenced or (self._shipping.fenced() if self._shipping is not None else "")
         return self._fenced != ""
 
+    def _why_fenced(self) -> str:
+        return f"run {self.id}: {self._fenced}; what this one logs is kept in the archive"
+
     def _say_fenced(self) -> None:
-        self._say(f"run {self.id}: {self._fenced}; what this one logs is kept in the archive", warning=True)
+        if not self._said_fenced:
+            self._said_fenced = True
+            self._say(self._why_fenced(), warning=True)
 
     def _finish_at_exit(self, code: int) -> None:
         try:
-            self.finish(code)
+            with suppress(FencedError):  # said already; the exit code cannot be changed any more
+                self.finish(code)
         except JournalError as error:
             self._say(str(error), warning=True)
 
@@ -542,9 +557,14 @@ class Run(ArtifactMethods, AbsentNames):
             if self._state == "open" and not self.settings.x_disable_stats:
                 self._keep_sample({f"system.{name}{suffix}": value for name, value in metrics.items()})
 
-    def interrupt_when_stopped(self) -> None:
-        """From now on the main thread gets a SIGINT (or `settings.stop_fn` is called) when somebody asks on the server that
-        it stop, and a warning says it when another attempt takes the run over. Nothing offline."""
+    def belongs_to_script(self) -> None:
+        """Says that no job looks after this run.
+
+        From now on the main thread gets a SIGINT (or `settings.stop_fn` is called) when somebody asks on the server that it
+        stop; and a warning says it when another attempt takes the run over, as `finish` then does by FencedError.
+        Nothing offline.
+        """
+        self._is_scripts = True
         if self._shipping is not None:
             from wbdist.run import stopping
 

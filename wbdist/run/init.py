@@ -146,10 +146,9 @@ def init(  # noqa: PLR0917  (W&B's order, but for `project` first, as its docume
         config_include_keys=config_include_keys,
     )
     if policy == "finish_previous":
-        for run in reversed(lifecycle.active_runs()):
-            run.finish(0)
+        lifecycle.finish_previous()
     run = lifecycle.open_run(spec)
-    run.interrupt_when_stopped()
+    run.belongs_to_script()
     if policy != "create_new":
         lifecycle.set_current(run)
     return run

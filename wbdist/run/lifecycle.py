@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 import time
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -16,7 +16,7 @@ from wbdist.core.branch import BranchPoint
 from wbdist.core.metrics import from_wandb
 from wbdist.core.position import RunPosition
 from wbdist.core.tails import JournalCopy
-from wbdist.errors import CommError, InitStartError, UsageError
+from wbdist.errors import CommError, FencedError, InitStartError, UsageError
 from wbdist.run import autoresume, console, machine, process_end
 from wbdist.run.disabled import NoJournal
 from wbdist.run.handle import Run
@@ -383,6 +383,13 @@ def active_runs() -> list[Run]:
     """The open runs of this process, oldest first."""
     with _lock:
         return list(_active)
+
+
+def finish_previous() -> None:
+    """Finishes the open runs, newest first, before the next one is opened. Waits and raises as `Run.finish`, for each."""
+    for run in reversed(active_runs()):
+        with suppress(FencedError):  # said already, and no matter of the next run's
+            run.finish(0)
 
 
 def current_run() -> Run | None:
