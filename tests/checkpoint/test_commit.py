@@ -16,6 +16,7 @@ from wbdist.checkpoint.checkpointer import Checkpointer
 from wbdist.checkpoint.claim import Claim
 from wbdist.checkpoint.files import FileLayer
 from wbdist.checkpoint.manifest import Manifest, committed, directory_name, scan, verify
+from wbdist.checkpoint.retention import collect_leftovers
 from wbdist.core.tails import JournalPrefix
 from wbdist.errors import CheckpointCorruptError, CheckpointError, FencedError
 
@@ -278,6 +279,39 @@ def test_a_fault_at_every_system_call_of_either_rank(tmp_path: Path) -> None:
         # Of rank 0 those of the commit, but the last one, after which the checkpoint stands; the others are one rank's, above.
         for at in range(calls - 5, calls) if failing == 0 else range(1, calls + 1):
             act(tmp_path / f"{failing}-{at}", failing, at)
+
+
+class Overtaken(Fault):
+    """A newer attempt begins, and removes what this one has not finished, before the n-th system call of a save."""
+
+    def __init__(self, at: int, directory: Path) -> None:
+        super().__init__(at)
+        self.directory = directory
+
+    def _call(self) -> None:
+        self.calls += 1
+        if self.calls == self.at:
+            claims = self.directory / "attempts"
+            claims.mkdir(parents=True)
+            (claims / "000002.json").write_text("{}")
+            collect_leftovers(FileLayer(), self.directory, 2)
+
+
+def test_overtaken_at_every_system_call(tmp_path: Path) -> None:
+    """Proves that a save during which a newer attempt begins says that, whatever it misses then, and commits nothing: or had
+    committed already."""
+    probe = Fault(0)
+    save(tmp_path / "probe", 2, layer=probe)
+    for at in range(1, probe.calls + 1):
+        directory = tmp_path / str(at)
+        layer = Overtaken(at, directory)
+        if at == probe.calls:  # the directory's sync, behind the rename
+            save(directory, 2, layer=layer)
+            assert [m.step for m in committed(directory)] == [2]
+        else:
+            with pytest.raises(FencedError, match=r"step 2 was not committed: rank 0 .*attempt 2 has taken over"):
+                save(directory, 2, layer=layer)
+            assert committed(directory) == [], at
 
 
 def test_a_disk_full_within_a_big_tensor_is_called_that(tmp_path: Path) -> None:

@@ -35,7 +35,7 @@ from wbdist.checkpoint.verdict import Failure, raise_failures
 from wbdist.core.coordination import Coordinator
 from wbdist.core.position import RunPosition
 from wbdist.core.tails import JournalPrefix
-from wbdist.errors import CheckpointError
+from wbdist.errors import CheckpointError, FencedError
 
 log = logging.getLogger("wbdist.checkpoint")
 
@@ -153,7 +153,7 @@ def run_save(coordinator: Coordinator, layer: FileLayer, request: SaveRequest, d
     raise_failures([a.failure for a in arrivals if a.failure is not None], nothing)
     _check_alike(arrivals)
 
-    failure = _attempt(rank, lambda: _open(layer, request, temporary)) if rank == 0 else None
+    failure = _attempt(rank, request, lambda: _open(layer, request, temporary)) if rank == 0 else None
     raise_failures(_told(coordinator, f"{key}/ready", _Verdict(failure), left()), nothing)
 
     files: dict[str, FileEntry] = {}
@@ -167,7 +167,7 @@ def run_save(coordinator: Coordinator, layer: FileLayer, request: SaveRequest, d
             kept = write_history(layer, temporary, rank, request.history(), request.kept)
             files |= kept
     except Exception as error:  # noqa: BLE001  (whatever it is, the peers must learn of it; raised again below)
-        failure = Failure.of(rank, error)
+        failure = _failure(rank, request, error)
     reports = [
         msgspec.msgpack.decode(word, type=_Written)
         for word in coordinator.gather(f"{key}/done", msgspec.msgpack.encode(_Written(files, run, failure)), left())
@@ -179,7 +179,7 @@ def run_save(coordinator: Coordinator, layer: FileLayer, request: SaveRequest, d
 
     failure = None
     if rank == 0:
-        failure = _attempt(rank, lambda: _commit(layer, request, temporary, reports))
+        failure = _attempt(rank, request, lambda: _commit(layer, request, temporary, reports))
         if failure is not None and temporary.exists():
             _discard(layer, temporary)
     verdict = _Verdict(failure, time.time())
@@ -206,12 +206,23 @@ def clear_away(rank: int, layer: FileLayer, request: SaveRequest) -> None:
             log.warning("old checkpoints are not removed: %s", error)
 
 
-def _attempt(rank: int, act: Callable[[], object]) -> Failure | None:
+def _attempt(rank: int, request: SaveRequest, act: Callable[[], object]) -> Failure | None:
     try:
         act()
     except Exception as error:  # noqa: BLE001  (told to all ranks and raised there)
-        return Failure.of(rank, error)
+        return _failure(rank, request, error)
     return None
+
+
+def _failure(rank: int, request: SaveRequest, error: Exception) -> Failure:
+    """A newer attempt removes what this one has not finished: whatever is missed then, that is the reason."""
+    try:
+        retention.check_fence(request.directory, request.attempt)
+    except FencedError as reason:
+        return Failure.of(rank, reason)
+    except OSError:  # the directory cannot be looked at, which may be the very error
+        pass
+    return Failure.of(rank, error)
 
 
 def _told(coordinator: Coordinator, name: str, verdict: _Verdict, timeout: float) -> list[Failure]:
