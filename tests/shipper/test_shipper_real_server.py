@@ -27,11 +27,11 @@ ROOT = Path(__file__).resolve().parents[2]
 class RealServer:
     """`wbdist server` on one data directory and port, killed and started at will."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, port: str = "") -> None:
         self.data = directory / "data"
         self._port_file = directory / "url"
         self.url = ""
-        self.start()
+        self.start(port)
         self.key = (self.data / "admin.key").read_text().strip()
 
     def start(self, port: str = "") -> None:
@@ -152,3 +152,24 @@ def test_the_embedded_server_is_found_again_on_another_port(server: RealServer, 
     client.ensure_shipper(wandb.root)
     wandb.wait_for("the end", lambda: server.state() == "finished")
     assert server.steps() == list(range(30))
+
+
+def test_another_server_on_the_port_refuses_nothing_for_ours(server: RealServer, wandb: Any, tmp_path: Path) -> None:
+    """Proves that rows wait for the embedded server when it has died and another one, which knows no such key, has its port
+    before it is back: they are not given up as refused."""
+    (tmp_path / "other").mkdir()
+    journal = wandb.journal(server.url, data_dir=str(server.data))
+    client.watch(wandb.root, journal.path, server.url, server.key)
+    wandb.rows(journal, 0, 10)
+    assert client.flush(wandb.root, journal.path, 30.0), wandb.log()
+    server.kill()
+    other = RealServer(tmp_path / "other", port=server.url.rpartition(":")[2])
+    try:
+        wandb.rows(journal, 10, 20)
+        wandb.wait_for("the other's answer", lambda: "is another server's now" in wandb.log())
+        assert not client.flush(wandb.root, journal.path, 0.5)
+        server.start("0")
+        assert client.flush(wandb.root, journal.path, 30.0), wandb.log()
+        assert server.steps() == list(range(20))
+    finally:
+        other.kill()

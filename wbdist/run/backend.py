@@ -6,6 +6,7 @@ import contextlib
 import fcntl
 import http.client
 import os
+import select
 import subprocess
 import sys
 import time
@@ -79,11 +80,31 @@ def running(data_dir: Path) -> str | None:
 
 def last_url(data_dir: Path) -> str | None:
     """URL that the data directory's server said last; it may not run any more. Asks nobody."""
+    found = _server_file(data_dir)
+    return None if found is None else found.url.rstrip("/")
+
+
+def alive(data_dir: Path) -> bool:
+    """Whether the process lives that was the data directory's server last (not one that waits to be reaped). Asks nobody."""
+    found = _server_file(data_dir)
+    if found is None:
+        return False
     try:
-        found = msgspec.json.decode((data_dir / SERVER_FILE).read_bytes(), type=_ServerFile)
+        pidfd = os.pidfd_open(found.pid)
+    except OSError:
+        return False
+    try:
+        ended, _, _ = select.select([pidfd], [], [], 0)
+    finally:
+        os.close(pidfd)
+    return not ended
+
+
+def _server_file(data_dir: Path) -> _ServerFile | None:
+    try:
+        return msgspec.json.decode((data_dir / SERVER_FILE).read_bytes(), type=_ServerFile)
     except (OSError, msgspec.DecodeError):
         return None
-    return found.url.rstrip("/")
 
 
 def healthy(url: str) -> bool:

@@ -73,9 +73,11 @@ class Remote:
             reused = self._connection is not None
             try:
                 answer = self._post(path, body)
-                if answer.status == http.HTTPStatus.UNAUTHORIZED and self._has_moved():
-                    continue  # another server has taken the port
-                return answer
+                if answer.ok or not self._is_strangers():
+                    return answer
+                if self._has_moved():
+                    continue
+                raise UnreachableError(f"{self.base_url} is another server's now, and the one of {self._data_dir} does not run")
             except (OSError, http.client.HTTPException) as error:
                 self.close()
                 if reused and not isinstance(error, TimeoutError):
@@ -118,11 +120,20 @@ class Remote:
             self._put_connection.close()
             self._put_connection = None
 
+    def _is_strangers(self) -> bool:
+        """Whether who answers is not the embedded server: that one has died or moved, and others took its port."""
+        if not self._data_dir:
+            return False
+        from wbdist.run import backend  # a shipper whose server stays where it is does without
+
+        data_dir = Path(self._data_dir)
+        return backend.last_url(data_dir) != self.base_url or not backend.alive(data_dir)
+
     def _has_moved(self) -> bool:
         """Whether the embedded server says another address than the one we know; that one is used from now on."""
         if not self._data_dir:
             return False
-        from wbdist.run import backend  # a shipper whose server stays where it is does without
+        from wbdist.run import backend
 
         url = backend.last_url(Path(self._data_dir))
         if url is None or url == self.base_url:
