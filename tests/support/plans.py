@@ -85,7 +85,7 @@ AIMS: tuple[tuple[str, str, int], ...] = (
     ("rank", "wbdist.run.journal:JournalWriter.log", 90),
     ("rank", "wbdist.run.journal:JournalWriter.commit_row", 40),
     ("rank", "wbdist.run.journal:JournalWriter.sync", 4),
-    ("rank", "wbdist.run.journal:sync_directory", 1),
+    ("rank", "wbdist.disk:sync_directory", 4),
     ("rank", "wbdist.run.lifecycle:_register", 1),
     ("rank", "wbdist.run.lifecycle:_make_directory", 1),
     ("rank", "wbdist.distributed.strategies:open_runs", 1),

@@ -28,6 +28,7 @@ import msgspec
 
 from wbdist.checkpoint.retention import newest_attempt
 from wbdist.core.ids import id_from_entropy
+from wbdist.disk import sync_directory
 from wbdist.errors import CheckpointError, JobAlreadyRunningError
 
 _FLOCK = "hhqqi"
@@ -218,11 +219,7 @@ def _write_durably(path: Path, data: bytes) -> None:
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)
-    parent = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(parent)
-    finally:
-        os.close(parent)
+    sync_directory(path.parent)
 
 
 def attempts(directory: Path) -> list[Attempt]:

@@ -20,6 +20,7 @@ import xxhash
 from typing_extensions import Buffer
 
 from wbdist.checkpoint.manifest import FileEntry
+from wbdist.disk import sync_directory
 
 _BUFFER = 1 << 18
 _DIRECT = 1 << 20
@@ -123,12 +124,7 @@ class FileLayer:
         os.fsync(fd)
 
     def sync_directory(self, path: Path) -> None:
-        """Makes the names in `path` durable, not only the files behind them."""
-        fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            os.fsync(fd)
-        finally:
-            os.close(fd)
+        sync_directory(path)
 
     def rename(self, old: Path, new: Path) -> None:
         """Refuses to replace a directory that holds anything (ENOTEMPTY)."""

@@ -26,6 +26,7 @@ from typing import Literal
 
 import msgspec
 
+from wbdist.disk import sync_directory
 from wbdist.distributed.merging import Feed, Merger, exit_code_of
 from wbdist.errors import Error, InitStartError, JournalCorruptError
 from wbdist.run import machine
@@ -37,7 +38,6 @@ from wbdist.run.journal import (
     JournalWriter,
     Kind,
     journal_name,
-    sync_directory,
     writer_alive,
 )
 from wbdist.run.journal_storage import is_local

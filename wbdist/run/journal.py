@@ -22,6 +22,7 @@ from zlib import crc32
 
 from wbdist.core.rows import StepRule
 from wbdist.core.summary import SummaryTracker
+from wbdist.disk import sync_directory
 from wbdist.errors import DiskFullError, JournalError, ShutdownError, UsageError
 from wbdist.run.journal_format import (
     BODY_HEAD,
@@ -510,15 +511,6 @@ def _fault(error: OSError, path: Path, consequence: str) -> JournalError:
     return JournalError(
         f"the journal {path} failed ({error.strerror or error}): {consequence}; everything logged before it is in the journal"
     )
-
-
-def sync_directory(directory: Path) -> None:
-    """Makes the names in it durable. Blocks for the disk; raises OSError."""
-    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
 
 
 def _after_fork() -> None:

@@ -22,6 +22,8 @@ from typing import Self
 
 import msgspec
 
+from wbdist.disk import sync_directory
+
 _MAX_NAME = 1024
 _ABANDONED = 86400.0
 """Seconds after which a file in `tmp` is nobody's: no address for an upload is good for longer."""
@@ -140,7 +142,7 @@ class ContentWriter:
             self._file.close()
             place.parent.mkdir(parents=True, exist_ok=True)
             self._path.replace(place)
-            _sync_directory(place.parent)
+            sync_directory(place.parent)
         return content
 
     def __enter__(self) -> Self:
@@ -151,14 +153,6 @@ class ContentWriter:
         with contextlib.suppress(OSError):
             self._file.close()
         self._path.unlink(missing_ok=True)
-
-
-def _sync_directory(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 @contextlib.contextmanager
