@@ -5,7 +5,9 @@ from __future__ import annotations
 import multiprocessing
 import os
 import random
+import resource
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -20,6 +22,7 @@ from support.feeding import wait_until
 import wbdist
 from wbdist.distributed.identity import detect
 from wbdist.distributed.pool import Pool
+from wbdist.distributed.pool_jobs import ResultIterator
 from wbdist.distributed.pool_keeper import TaskFailedError, WorkerLostError
 from wbdist.errors import UsageError
 
@@ -316,6 +319,44 @@ def test_initializer_and_replacement() -> None:
     with Pool(2, maxtasksperchild=2, context="fork") as pool:
         pids = pool.map(lambda _: os.getpid(), range(12), chunksize=1)
         assert max(pids.count(pid) for pid in pids) == 2
+
+
+def test_nothing_that_a_caller_gives_leaves_others_waiting(pool: Pool, capsys: pytest.CaptureFixture[str]) -> None:
+    """Proves that an iterable and a callback which end their thread are heard of, and that the pool goes on."""
+
+    def leaving() -> Iterator[int]:
+        yield 2
+        sys.exit("no more of this")
+
+    results = pool.imap(square, leaving())
+    assert results.next(timeout=60) == 4
+    with pytest.raises(SystemExit, match="no more of this"):
+        results.next(timeout=60)
+    assert pool.apply_async(square, (3,), callback=sys.exit).get(timeout=60) == 9
+    assert "the callback of apply(square) failed" in capsys.readouterr().err
+    assert pool.apply_async(square, (4,)).get(timeout=60) == 16
+
+
+def test_a_pool_that_cannot_go_on_says_why() -> None:
+    """Proves that a pool without descriptors for a new worker raises that from all it is asked, and leaves no worker."""
+    pool = Pool(2, context="fork")
+    assert pool.apply_async(square, (2,)).get(timeout=60) == 4
+    pids = pool.pids
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (0, hard))
+    try:
+        with pytest.raises(WorkerLostError):
+            pool.apply_async(stop_at, (-signal.SIGKILL,)).get(timeout=60)
+        pool._keeper.join(60)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    for ask in (lambda: pool.apply(square, (2,)), lambda: pool.imap(square, [2])):
+        with pytest.raises(OSError, match="Too many open files"):
+            ask()
+    with pytest.raises(OSError, match="Too many open files"):  # it broke after the call had looked
+        pool._keeper.register(ResultIterator(1, b"", "imap(square)", ordered=True))
+    pool.terminate()
+    assert not any(psutil.pid_exists(pid) for pid in pids)
 
 
 def test_bad_arguments_are_refused() -> None:

@@ -7,9 +7,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import msgspec
 import pytest
 
 import wbdist
+from wbdist.run.artifact_record import ArtifactRecord
+from wbdist.run.files import FileRecord
+from wbdist.run.journal import Kind
 
 ROOT = Path(__file__).resolve().parents[2]
 WRITER = """
@@ -52,3 +56,24 @@ def test_what_excludes_shared(embedded: Path) -> None:
     for given in ({"resume": "allow"}, {"fork_from": "x?_step=1"}):
         with pytest.raises(wbdist.UsageError, match="shared"):
             wbdist.init(project="p", id="one", mode="shared", **given)
+
+
+@pytest.mark.usefixtures("embedded")
+def test_what_no_header_and_no_file_system_can_hold_keeps_no_other_file_back(
+    own_directory: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Proves that files of a writer with a Korean label arrive, also behind one that cannot be looked for, which is said."""
+    (own_directory / "notes.txt").write_text("kept")
+    with wbdist.init(project="p", id="one", settings=wbdist.Settings(mode="shared", x_label="학습 😀")) as run:
+        run.log({"m": 1}, step=0)
+        odd = FileRecord(path="\0", name="odd.txt", policy="now", source="\0")
+        run.journal.append(Kind.FILE, msgspec.to_builtins(odd))
+        lost = ArtifactRecord("\0", "odd", "data", "c" * 32, "d")
+        run.journal.append(Kind.ARTIFACT, msgspec.to_builtins(lost))
+        run.save("notes.txt")
+    found = wbdist.Api().run("p/one")
+    assert "notes.txt" in [file.name for file in found.files()]
+    assert [row["m"] for row in found.scan_history()] == [1]
+    said = capsys.readouterr().err
+    assert "odd.txt: a fault of the shipper (ValueError" in said
+    assert "artifact odd: a fault of the shipper (ValueError" in said

@@ -15,6 +15,7 @@ from wbdist.core.position import HISTORY, PHASES, Watermark
 from wbdist.run.journal import JournalWriter, Kind
 from wbdist.run.shipper import remote
 from wbdist.run.shipper.delivery import Delivery, Pace, State
+from wbdist.run.shipper.lane import Lane
 from wbdist.run.shipper.remote import Remote
 
 FAST = Pace(ours=0.0, foreign=0.0, poll=0.0, idle=0.0, retry_min=0.01, retry_max=0.02)
@@ -343,3 +344,34 @@ def test_a_foreign_server_gets_w_and_bs_own_rule(foreign: Any, wandb: Any, deliv
     assert [json.loads(foreign.offsets[2 + i])["i"] for i in range(60)] == list(range(60))
     assert foreign.marks == ["complete 0", "ended exit"]
     assert not [body for _, body in foreign.requests if PHASES in body.get("files", {})]
+
+
+def test_a_journal_that_is_not_understood_stops_no_other(loopback: Any, wandb: Any) -> None:
+    """Proves that a record which this version cannot read costs its own journal alone: who waits for it is told why, the
+    journals beside it are delivered. Such a journal comes of another version."""
+    odd, sound = wandb.journal(loopback.url, run_id="a"), wandb.journal(loopback.url, run_id="b", attempt=2)
+    odd.append(Kind.FILE, {"name": "of/another/version"})
+    wandb.rows(sound, 0, 5)
+    lane = Lane(loopback.url, "", lambda: "k" * 40, logging.getLogger("test"), FAST)
+    try:
+        lane.add(odd.path, None)
+        acked, error = lane.flush(odd.path, 20.0, priority=False)
+        assert not acked
+        assert error.startswith("a fault of the shipper (ValidationError")
+        lane.add(sound.path, None)
+        assert lane.flush(sound.path, 20.0, priority=False) == (True, "")
+    finally:
+        lane.stop(1.0)
+    assert steps(loopback, attempt=2) == list(range(5))
+
+
+def test_a_damaged_memory_of_a_foreign_server_is_named(foreign: Any, wandb: Any, deliver: Callable[..., Delivery]) -> None:
+    """Proves that a file cut off by a power loss is named with what follows from it, instead of sending everything twice."""
+    writer = wandb.journal(foreign.url)
+    wandb.rows(writer, 0, 2)
+    memory = writer.path.with_name(writer.path.name + ".offsets")
+    memory.touch()
+    delivery = run(deliver(writer, url=foreign.url), wandb)
+    assert delivery.state is State.FAILED
+    assert f"{memory} does not say what the server has" in delivery.error
+    assert foreign.offsets == {}

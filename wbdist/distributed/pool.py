@@ -267,7 +267,7 @@ def _feed(  # noqa: PLR0917  (as its caller has them)
                 return
             index += len(part)
         job.ends_at(index)
-    except Exception as error:  # noqa: BLE001  (the iterable's own: it stands where its next item would)
+    except BaseException as error:  # noqa: BLE001  (the iterable's own, SystemExit too: it stands where its next item would)
         job.put(index, False, error)
         job.ends_at(index + 1)
     keeper.forget_settled(job)

@@ -103,7 +103,7 @@ class AsyncResult(Job):
         if callback is not None:
             try:
                 callback(value if error is None else error)
-            except Exception:  # noqa: BLE001  (it runs in the thread that serves all workers)
+            except BaseException:  # noqa: BLE001  (SystemExit, too: it runs in the thread that serves all workers)
                 sys.stderr.write(f"the callback of {self.what} failed:\n{traceback.format_exc()}")
         self._event.set()
 

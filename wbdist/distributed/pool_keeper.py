@@ -158,8 +158,10 @@ class Keeper(threading.Thread):
         self.wake()
 
     def register(self, job: Job) -> None:
-        """The job's calls come later, one by one."""
+        """The job's calls come later, one by one. Raises what broke the pool."""
         with self.changed:
+            if self.broken is not None:
+                raise self.broken
             self.jobs[job.number] = job
 
     def submit_when(self, job: Job, calls: list[Call], ahead: int) -> bool:
@@ -190,6 +192,11 @@ class Keeper(threading.Thread):
         try:
             while self._turn():
                 pass
+        except Exception as error:  # noqa: BLE001  (no descriptors left, and the like: raised by everything that is asked)
+            self._break(error)
+            for worker in self.workers:
+                worker.process.kill()
+                worker.process.join()
         finally:
             with self.changed:
                 self.broken = self.broken or UsageError("the pool has ended")

@@ -5,6 +5,8 @@ Other servers ignore these fields; a client finds out whether they count by look
 
 from __future__ import annotations
 
+import json
+
 import msgspec
 
 from wbdist.core.position import Counts, Watermark
@@ -48,6 +50,10 @@ class FileStamp(msgspec.Struct, frozen=True, omit_defaults=True):
     seq: int
     step: int | None = None
     """The run's last step when the file was saved; None: the last one that the server has."""
+
+    def header(self) -> str:
+        """Of STAMP_HEADER. ASCII alone, whatever the writer is called: HTTP's headers hold nothing else."""
+        return json.dumps(msgspec.to_builtins(self), separators=(",", ":"))
 
 
 class StreamAnswer(msgspec.Struct, frozen=True, omit_defaults=True):

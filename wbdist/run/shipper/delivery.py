@@ -181,6 +181,10 @@ class Delivery:
             self._finish(State.FAILED, str(error))
         except (JournalCorruptError, OSError) as error:
             self._finish(State.FAILED, f"the journal cannot be read: {error}")
+        except Exception as error:  # noqa: BLE001  (said; the thread delivers other journals, too)
+            self._log.exception("%s: a fault of the shipper", self.path)
+            fault = f"{type(error).__name__}: {error}"
+            self._finish(State.FAILED, f"a fault of the shipper ({fault}); logs/shipper.log has its traceback")
 
     def _step(self, now: float) -> None:
         ticket = self.asked

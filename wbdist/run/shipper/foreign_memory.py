@@ -6,6 +6,8 @@ from pathlib import Path
 
 import msgspec
 
+from wbdist.errors import JournalCorruptError
+
 
 class ForeignMemory:
     """Of one journal and one server, in a file beside the journal, so that sending everything again after a restart overwrites
@@ -26,4 +28,11 @@ class ForeignMemory:
         fresh.replace(self._path)
 
     def _all(self) -> dict[str, dict[str, int]]:
-        return msgspec.json.decode(self._path.read_bytes(), type=dict[str, dict[str, int]]) if self._path.exists() else {}
+        if not self._path.exists():
+            return {}
+        try:
+            return msgspec.json.decode(self._path.read_bytes(), type=dict[str, dict[str, int]])
+        except msgspec.DecodeError as error:
+            raise JournalCorruptError(
+                f"{self._path} does not say what the server has ({error}); without it, what was sent may be there twice"
+            ) from error

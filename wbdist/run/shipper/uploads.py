@@ -139,11 +139,11 @@ class Uploads:
 
     def step(self, remote: Remote, now: float, writer_alive: Callable[[], bool]) -> None:
         """Sends what waits, a batch at most; sets `due`. Blocks as long as its requests do."""
-        if self.watching:
-            self._look(writer_alive)
         batch = self._batch()
         wire = Wire(remote)
         try:
+            if self.watching:
+                self._look(writer_alive)
             if batch:
                 self._send(wire, batch)
             elif self._begun and (artifact := self.artifacts.next()) is not None:
@@ -162,13 +162,21 @@ class Uploads:
         except FailedError as error:
             for version in batch:
                 self._fail(version, str(error))
+        except Exception as error:  # noqa: BLE001  (said; the thread sends the files of other journals, too)
+            self.trouble, self.due = self._fault(error), now + RETRY_MAX
+            for version in batch:
+                if version in self._pending:
+                    self._fail(version, self.trouble)
 
     def _send_artifact(self, wire: Wire, seq: int, record: ArtifactRecord) -> None:
         try:
             self.artifacts.send(wire, self._run, ours=self._ours, seq=seq, record=record)
-        except (FailedError, OSError) as error:
-            self._log.error("artifact %s of run %s is not uploaded: %s", record.name, self._header.run_id, error)
-            self.failed[f"artifact {record.name}"] = str(error)
+        except (UnreachableError, AgainError, ChangedError):
+            raise
+        except Exception as error:  # noqa: BLE001  (said; what comes behind it is sent all the same)
+            reason = str(error) if isinstance(error, FailedError | OSError) else self._fault(error)
+            self._log.error("artifact %s of run %s is not uploaded: %s", record.name, self._header.run_id, reason)
+            self.failed[f"artifact {record.name}"] = reason
         self.artifacts.drop()
         self.progress += 1
 
@@ -236,6 +244,10 @@ class Uploads:
                 self._fail(version, str(error))
             except ChangedError as error:
                 changed = error
+            except (UnreachableError, AgainError):
+                raise
+            except Exception as error:  # noqa: BLE001  (said; the others of the batch are sent all the same)
+                self._fail(version, self._fault(error))
         if changed is not None:
             raise changed
 
@@ -285,7 +297,7 @@ class Uploads:
         if self._ours:
             header = self._header
             stamp = FileStamp(header.attempt, header.nonce, version.writer, version.seq, version.record.step)
-            headers[STAMP_HEADER] = msgspec.json.encode(stamp).decode()
+            headers[STAMP_HEADER] = stamp.header()
         self._known[name] = wire.put(name, url, file, headers)
         self.progress += 1
         with self._lock:
@@ -302,7 +314,15 @@ class Uploads:
         path = self._place(version.record)
         superseded = version.writer == self._header.writer and self._newest[version.record.name] > version.seq
         if superseded and path.parent == self._directory / STAGED:
-            path.unlink(missing_ok=True)
+            try:
+                path.unlink(missing_ok=True)
+            except OSError as error:
+                self._log.warning("%s has arrived and cannot be removed: %s", path, error)
+
+    def _fault(self, error: Exception) -> str:
+        """What to say of an error that nobody has thought of; the log has its traceback. Called where it is handled."""
+        self._log.exception("files of run %s: a fault of the shipper", self._header.run_id)
+        return f"a fault of the shipper ({type(error).__name__}: {error}); logs/shipper.log has its traceback"
 
     def _fail(self, version: Version, reason: str) -> None:
         self._log.error("file %s of run %s is not uploaded: %s", version.record.name, self._header.run_id, reason)
