@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from support.dying import free_port
+from support.torchrun import torchrun
 
 from wbdist.checkpoint.manifest import committed
 
@@ -17,29 +18,21 @@ PROGRAM = Path(__file__).parent / "programs" / "alone.py"
 pytestmark = pytest.mark.slow
 
 
-def torchrun(directory: Path, *arguments: int) -> tuple[int, list[str]]:
-    """Exit code, and what the two ranks said; that once which both said."""
+def train(directory: Path, steps: int, dies_after: int = 0) -> list[str]:
+    """What the two ranks said; that once which both said."""
     directory.mkdir(exist_ok=True)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(PROGRAM)]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    done = subprocess.run(
-        [*command, *map(str, arguments)], cwd=directory, env=env, capture_output=True, text=True, timeout=250, check=False
-    )
-    said = [line for line in done.stdout.splitlines() if line.partition(" ")[0] in {"restored", "note", "weights"}]
-    return done.returncode, list(dict.fromkeys(said))
+    said = torchrun(2, PROGRAM, steps, dies_after, cwd=directory, exit_code=1 if dies_after else 0).splitlines()
+    return list(dict.fromkeys(line for line in said if line.partition(" ")[0] in {"restored", "note", "weights"}))
 
 
 def test_under_torchrun(tmp_path: Path) -> None:
     """Two DDP ranks, one of them killed: the same command goes on and ends with the weights of a training never killed."""
-    code, whole = torchrun(tmp_path / "whole", 10, 0)
-    assert code == 0
+    whole = train(tmp_path / "whole", 10)
     assert whole[0] == "restored nothing"
-    code, _ = torchrun(tmp_path / "cut", 10, 8)
-    assert code != 0
+    train(tmp_path / "cut", 10, dies_after=8)
     (step,) = {manifest.step for manifest in committed(tmp_path / "cut" / "ckpt")[:1]}
     assert step in {3, 6}
-    code, said = torchrun(tmp_path / "cut", 10, 0)
-    assert (code, said) == (0, [f"restored step-{step}.a1", whole[-1]])
+    assert train(tmp_path / "cut", 10) == [f"restored step-{step}.a1", whole[-1]]
     assert committed(tmp_path / "cut" / "ckpt")[0].name == "step-10.a2"
 
 
@@ -48,7 +41,7 @@ def test_two_hosts_that_do_not_see_one_directory(tmp_path: Path) -> None:
     checkpoint that is whole for both, and the next save says what is wrong."""
     if os.geteuid() != 0 or shutil.which("unshare") is None:
         pytest.skip("giving a process a mount of its own needs root and unshare")
-    assert torchrun(tmp_path, 4, 0)[0] == 0
+    train(tmp_path, 4)
     shutil.copytree(tmp_path / "ckpt", tmp_path / "other")
     damaged = tmp_path / "other" / "step-4.a1" / "shared" / "state.json"
     damaged.write_bytes(damaged.read_bytes().replace(b"0.1", b"0.2", 1))

@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 from support.feeding import PROGRAMS, REPOSITORY
+from support.torchrun import torchrun
 
 from wbdist.core.coordination import Coordinator
 from wbdist.distributed import coordination
@@ -257,19 +258,16 @@ def out(tmp_path: Path) -> Iterator[Path]:
     return directory
 
 
-def torchrun(out: Path, size: int, *arguments: str, program: tuple[str, ...] = ()) -> list[dict[str, Any]]:
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(size), *arguments]
-    command += [str(PROGRAMS / "elastic.py"), str(out), *program]
-    env = {**os.environ, "PYTHONPATH": f"{REPOSITORY}{os.pathsep}{PROGRAMS}", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=100, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
+def facts_of(size: int, out: Path, *kill: int, options: tuple[str, ...] = ("--standalone",)) -> list[dict[str, Any]]:
+    """What each rank of elastic.py saw."""
+    torchrun(size, PROGRAMS / "elastic.py", out, *kill, options=options)
     return [json.loads((out / f"{rank}.json").read_text()) for rank in range(size)]
 
 
 @pytest.mark.parametrize("size", [1, pytest.param(4, marks=pytest.mark.slow)])
 def test_under_torchrun(out: Path, size: int) -> None:
     """Proves identity, coordination and the process group under torchrun with 1 and 4 gloo ranks (2: below)."""
-    facts = torchrun(out, size, "--standalone")
+    facts = facts_of(size, out)
     for rank, seen in enumerate(facts):
         assert seen["identity"] == [rank, size, rank, size, "torchrun", "torchrun"]
         assert seen["gathered"] == [f"r{n}" for n in range(size)]
@@ -288,6 +286,6 @@ def test_first_restart_succeeds(out: Path, rendezvous: str) -> None:
         if rendezvous == "static"
         else ("--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{free_port()}", "--rdzv-id", "r1")
     )
-    facts = torchrun(out, 2, *where, "--max-restarts", "3", "--monitor-interval", "0.1", program=("1",))
+    facts = facts_of(2, out, 1, options=(*where, "--max-restarts", "3", "--monitor-interval", "0.1"))
     assert [seen["restart"] for seen in facts] == [1, 1]
     assert [seen["sum"] for seen in facts] == [1.0, 1.0]

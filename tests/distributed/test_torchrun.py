@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-from support.feeding import PROGRAMS, REPOSITORY, records_of, rows_of
+from support.feeding import PROGRAMS, records_of, rows_of
+from support.torchrun import torchrun
 
 from wbdist.run.journal import JournalReader, Kind, find_journals
 
@@ -19,18 +17,8 @@ STEPS = 10
 
 def play(size: int, root: Path) -> dict[str, dict[str, list[dict[str, Any]]]]:
     """Strategy -> run id -> rows, of a job of `size` gloo ranks under each; checks what the ranks themselves saw."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(size)]
-    done = subprocess.run(
-        [*command, str(PROGRAMS / "torchrun_job.py"), str(STEPS), "rank0", "per_rank"],
-        cwd=root,
-        env={**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=250,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
-    seen = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"strategy"')]
+    said = torchrun(size, PROGRAMS / "torchrun_job.py", STEPS, "rank0", "per_rank", cwd=root)
+    seen = [json.loads(line) for line in said.splitlines() if line.startswith('{"strategy"')]
     assert sorted((facts["strategy"], facts["rank"]) for facts in seen) == sorted(
         (strategy, rank) for strategy in ("rank0", "per_rank") for rank in range(size)
     )

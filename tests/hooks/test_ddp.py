@@ -12,30 +12,15 @@ from typing import Any
 
 import pytest
 from support.feeding import REPOSITORY, rows_of
+from support.torchrun import torchrun
 
 from wbdist.run.journal import JournalHeader, JournalReader, find_journals
 
 PROGRAMS = Path(__file__).with_name("programs")
 
 
-def torchrun(ranks: int, program: str, *args: object, cwd: Path) -> str:
-    """What the ranks printed; fails with it when they did not end well."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-    done = subprocess.run(
-        [*command, str(PROGRAMS / program), *map(str, args)],
-        cwd=cwd,
-        env={**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=600,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
-    return done.stdout + done.stderr
-
-
 def check_bits(ranks: int, seed: int, cases: int, tmp_path: Path) -> None:
-    torchrun(ranks, "ddp_bits.py", tmp_path, seed, cases, cwd=tmp_path)
+    torchrun(ranks, PROGRAMS / "ddp_bits.py", tmp_path, seed, cases, cwd=tmp_path, timeout=600)
     report = json.loads((tmp_path / "report.json").read_text())
     assert len(report["cases"]) == cases
     for trial in report["cases"]:
@@ -96,7 +81,7 @@ def runs_of(root: Path) -> dict[str, list[dict[str, Any]]]:
 def test_a_job_tells_of_its_reduction(strategy: str, tmp_path: Path) -> None:
     """Proves that one line brings the numbers into the row of each step, under both strategies; that a NaN is told with the
     parameter's name, once; that `watch` works on each rank beside it; and that a hook that is there already is refused."""
-    said = torchrun(2, "ddp_job.py", strategy, cwd=tmp_path)
+    said = torchrun(2, PROGRAMS / "ddp_job.py", strategy, cwd=tmp_path)
     assert said.count("has the communication hook allreduce_hook already") == 2
     assert said.count("step 5: the gradient is not finite: 5 elements, in weight, bias") == 1
     runs = runs_of(tmp_path)
@@ -138,9 +123,9 @@ def test_uneven_data_within_a_step(tmp_path: Path) -> None:
     happen in between, and the job goes on to the history and the weights of one that was not stopped."""
     for directory in ("stopped", "straight"):
         (tmp_path / directory).mkdir()
-    assert "weights" not in torchrun(3, "ddp_uneven.py", tmp_path / "stopped", cwd=tmp_path / "stopped")
-    resumed = torchrun(3, "ddp_uneven.py", tmp_path / "stopped", cwd=tmp_path / "stopped")
-    straight = torchrun(3, "ddp_uneven.py", tmp_path / "straight", "straight", cwd=tmp_path / "straight")
+    assert "weights" not in torchrun(3, PROGRAMS / "ddp_uneven.py", tmp_path / "stopped", cwd=tmp_path / "stopped")
+    resumed = torchrun(3, PROGRAMS / "ddp_uneven.py", tmp_path / "stopped", cwd=tmp_path / "stopped")
+    straight = torchrun(3, PROGRAMS / "ddp_uneven.py", tmp_path / "straight", "straight", cwd=tmp_path / "straight")
     assert resumed[resumed.index("weights") :].splitlines()[0] == straight[straight.index("weights") :].splitlines()[0]
     found = []
     for root in ("stopped", "straight"):
@@ -155,8 +140,8 @@ def test_uneven_data_within_a_step(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_all_steps_under_one_join(tmp_path: Path) -> None:
     """Proves that Join around a job's steps does no harm: saves, an agreed stop and the next attempt are as without it."""
-    assert "weights" not in torchrun(2, "ddp_uneven.py", tmp_path, "around", cwd=tmp_path)
-    assert "weights" in torchrun(2, "ddp_uneven.py", tmp_path, "around", cwd=tmp_path)
+    assert "weights" not in torchrun(2, PROGRAMS / "ddp_uneven.py", tmp_path, "around", cwd=tmp_path)
+    assert "weights" in torchrun(2, PROGRAMS / "ddp_uneven.py", tmp_path, "around", cwd=tmp_path)
     journals = sorted(find_journals(tmp_path / "wandb"), key=lambda path: header_of(path).attempt)
     rows = {row["_step"]: row.get("batches") for path in journals if header_of(path).role == "run" for row in rows_of(path)}
     assert rows == dict.fromkeys(range(10), 4.0)
@@ -166,7 +151,7 @@ def test_all_steps_under_one_join(tmp_path: Path) -> None:
 def test_a_rank_with_other_data_is_refused(tmp_path: Path) -> None:
     """Proves that a rank whose loader makes other steps than rank 0's says so at once; the others would wait for it."""
     with pytest.raises(AssertionError) as ended:
-        torchrun(2, "ddp_uneven.py", tmp_path, "other", cwd=tmp_path)
+        torchrun(2, PROGRAMS / "ddp_uneven.py", tmp_path, "other", cwd=tmp_path)
     said = str(ended.value)
     assert "refused on rank 1: job.steps() loops over other data on rank 1 than on rank 0" in said
     assert "rank 0: 80 samples, batch_size=4" in said
@@ -177,7 +162,7 @@ def test_a_step_sums_in_the_same_order_first_or_not(tmp_path: Path) -> None:
     """Proves that three ranks whose DDP was made anew before any step, as after a kill, reach the very weights of those that
     went straight on: partly frozen with two types, unused parameters, static graphs, sparse gradients, gradients that are
     views of buckets, accumulating, watched, and wrapped by the script itself."""
-    torchrun(3, "ddp_settled.py", tmp_path / "report.json", cwd=tmp_path)
+    torchrun(3, PROGRAMS / "ddp_settled.py", tmp_path / "report.json", cwd=tmp_path)
     differing = json.loads((tmp_path / "report.json").read_text())
     assert len(differing) == 14
     assert not any(differing.values()), differing

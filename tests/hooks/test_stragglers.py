@@ -8,12 +8,14 @@ import time
 from pathlib import Path
 
 import pytest
-from hooks.test_ddp import torchrun
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.ranks import ThreadCoordinator, run_ranks
+from support.torchrun import torchrun
 
 from wbdist.hooks.stragglers import KEPT, WARN_AFTER, WINDOW, StragglerWatch, Verdict, judge
+
+PROGRAM = Path(__file__).parent / "programs" / "straggling.py"
 
 
 def waits_of(arrivals: list[list[float]], reduction: float) -> list[list[float]]:
@@ -92,7 +94,7 @@ def test_a_rank_that_joined_early_holds_nobody_up() -> None:
 
 def trials(ranks: int, seed: int, windows: int, share: float, tmp_path: Path) -> tuple[int, int, int, int]:
     """(windows with a slow rank, of these named right, without, of these with a false alarm)"""
-    torchrun(ranks, "straggling.py", tmp_path, seed, windows, share, cwd=tmp_path)
+    torchrun(ranks, PROGRAM, tmp_path, seed, windows, share, cwd=tmp_path, timeout=600)
     found = json.loads((tmp_path / "report.json").read_text())["windows"]
     slow = [trial for trial in found if trial["injected"][0] >= 0]
     right = [trial for trial in slow if trial["found"] and trial["found"][2] and trial["found"][0] == trial["injected"][0]]
