@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import os
 import re
-import tempfile
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from wbdist.disk import replace_private
 from wbdist.errors import AuthenticationError, UsageError
 from wbdist.settings import Settings
 
@@ -72,7 +72,8 @@ def store(base_url: str, key: str) -> Path:
     if not host:
         raise UsageError(f"{base_url!r} is not a server's address; write it as http://host:port")
     path = netrc_path()
-    old = path.read_text() if path.exists() else ""
+    # Entries in whatever encoding keep their bytes.
+    old = path.read_text("utf-8", "surrogateescape") if path.exists() else ""
     # One entry in the form that `wandb login` and this function write: `machine`, then two indented lines.
     without = re.sub(rf"^machine[ \t]+{re.escape(host)}[ \t]*\n(?:[ \t]+.*\n?)*", "", old, flags=re.MULTILINE)
     if re.search(rf"\bmachine\s+{re.escape(host)}\b", without):
@@ -81,14 +82,5 @@ def store(base_url: str, key: str) -> Path:
         without + ("" if not without or without.endswith("\n") else "\n") + f"machine {host}\n  login user\n  password {key}\n"
     )
     path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=".netrc-")  # mkstemp makes it 0600
-    try:
-        with os.fdopen(descriptor, "w") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        Path(temporary).replace(path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    replace_private(path, text.encode("utf-8", "surrogateescape"), synced=True)
     return path

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import fcntl
 import os
-import tempfile
 from pathlib import Path
 from typing import IO
 
 import msgspec
 
+from wbdist.disk import replace_private
 from wbdist.errors import EXIT_FENCED, EnvironmentFault
 
 LOCK_FILE = "server.lock"
@@ -100,22 +99,9 @@ def read_address(data_dir: Path) -> ServerAddress | None:
 
 def write_address(data_dir: Path, address: ServerAddress) -> None:
     """Call when connections are accepted."""
-    write_atomic(data_dir / ADDRESS_FILE, msgspec.json.encode(address) + b"\n")
+    replace_private(data_dir / ADDRESS_FILE, msgspec.json.encode(address) + b"\n", synced=False)
 
 
 def remove_address(data_dir: Path) -> None:
     """Call before the server stops listening."""
     (data_dir / ADDRESS_FILE).unlink(missing_ok=True)
-
-
-def write_atomic(path: Path, content: bytes) -> None:
-    """A reader sees the old content or the new, never a part."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-        Path(temporary).replace(path)
-    except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            Path(temporary).unlink()
-        raise

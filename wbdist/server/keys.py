@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
 import fcntl
 import hashlib
-import os
 import secrets
 import string
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
 
+from wbdist.disk import replace_private
 from wbdist.errors import UsageError
 
 ADMIN_KEY_FILE = "admin.key"
@@ -64,7 +62,7 @@ def open_key_ring(data_dir: Path, entity: str) -> KeyRing:
         secret=ring.secret if ring else secrets.token_hex(32), keys=[admin, *others], public=ring.public if ring else ()
     )
     if renewed != ring:
-        _write_private(path, msgspec.json.format(msgspec.json.encode(renewed)))
+        replace_private(path, msgspec.json.format(msgspec.json.encode(renewed)), synced=True)
     return renewed
 
 
@@ -84,7 +82,7 @@ def change_key_ring(data_dir: Path, change: Callable[[KeyRing], KeyRing]) -> Non
     with (data_dir / f".{AUTH_FILE}.lock").open("a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         ring = read_key_ring(data_dir)
-        _write_private(data_dir / AUTH_FILE, msgspec.json.format(msgspec.json.encode(change(ring))))
+        replace_private(data_dir / AUTH_FILE, msgspec.json.format(msgspec.json.encode(change(ring))), synced=True)
 
 
 def new_key() -> str:
@@ -95,24 +93,9 @@ def new_key() -> str:
 def _admin_key(data_dir: Path) -> str:
     path = data_dir / ADMIN_KEY_FILE
     if not path.exists():
-        _write_private(path, new_key().encode() + b"\n")
+        replace_private(path, new_key().encode() + b"\n", synced=True)
     key = path.read_text().strip()
     if len(key) < 40 or not all(char in _ALPHABET + "_-" for char in key):
         raise UsageError(f"{path} must hold one key of at least 40 characters of [A-Za-z0-9_-]; delete it to get a new one")
     path.chmod(0o600)
     return key
-
-
-def _write_private(path: Path, content: bytes) -> None:
-    """Atomic and readable by the owner alone from the first byte on (mkstemp makes mode 0600)."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        Path(temporary).replace(path)
-    except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            Path(temporary).unlink()
-        raise

@@ -18,6 +18,7 @@ from urllib.parse import unquote, urlsplit
 import msgspec
 import uvicorn
 
+from wbdist.disk import replace_private
 from wbdist.errors import EnvironmentFault, UsageError
 from wbdist.server import datadir, sessions
 from wbdist.server.app import create_app, version
@@ -111,7 +112,7 @@ def _run(
         address = datadir.ServerAddress(said.url, os.getpid(), time.time(), version())
         datadir.write_address(options.data_dir, address)
         if options.port_file is not None:
-            datadir.write_atomic(options.port_file, said.url.encode() + b"\n")
+            replace_private(options.port_file, said.url.encode() + b"\n", synced=False)
         announce(said)
 
     config = uvicorn.Config(
