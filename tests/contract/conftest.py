@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import signal
@@ -13,27 +12,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
-_spec = importlib.util.spec_from_file_location(
-    "wbdist_server_app_conftest", Path(__file__).parents[1] / "server_app" / "conftest.py"
-)
-assert _spec is not None
-assert _spec.loader is not None
-_server_app = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(_server_app)
-ServerProcess = _server_app.ServerProcess
+from support.serving import Server
+from support.waiting import until
 
 
 @pytest.fixture
 def wait_for() -> Any:
-    """Polls a condition until a deadline; see the other conftest."""
-    return _server_app.wait_for
+    """Polls a condition until a deadline."""
+    return until
 
 
 @pytest.fixture
-def server(tmp_path: Path) -> Iterator[Any]:
+def server(tmp_path: Path) -> Iterator[Server]:
     """A server that takes three seconds of silence for death: the tests' SDKs speak every second."""
-    with ServerProcess(tmp_path / "server", "--silence-timeout", "3") as process:
+    with Server(tmp_path / "server", "--silence-timeout", "3") as process:
         yield process
 
 

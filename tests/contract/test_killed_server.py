@@ -84,7 +84,7 @@ def hammer(server: Any, *, kills: int, portions: int) -> None:
             time.sleep(0.005)
         time.sleep(chance.random() * 0.05)
         server.kill()
-        server.start(server.port)
+        server.start()
     for client in clients:
         client.thread.join(120)
     assert [client.failure for client in clients] == [""] * 8

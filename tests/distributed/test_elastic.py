@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 from support.agents import Agents
 from support.feeding import PROGRAMS
-from support.jobs import Jobs, Server, poll
+from support.jobs import Jobs, poll
+from support.serving import Server
 
 import wbdist
 from wbdist.checkpoint import manifest

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.jobs import Server, poll
+from support.jobs import poll
 from support.processes import kill, marked
+from support.serving import Server
 
 import wbdist
 from wbdist.run.journal import JournalReader, Kind, find_journals

@@ -14,7 +14,8 @@ from pathlib import Path
 import msgspec
 import pytest
 from support.inprocess import World, cut, lines_of
-from support.jobs import Server, poll
+from support.jobs import poll
+from support.serving import Server
 
 import wbdist
 from wbdist.core.position import HISTORY

@@ -9,8 +9,9 @@ from typing import Any
 
 import psutil
 import pytest
-from support.jobs import Jobs, Machine, Server
+from support.jobs import Jobs, Machine
 from support.namespaces import two_hosts
+from support.serving import Server
 
 __all__ = ["two_hosts"]
 

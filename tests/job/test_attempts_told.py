@@ -7,7 +7,8 @@ import re
 import signal
 
 import pytest
-from support.jobs import Jobs, Server, poll, the_run
+from support.jobs import Jobs, poll, the_run
+from support.serving import Server
 
 import wbdist
 

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.jobs import JobProcess, Machine, Server, comparable, poll, the_run
+from support.jobs import JobProcess, Machine, comparable, poll, the_run
+from support.serving import Server
 
 from wbdist.checkpoint.claim import attempts as attempts_of
 from wbdist.checkpoint.manifest import committed

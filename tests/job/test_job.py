@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.jobs import Jobs, Server, comparable, poll, the_run
+from support.jobs import Jobs, comparable, poll, the_run
+from support.serving import Server
 
 import wbdist
 from wbdist.checkpoint.manifest import committed

@@ -6,8 +6,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from support.jobs import Machine, Server, poll, the_run
+from support.jobs import Machine, poll, the_run
 from support.s3 import BUCKET, S3Server
+from support.serving import Server
 
 import wbdist
 from wbdist.checkpoint.copies import Copies

@@ -13,8 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support.agents import Agents
 from support.feeding import rows_of
-from support.jobs import SCRIPT, JobProcess, Jobs, Server
+from support.jobs import SCRIPT, JobProcess, Jobs
 from support.ranks import ThreadCoordinator, run_ranks
+from support.serving import Server
 from support.training import position
 
 import wbdist

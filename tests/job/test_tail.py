@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.jobs import JobProcess, Machine, Server, comparable, poll, the_run
+from support.jobs import JobProcess, Machine, comparable, poll, the_run
+from support.serving import Server
 
 from wbdist.checkpoint.history import is_history
 from wbdist.checkpoint.manifest import committed

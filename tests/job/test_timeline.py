@@ -8,7 +8,8 @@ import time
 from pathlib import Path
 
 import pytest
-from support.jobs import Jobs, Server, poll, the_run
+from support.jobs import Jobs, poll, the_run
+from support.serving import Server
 
 from wbdist.core.goodput import PHASES, goodput
 from wbdist.errors import JournalCorruptError

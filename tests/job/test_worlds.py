@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 
 import pytest
-from support.jobs import Jobs, Server, poll, the_run
+from support.jobs import Jobs, poll, the_run
+from support.serving import Server
 
 from wbdist.checkpoint.manifest import committed
 

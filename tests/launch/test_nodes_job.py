@@ -8,9 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from support.jobs import SCRIPT, JobProcess, Jobs, Server, comparable, poll, the_run
+from support.jobs import SCRIPT, JobProcess, Jobs, comparable, poll, the_run
 from support.namespaces import ip
 from support.processes import free_port
+from support.serving import Server
 
 from wbdist.checkpoint import manifest
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import dataclasses
 import hashlib
-import importlib.util
 import socket
 import subprocess
 from collections.abc import Iterator
@@ -17,6 +16,7 @@ import pytest
 import requests
 from starlette.applications import Starlette
 from starlette.testclient import TestClient
+from support.serving import Server
 
 from wbdist.core.position import FILES as STREAM
 from wbdist.core.position import Watermark
@@ -26,13 +26,6 @@ from wbdist.server import transfers
 from wbdist.server.context import AppContext
 from wbdist.server.files import normal_name
 from wbdist.server.store.interface import RunFields
-
-_spec = importlib.util.spec_from_file_location("wbdist_files_conftest", Path(__file__).with_name("conftest.py"))
-assert _spec is not None
-assert _spec.loader is not None
-_conftest = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(_conftest)
-ServerProcess = _conftest.ServerProcess
 
 FILES = """
 query RunFiles($names: [String], $pattern: String) { project(name: "files", entityName: "local") { run(name: "r") {
@@ -241,7 +234,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 def test_a_full_disk_is_a_507_and_the_server_lives(small_disk: Path, tmp_path: Path) -> None:
     """Proves that a file that does not fit is refused with a message, leaves nothing behind, and the next one is stored."""
-    with ServerProcess(tmp_path / "data", "--files", str(small_disk)) as server:
+    with Server(tmp_path / "data", "--files", str(small_disk)) as server:
         server.post("/graphql", data=operations.upsert_run(project="files", run_id="r").body())
         address = server.url + "/files/local/files/r/content/"
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import subprocess
 import sys
@@ -12,12 +11,7 @@ from typing import Any
 
 import pytest
 import requests
-
-_spec = importlib.util.spec_from_file_location("wbdist_permissions_conftest", Path(__file__).with_name("conftest.py"))
-assert _spec is not None
-assert _spec.loader is not None
-_conftest = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(_conftest)
+from support.serving import Server
 
 UPSERT = """mutation($e: String, $r: String!, $c: JSONString) { upsertBucket(input: {entityName: $e, modelName: "p", name: $r,
     config: $c, commit: "abc", jobRepo: "git@x", jobProgram: "secret.py", host: "box"}) {
@@ -60,7 +54,7 @@ class World:
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
-    with _conftest.ServerProcess(tmp_path_factory.mktemp("world") / "data") as server:
+    with Server(tmp_path_factory.mktemp("world") / "data") as server:
         yield World(server)
 
 

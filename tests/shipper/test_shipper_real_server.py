@@ -6,8 +6,6 @@ import os
 import random
 import signal
 import socket
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,54 +13,16 @@ from typing import Any
 
 import msgspec
 import pytest
+from support.serving import Server
 
 from wbdist.core.position import HISTORY, Watermark
 from wbdist.protocol import operations, reads
 from wbdist.run.shipper import client
 from wbdist.run.shipper.remote import Remote
 
-ROOT = Path(__file__).resolve().parents[2]
 
-
-class RealServer:
-    """`wbdist server` on one data directory and port, killed and started at will."""
-
-    def __init__(self, directory: Path, port: str = "") -> None:
-        self.data = directory / "data"
-        self._port_file = directory / "url"
-        self.url = ""
-        self.start(port)
-        self.key = (self.data / "admin.key").read_text().strip()
-
-    def start(self, port: str = "") -> None:
-        """On its old port, or on `port`."""
-        self._port_file.unlink(missing_ok=True)
-        moves = bool(port)
-        port = port or self.url.rpartition(":")[2] or "0"
-        command = [
-            sys.executable,
-            "-m",
-            "wbdist",
-            "server",
-            "--data-dir",
-            self.data,
-            "--port",
-            port,
-            "--port-file",
-            self._port_file,
-        ]
-        self.process = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": str(ROOT)}, stdout=subprocess.DEVNULL)
-        deadline = time.monotonic() + 30
-        while not (self._port_file.exists() and (url := self._port_file.read_text().strip())):
-            assert self.process.poll() is None, "the server ended"
-            assert time.monotonic() < deadline, "the server did not start in 30 s"
-            time.sleep(0.02)
-        assert moves or not self.url or url == self.url, "the server must come back on its old port"
-        self.url = url
-
-    def kill(self) -> None:
-        self.process.kill()
-        self.process.wait(10)
+class RealServer(Server):
+    """One that is asked what it has."""
 
     def ask(self, operation: operations.Operation) -> Any:
         answer = Remote(self.url, self.key).post("/graphql", operation.body())
@@ -92,9 +52,8 @@ class RealServer:
 
 @pytest.fixture
 def server(tmp_path: Path) -> Iterator[RealServer]:
-    made = RealServer(tmp_path)
-    yield made
-    made.kill()
+    with RealServer(tmp_path / "server") as made:
+        yield made
 
 
 def test_both_are_killed_while_shipping(server: RealServer, wandb: Any) -> None:
@@ -135,14 +94,14 @@ def test_the_embedded_server_is_found_again_on_another_port(server: RealServer, 
     """Proves that rows for an embedded server that came back elsewhere arrive there: from the shipper that was sending to its
     old address, and from the next one, which only has the journal; while another server sits on the old port."""
     old = server.url
-    first = wandb.journal(old, data_dir=str(server.data))
+    first = wandb.journal(old, data_dir=str(server.data_dir))
     client.watch(wandb.root, first.path, old, server.key)
     wandb.rows(first, 0, 10)
     assert client.flush(wandb.root, first.path, 30.0), wandb.log()
     server.kill()
     wandb.rows(first, 10, 20)
-    with socket.create_server(("127.0.0.1", int(old.rpartition(":")[2]))):  # so that the old port is surely another's
-        server.start("0")
+    with socket.create_server(("127.0.0.1", server.port)):  # so that the old port is surely another's
+        server.start(0)
     assert server.url != old
     assert client.flush(wandb.root, first.path, 30.0), wandb.log()
     assert server.steps() == list(range(20))
@@ -157,18 +116,18 @@ def test_the_embedded_server_is_found_again_on_another_port(server: RealServer, 
 def test_another_server_on_the_port_refuses_nothing_for_ours(server: RealServer, wandb: Any, tmp_path: Path) -> None:
     """Proves that rows wait for the embedded server when it has died and another one, which knows no such key, has its port
     before it is back: they are not given up as refused."""
-    (tmp_path / "other").mkdir()
-    journal = wandb.journal(server.url, data_dir=str(server.data))
+    journal = wandb.journal(server.url, data_dir=str(server.data_dir))
     client.watch(wandb.root, journal.path, server.url, server.key)
     wandb.rows(journal, 0, 10)
     assert client.flush(wandb.root, journal.path, 30.0), wandb.log()
     server.kill()
-    other = RealServer(tmp_path / "other", port=server.url.rpartition(":")[2])
+    other = Server(tmp_path / "other")
+    other.start(server.port)
     try:
         wandb.rows(journal, 10, 20)
         wandb.wait_for("the other's answer", lambda: "is another server's now" in wandb.log())
         assert not client.flush(wandb.root, journal.path, 0.5)
-        server.start("0")
+        server.start(0)
         assert client.flush(wandb.root, journal.path, 30.0), wandb.log()
         assert server.steps() == list(range(20))
     finally:

@@ -1,4 +1,4 @@
-"""A real server and a way to run the tiny job under any launcher, with nothing left behind."""
+"""A way to run the tiny job under any launcher, with nothing left behind."""
 
 from __future__ import annotations
 
@@ -27,60 +27,6 @@ def poll(condition: Callable[[], Any], what: str, timeout: float = 120.0) -> Any
             return value
         time.sleep(0.02)
     raise AssertionError(f"waited {timeout} s for {what}")
-
-
-class Server:
-    """`wbdist server` on loopback, as a user starts it; `kill` and `start` keep its port."""
-
-    def __init__(self, data_dir: Path, *arguments: str) -> None:
-        self.data_dir = data_dir
-        self._arguments = arguments
-        self.environment: dict[str, str] = {}
-        """Variables on top of ours."""
-        self.port = "0"
-        self.process: subprocess.Popen[bytes] | None = None
-        self.url = ""
-
-    def start(self) -> None:
-        port_file = self.data_dir / "url"
-        port_file.unlink(missing_ok=True)
-        self.data_dir.mkdir(parents=True, exist_ok=True)
-        with (self.data_dir / "server.log").open("ab") as log:
-            self.process = subprocess.Popen(
-                [
-                    sys.executable,
-                    "-m",
-                    "wbdist",
-                    "server",
-                    "--data-dir",
-                    str(self.data_dir),
-                    "--port",
-                    self.port,
-                    "--port-file",
-                    str(port_file),
-                    *self._arguments,
-                ],
-                stdout=log,
-                stderr=log,
-                env={**os.environ, **self.environment},
-            )
-        poll(
-            lambda: port_file.exists() and port_file.read_text().strip(),
-            f"the server's port file; log: {self.data_dir / 'server.log'}",
-        )
-        self.url = port_file.read_text().strip()
-        self.port = self.url.rsplit(":", 1)[1].strip("/")
-        self.key = (self.data_dir / "admin.key").read_text().strip()
-
-    def kill(self) -> None:
-        assert self.process is not None
-        self.process.kill()
-        self.process.wait(10)
-
-    def stop(self) -> None:
-        if self.process is not None and self.process.poll() is None:
-            self.process.terminate()
-            self.process.wait(10)
 
 
 class JobProcess:

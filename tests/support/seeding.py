@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 import psutil
-from support.jobs import Server
+from support.serving import Server
 
 ROOT = Path(__file__).parents[2]
 SNIPPETS = ROOT / "tests" / "seeds" / "snippets"
