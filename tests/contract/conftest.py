@@ -13,13 +13,6 @@ from typing import Any
 
 import pytest
 from support.serving import Server
-from support.waiting import until
-
-
-@pytest.fixture
-def wait_for() -> Any:
-    """Polls a condition until a deadline."""
-    return until
 
 
 @pytest.fixture

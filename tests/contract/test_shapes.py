@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 from support.recording import Exchange, Recorder, shape
-from support.seeding import CLIENTS, Client, Seeds, other, wait_for
+from support.seeding import CLIENTS, Client, Seeds, other
+from support.waiting import until
 
 SCENARIOS = """
 import os
@@ -126,7 +127,7 @@ def records(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[Client, R
                 def states(client: Client = client) -> dict[str, str]:
                     return dict(world.read("wbdist", f"[(r.id, r.state) for r in api.runs('local/by-{client}')]"))
 
-                wait_for(lambda: states().get("crashed") == "crashed", "the killed process to be noticed")
+                until(lambda: states().get("crashed") == "crashed", "the killed process to be noticed")
                 read = {run["id"]: run for run in world.runs(other(client), f"by-{client}")}
                 told = "[(r.id, [(a.attempt, a.rows, a.rows_live) for a in r.attempts()]) for r in api.runs('local/by-{}')]"
                 attempts = dict(world.read("wbdist", told.format(client)))

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.waiting import until
 
 from wbdist.server.store import open_store
 
@@ -30,7 +31,7 @@ def ask(server: Any, run: str, fields: str) -> Any:
     return server.graphql(query, n=run)["project"]["run"]
 
 
-def test_resume_of_every_kind(server: Any, sdk: Any, wait_for: Any) -> None:
+def test_resume_of_every_kind(server: Any, sdk: Any) -> None:
     """auto finds the id after SIGKILL and continues with config, tags, steps and runtime; allow creates and continues; must
     and never refuse without a trace. Each opening is an attempt, whose rows follow those it is built on."""
     process = sdk.start(
@@ -41,8 +42,8 @@ log(run, range(50))
 time.sleep(60)
 """
     )
-    wait_for(lambda: server.graphql('{ project(name: "p") { runCount } }')["project"], "the run")
-    wait_for(lambda: ask(server, "auto", "historyLineCount")["historyLineCount"] == 50, "50 rows")
+    until(lambda: server.graphql('{ project(name: "p") { runCount } }')["project"], "the run")
+    until(lambda: ask(server, "auto", "historyLineCount")["historyLineCount"] == 50, "50 rows")
     sdk.kill(process)
     said = sdk.run(
         HEAD
@@ -131,7 +132,7 @@ run.finish()
 
 
 @pytest.mark.slow
-def test_fork(server: Any, sdk: Any, wait_for: Any) -> None:
+def test_fork(server: Any, sdk: Any) -> None:
     """Of a running source, which goes on untouched, and of a fork; config inherited and merged; new metrics."""
     source = sdk.start(
         HEAD
@@ -145,8 +146,8 @@ run.finish()
 """
     )
     folder = Path(sdk._folder)
-    wait_for((folder / "logged").exists, "the source's rows")
-    wait_for(lambda: (ask(server, "src", "historyLineCount") or {}).get("historyLineCount") == 30, "30 rows")
+    until((folder / "logged").exists, "the source's rows")
+    until(lambda: (ask(server, "src", "historyLineCount") or {}).get("historyLineCount") == 30, "30 rows")
     sdk.run(
         HEAD
         + """
@@ -259,7 +260,7 @@ def test_sync_once_and_twice(server: Any, sdk: Any) -> None:
     assert sdk.read(f"[{histories}, {console}]") == once
 
 
-def test_shared_mode(server: Any, sdk: Any, wait_for: Any) -> None:
+def test_shared_mode(server: Any, sdk: Any) -> None:
     """Three processes open one run at once, each with its own steps and offsets from 0: every row is there once, under the step
     its writer gave it (the SDK drops explicit ones in this mode); configs merge, one end ends it, no attempt is begun."""
     writer = (

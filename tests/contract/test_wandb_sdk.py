@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.waiting import until
 
 from wbdist.server.store import open_store
 
@@ -95,7 +96,7 @@ run.finish(exit_code={code})
     assert "nosuch" in sdk.log(missing)
 
 
-def test_a_killed_process_is_a_crashed_run(server: Any, sdk: Any, wait_for: Any) -> None:
+def test_a_killed_process_is_a_crashed_run(server: Any, sdk: Any) -> None:
     """Proves that a run whose process was SIGKILLed is crashed after the window, and its rows are kept."""
     script = """
 import time, wandb
@@ -112,14 +113,14 @@ time.sleep(60)
         return project and project["run"]
 
     process = sdk.start(script)
-    wait_for(lambda: (seen() or {}).get("historyLineCount"), "the first row")
-    wait_for(lambda: seen()["state"] == "running", "running")
+    until(lambda: (seen() or {}).get("historyLineCount"), "the first row")
+    until(lambda: seen()["state"] == "running", "running")
     sdk.kill(process)
-    wait_for(lambda: seen()["state"] == "crashed", "crashed")
+    until(lambda: seen()["state"] == "crashed", "crashed")
     assert seen()["historyLineCount"] >= 1
 
 
-def test_the_servers_sudden_death_loses_and_doubles_nothing(server: Any, sdk: Any, wait_for: Any, tmp_path: Path) -> None:
+def test_the_servers_sudden_death_loses_and_doubles_nothing(server: Any, sdk: Any, tmp_path: Path) -> None:
     """Proves that SIGKILL to the server in the middle of an SDK run, and its return, leave every row there exactly once."""
     go_on = tmp_path / "go-on"
     script = f"""
@@ -143,7 +144,7 @@ run.finish()
         return int(project["run"]["historyLineCount"]) if project else 0
 
     process = sdk.start(script)
-    before = wait_for(lambda: rows() or 0, "the first rows")
+    before = until(lambda: rows() or 0, "the first rows")
     assert before < 300, "it must die while rows are on their way"
     server.kill()
     server.start()

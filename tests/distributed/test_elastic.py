@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 from support.agents import Agents
 from support.feeding import PROGRAMS
-from support.jobs import Jobs, poll
+from support.jobs import Jobs
 from support.serving import Server
+from support.waiting import until
 
 import wbdist
 from wbdist.checkpoint import manifest
@@ -31,8 +32,8 @@ def moving_on(directory: Path, world: int) -> None:
         found = newest(directory)
         return None if found is None or found.world_size != world else found.step
 
-    first = poll(step, f"a checkpoint of {world} ranks", 300)
-    poll(lambda: (step() or 0) > first, f"another checkpoint of {world} ranks", 100)
+    first = until(step, f"a checkpoint of {world} ranks", 300)
+    until(lambda: (step() or 0) > first, f"another checkpoint of {world} ranks", 100)
 
 
 def replayed(rows: list[dict[str, Any]], order: Order) -> list[float]:

@@ -8,7 +8,8 @@ from multiprocessing import AuthenticationError
 
 import msgspec
 import pytest
-from support.feeding import Ranks, wait_until
+from support.feeding import Ranks
+from support.waiting import until
 
 from wbdist.distributed import channel
 from wbdist.distributed.channel import Meeting
@@ -53,9 +54,9 @@ def test_killed_rank_of_another_host_holds_up_for_its_time_only(ranks: Ranks, mo
     monkeypatch.setenv("RANK", "0")
     ranks.start(2, strategy="rank0", steps=60, gate={"0": 50, "1": 40}, hosts=True)
     ranks.until("gate", 2)
-    wait_until(lambda: len(ranks.rows()) == 40, "the rows of both")
+    until(lambda: len(ranks.rows()) == 40, "the rows of both")
     ranks.processes[1].send_signal(signal.SIGKILL)
     ranks.open_gate()
-    wait_until(lambda: len(ranks.rows()) >= 50, "rank 0's rows without rank 1's", 60)
+    until(lambda: len(ranks.rows()) >= 50, "rank 0's rows without rank 1's", 60)
     ranks.wait(60)
     assert [(row["_step"], row["count"]) for row in ranks.rows()] == [(step, 3 if step < 40 else 1) for step in range(60)]

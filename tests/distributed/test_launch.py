@@ -10,7 +10,8 @@ import time
 from pathlib import Path
 
 import psutil
-from support.feeding import REPOSITORY, wait_until
+from support.feeding import REPOSITORY
+from support.waiting import until
 
 
 def start(tmp_path: Path, text: str, **environment: str) -> subprocess.Popen[str]:
@@ -145,7 +146,7 @@ if __name__ == "__main__":
 def test_ctrl_c_is_one_clean_stop(tmp_path: Path) -> None:
     """Proves that Ctrl-C (SIGINT to the whole process group) ends everything soon, without tracebacks or orphans."""
     process = start(tmp_path, SLEEPER)
-    wait_until(lambda: (tmp_path / "up0").exists() and (tmp_path / "up1").exists(), "the ranks")
+    until(lambda: (tmp_path / "up0").exists() and (tmp_path / "up1").exists(), "the ranks")
     children = family(process)
     os.killpg(process.pid, signal.SIGINT)
     _, err = process.communicate(timeout=10)
@@ -157,7 +158,7 @@ def test_ctrl_c_is_one_clean_stop(tmp_path: Path) -> None:
 def test_killed_launcher_leaves_no_ranks(tmp_path: Path) -> None:
     """Proves that SIGKILL of the launching process ends its ranks too."""
     process = start(tmp_path, SLEEPER)
-    wait_until(lambda: (tmp_path / "up0").exists() and (tmp_path / "up1").exists(), "the ranks")
+    until(lambda: (tmp_path / "up0").exists() and (tmp_path / "up1").exists(), "the ranks")
     children = family(process)
     process.kill()
     process.communicate(timeout=10)

@@ -17,7 +17,7 @@ from typing import Any
 
 import psutil
 import pytest
-from support.feeding import wait_until
+from support.waiting import until
 
 import wbdist
 from wbdist.distributed.identity import detect
@@ -100,7 +100,7 @@ def test_progress_of_unordered_results(pool: Pool) -> None:
         gate.wait(60)
 
     results = pool.imap_unordered(square, items())
-    wait_until(lambda: results.completed == 5, "five results", 60)
+    until(lambda: results.completed == 5, "five results", 60)
     assert results.total is None
     gate.set()
     assert sorted(results) == [0, 1, 4, 9, 16]
@@ -169,7 +169,7 @@ def test_work_ahead_waits_for_no_other_work(tmp_path: Path) -> None:
     release, back = tmp_path / "release", tmp_path / "back"
 
     def wait(kill: bool) -> None:
-        wait_until(release.exists, "the release")
+        until(release.exists, "the release")
         if kill:
             os.kill(os.getpid(), signal.SIGKILL)
 
@@ -183,7 +183,7 @@ def test_work_ahead_waits_for_no_other_work(tmp_path: Path) -> None:
 
             def numbers(long: Any = long) -> Iterator[int]:
                 yield from range(8)
-                wait_until(back.exists, "the first eight")
+                until(back.exists, "the first eight")
                 release.touch()
                 long.wait(90)
                 yield from range(8, 40)
@@ -284,7 +284,7 @@ def test_ends(tmp_path: Path) -> None:
 
     with Pool(2, context="fork") as pool:
         stuck = pool.map_async(linger, range(4), chunksize=1)
-        wait_until(lambda: pids.exists() and len(pids.read_text().split()) == 2, "two tasks", 60)
+        until(lambda: pids.exists() and len(pids.read_text().split()) == 2, "two tasks", 60)
         with pytest.raises(UsageError, match="process that made it"):
             _in_a_fork(lambda: pool.apply(square, (2,)))
     with pytest.raises(UsageError, match="terminated"):

@@ -12,7 +12,8 @@ from typing import Any
 
 import psutil
 import pytest
-from support.feeding import REPOSITORY, rows_of, wait_until
+from support.feeding import REPOSITORY, rows_of
+from support.waiting import until
 
 import wbdist
 from wbdist.distributed.pool import Pool
@@ -75,7 +76,7 @@ def test_workers_log_into_the_parents_run(tmp_path: Path) -> None:
     assert wbdist.Api().run(f"p/{run.id}").state == "running"
     run.log({"last": 1})
     run.finish()
-    wait_until(lambda: len(list(wbdist.Api().run(f"p/{run.id}").scan_history())) == 24 + 11 + 2 + 1, "the rows", 60)
+    until(lambda: len(list(wbdist.Api().run(f"p/{run.id}").scan_history())) == 24 + 11 + 2 + 1, "the rows", 60)
     read = wbdist.Api().run(f"p/{run.id}")
     rows = list(read.scan_history())
     assert [row["_step"] for row in rows] == list(range(len(rows)))
@@ -187,7 +188,7 @@ def test_killed_parent_leaves_neither_workers_nor_gaps(tmp_path: Path) -> None:
     (tmp_path / "script.py").write_text(PARENT)
     parent = subprocess.Popen([sys.executable, "script.py"], env={**os.environ, "PYTHONPATH": str(REPOSITORY)}, cwd=tmp_path)
     said = [tmp_path / f"said{n}" for n in range(3)]
-    wait_until(lambda: all(path.exists() and path.stat().st_size > 20 for path in said), "the workers at work", 90)
+    until(lambda: all(path.exists() and path.stat().st_size > 20 for path in said), "the workers at work", 90)
     workers = psutil.Process(parent.pid).children(recursive=True)
     parent.kill()
     parent.wait()
@@ -201,7 +202,7 @@ def test_killed_parent_leaves_neither_workers_nor_gaps(tmp_path: Path) -> None:
         assert len(logged) == len(set(logged))
         return promised <= set(logged)
 
-    wait_until(arrived, "every row", 60)
+    until(arrived, "every row", 60)
 
 
 def _command(process: psutil.Process) -> list[str]:

@@ -8,7 +8,8 @@ import signal
 from typing import Any
 
 import pytest
-from support.feeding import Ranks, records_of, rows_of, wait_until
+from support.feeding import Ranks, records_of, rows_of
+from support.waiting import until
 
 from wbdist.run.journal import JournalReader, Kind, find_journals
 
@@ -76,7 +77,7 @@ def test_skew_blocks_nobody_and_changes_nothing(ranks: Ranks) -> None:
     ranks.until("gate", 1)
     journal = ranks.journals()[0]
     # Rank 0 wrote all its rows, rank 2 said that it adds nothing; only rank 1 keeps steps from 100 on open.
-    wait_until(lambda: len(rows_of(journal)) == 100, "the rows below the slow rank's step")
+    until(lambda: len(rows_of(journal)) == 100, "the rows below the slow rank's step")
     assert not ranks.events("finished") or 1 not in {event["rank"] for event in ranks.events("finished")}
     ranks.open_gate()
     assert ranks.wait() == [0, 0, 0], ranks.errors()
@@ -97,7 +98,7 @@ def test_printed_lines_keep_their_place_between_the_rows(ranks: Ranks) -> None:
     """Proves that a position's console lines are those printed up to its step, however far rank 0 is ahead of the others: a
     job that goes on from there prints the rest again, and no line stands twice."""
     ranks.start(2, strategy="rank0", steps=30, prints=True, gate={"1": 5}, drain=9)
-    wait_until(lambda: "at step 29" in (ranks.root / "rank0.out").read_text(), "rank 0 to be far ahead")
+    until(lambda: "at step 29" in (ranks.root / "rank0.out").read_text(), "rank 0 to be far ahead")
     ranks.open_gate()
     assert ranks.wait() == [0, 0], ranks.errors()
     count = ranks.events("drained")[0]["position"]["watermark"]["counts"]["output.log"]["rank0"]
@@ -114,9 +115,9 @@ def test_what_other_ranks_print_alert_and_show(ranks: Ranks) -> None:
     orders = {"alerts": {"1": 3, "2": 3}, "pages": {"0": 4, "2": 5}, "prints": True}
     ranks.start(3, strategy="rank0", steps=20, gate={"0": 10, "1": 12, "2": 16}, drain=14, **orders)
     ranks.until("gate", 3)
-    wait_until(lambda: len(ranks.rows()) == 10, "the rows before the gate")
+    until(lambda: len(ranks.rows()) == 10, "the rows before the gate")
     _running_aggregator(ranks).kill()
-    wait_until(lambda: len(ranks.journals()) == 2, "the successor's journal")
+    until(lambda: len(ranks.journals()) == 2, "the successor's journal")
     ranks.open_gate()
     assert ranks.wait() == [0, 0, 0], ranks.errors()
 
@@ -199,9 +200,9 @@ def test_killed_aggregator_loses_nothing(ranks: Ranks, times: int) -> None:
     ranks.until("gate", 2)
     for number in range(times):
         if number == 0:
-            wait_until(lambda: len(ranks.rows()) == 150, "the rows before the gate")
+            until(lambda: len(ranks.rows()) == 150, "the rows before the gate")
         _running_aggregator(ranks).kill()
-        wait_until(lambda count=number + 2: len(ranks.journals()) == count, "the successor's journal")
+        until(lambda count=number + 2: len(ranks.journals()) == count, "the successor's journal")
     ranks.open_gate()
     assert ranks.wait() == [0, 0], ranks.errors()
     assert ranks.rows() == expected(range(300), range(2))
@@ -234,12 +235,12 @@ def test_stopped_rank_does_not_stop_the_others(ranks: Ranks) -> None:
     ranks.start(2, strategy="rank0", steps=200, gate={"1": 50})
     ranks.until("gate", 1)
     journal = ranks.journals()[0]
-    wait_until(lambda: len(rows_of(journal)) == 50, "the rows that both passed")
+    until(lambda: len(rows_of(journal)) == 50, "the rows that both passed")
     ranks.processes[1].send_signal(signal.SIGSTOP)
     with JournalReader.open(
         next(path for path in find_journals(ranks.root / "wandb") if path.name.startswith("feed0"))
     ) as feed:
-        wait_until(lambda: len(list(feed.read(1 << 22))) >= 0 and len(rows_of(feed.path)) == 200, "rank 0's own rows")
+        until(lambda: len(list(feed.read(1 << 22))) >= 0 and len(rows_of(feed.path)) == 200, "rank 0's own rows")
     ranks.open_gate()
     ranks.processes[1].send_signal(signal.SIGCONT)
     assert ranks.wait() == [0, 0], ranks.errors()
@@ -252,7 +253,7 @@ def test_late_policy_lets_go_of_a_slow_rank(ranks: Ranks) -> None:
     ranks.start(3, strategy="rank0", steps=50, gate={"0": 49, "1": 49, "2": 20}, late={"quorum": 2, "patience": 0.0})
     ranks.until("gate", 3)
     journal = ranks.journals()[0]
-    wait_until(lambda: len(rows_of(journal)) == 49, "the steps that two ranks passed")
+    until(lambda: len(rows_of(journal)) == 49, "the steps that two ranks passed")
     assert [row["count"] for row in rows_of(journal)[20:]] == [3] * 29
     ranks.open_gate()
     assert ranks.wait() == [0, 0, 0], ranks.errors()
@@ -279,7 +280,7 @@ def test_stopped_aggregator_stops_nobody(ranks: Ranks, size: int) -> None:
     aggregator.suspend()
     ranks.open_gate()
     feeds = [path for path in find_journals(ranks.root / "wandb") if path.name.startswith("feed")]
-    wait_until(lambda: all(len(rows_of(path)) == 200 for path in feeds), "all rows in the ranks' journals")
+    until(lambda: all(len(rows_of(path)) == 200 for path in feeds), "all rows in the ranks' journals")
     aggregator.resume()
     assert ranks.wait() == [0] * size, ranks.errors()
     assert ranks.rows() == expected(range(200), range(size))
@@ -328,11 +329,11 @@ def test_system_metrics_of_every_rank(ranks: Ranks, monkeypatch: pytest.MonkeyPa
     def labels() -> set[str]:
         return {name.partition("/l:")[2] for names in taken() for name in names if name.startswith("system.")}
 
-    wait_until(lambda: labels() == {"rank0", "rank1"}, "samples of both")
+    until(lambda: labels() == {"rank0", "rank1"}, "samples of both")
     _running_aggregator(ranks).kill()
-    wait_until(lambda: len(ranks.journals()) == 2, "the successor's journal")
+    until(lambda: len(ranks.journals()) == 2, "the successor's journal")
     count = len(taken())
-    wait_until(lambda: len(taken()) > count + 4, "samples in the successor's journal")
+    until(lambda: len(taken()) > count + 4, "samples in the successor's journal")
     ranks.open_gate()
     assert ranks.wait() == [0, 0], ranks.errors()
     names = set().union(*taken())

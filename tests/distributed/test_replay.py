@@ -14,8 +14,9 @@ from typing import Any
 import psutil
 import pytest
 from click.testing import CliRunner
-from support.feeding import Ranks, records_of, rows_of, wait_until
+from support.feeding import Ranks, records_of, rows_of
 from support.inprocess import World, cut
+from support.waiting import until
 
 from wbdist.cli.clean import removable
 from wbdist.cli.feeds import replayed as sync_replays
@@ -255,7 +256,7 @@ def test_all_processes_killed_then_sync(ranks: Ranks, tmp_path: Path, monkeypatc
     ranks.until("open", 3)
     aggregator = psutil.Process(ranks.events("open")[0]["aggregator"])
     (journal,) = ranks.journals()
-    wait_until(lambda: len(rows_of(journal)) > 0, "some rows")
+    until(lambda: len(rows_of(journal)) > 0, "some rows")
     aggregator.send_signal(signal.SIGSTOP)
     ranks.until("gate", 3)
     for process in [*ranks.processes, aggregator]:
@@ -291,7 +292,7 @@ def test_eight_ranks_killed_at_once(ranks: Ranks, seed: int) -> None:
     ranks.until("open", 8, 60)
     aggregator = psutil.Process(ranks.events("open")[0]["aggregator"])
     (journal,) = ranks.journals()
-    wait_until(lambda: len(rows_of(journal)) > rng.randint(1, 3000), "some rows", 60)
+    until(lambda: len(rows_of(journal)) > rng.randint(1, 3000), "some rows", 60)
     doomed = [*ranks.processes, aggregator]
     for process in rng.sample(doomed, len(doomed)):
         process.send_signal(signal.SIGKILL)
@@ -342,7 +343,7 @@ def test_the_next_attempt_replays_what_the_last_one_left(ranks: Ranks) -> None:
     try:
         (ranks.root / "wandb").rename(following.root / "wandb")
         following.start(2, strategy="rank0", steps=5, attempt=2, gate={"0": 3}, settings={"run_id": "job"})
-        wait_until(lambda: any("replay" in path.name for path in following.journals()), "the replay", 60)
+        until(lambda: any("replay" in path.name for path in following.journals()), "the replay", 60)
     finally:
         following.stop()
     rows = [row["_step"] for path in following.journals() if ".a1." in path.name for row in rows_of(path)]
@@ -356,4 +357,4 @@ def test_a_process_in_the_background_ends_with_the_one_it_works_beside() -> None
         "p = subprocess.Popen([sys.executable, '-m', 'wbdist.distributed.replay'], stdin=subprocess.PIPE); print(p.pid)"
     )
     done = subprocess.run([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, timeout=60, check=True)
-    wait_until(lambda: not psutil.pid_exists(int(done.stdout)), "it to be gone", 60)
+    until(lambda: not psutil.pid_exists(int(done.stdout)), "it to be gone", 60)

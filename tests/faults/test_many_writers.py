@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.jobs import poll
 from support.processes import kill, marked
 from support.serving import Server
+from support.waiting import until
 
 import wbdist
 from wbdist.run.journal import JournalReader, Kind, find_journals
@@ -65,7 +65,7 @@ def test_64_writers_of_one_run_lose_nothing(tmp_path: Path, monkeypatch: pytest.
             each = 64 // PLACES
             command = [sys.executable, str(WRITERS), str(number * each), str(each), "17"]
             processes.append(subprocess.Popen(command, cwd=place))
-        poll(lambda: (places[0] / "acks").exists() and sum(acknowledged(places[0]).values()) > 60, "rows of the first process")
+        until(lambda: (places[0] / "acks").exists() and sum(acknowledged(places[0]).values()) > 60, "rows of the first process")
         processes[0].kill()
         server.kill()
         server.start()
@@ -76,7 +76,7 @@ def test_64_writers_of_one_run_lose_nothing(tmp_path: Path, monkeypatch: pytest.
         assert max(written.values()) == 1
         assert len({row[0] for row in written}) > 64, "writers came back"
         runs = wbdist.Api().runs("many")
-        shown = poll(lambda: _shown(runs[0], sum(written.values())), "every row on the server")
+        shown = until(lambda: _shown(runs[0], sum(written.values())), "every row on the server")
         assert Counter(map(row_of, shown)) == written
         steps = [row["_step"] for row in shown]
         assert steps == sorted(steps)

@@ -14,8 +14,8 @@ from pathlib import Path
 import msgspec
 import pytest
 from support.inprocess import World, cut, lines_of
-from support.jobs import poll
 from support.serving import Server
+from support.waiting import until
 
 import wbdist
 from wbdist.core.position import HISTORY
@@ -132,7 +132,7 @@ def test_a_minute_of_a_zombie_process(tmp_path: Path, monkeypatch: pytest.Monkey
 
     try:
         position = start("old", 1, 60.0)
-        poll(position.exists, "the old attempt's checkpoint")
+        until(position.exists, "the old attempt's checkpoint")
         time.sleep(1.0)  # rows beyond it
         start("new", 2, 20.0, str(position))
         assert [process.wait(120) for process in processes] == [0, 0]

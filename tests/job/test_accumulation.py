@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.jobs import poll
+from support.waiting import until
 from torch import nn
 from torch.utils.data import TensorDataset
 
@@ -56,7 +56,7 @@ def test_stops_wait_for_the_optimizer_step() -> None:
             steps.append(one.step)
             if one.step == 3:
                 os.kill(os.getpid(), signal.SIGTERM)
-                poll(lambda: one.notice, "the notice")
+                until(lambda: one.notice, "the notice")
     assert left.value.code == 75
     assert steps == [0, 1, 2, 3, 4, 5]
     assert saved() == [6]

@@ -7,8 +7,9 @@ import re
 import signal
 
 import pytest
-from support.jobs import Jobs, poll, the_run
+from support.jobs import Jobs, the_run
 from support.serving import Server
+from support.waiting import until
 
 import wbdist
 
@@ -20,11 +21,11 @@ def test_attempts_are_told(server: Server, jobs: Jobs) -> None:
     job = jobs.start(
         "--name", "told", "--checkpoint-dir", "ckpt", "--step-seconds", "0.1", launch_args=("--on-preempt", "relaunch")
     )
-    poll(lambda: (run := the_run("told")) and run.lastHistoryStep >= 6, "7 steps")
+    until(lambda: (run := the_run("told")) and run.lastHistoryStep >= 6, "7 steps")
     job.process.send_signal(signal.SIGTERM)
-    poll(lambda: len(the_run("told").attempts()) == 2, "the second attempt")
+    until(lambda: len(the_run("told").attempts()) == 2, "the second attempt")
     at = the_run("told").lastHistoryStep + 1
-    poll(lambda: the_run("told").lastHistoryStep + 1 >= at + 7, "7 more steps")
+    until(lambda: the_run("told").lastHistoryStep + 1 >= at + 7, "7 more steps")
     job.ranks()[1].kill()
     assert job.wait() == 0, job.output()
 

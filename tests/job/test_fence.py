@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.jobs import JobProcess, Machine, comparable, poll, the_run
+from support.jobs import JobProcess, Machine, comparable, the_run
 from support.serving import Server
+from support.waiting import until
 
 from wbdist.checkpoint.claim import attempts as attempts_of
 from wbdist.checkpoint.manifest import committed
@@ -54,9 +55,9 @@ def test_a_job_that_is_taken_over_stops_and_saves_nothing_more(
     is not started again, commits nothing once it knows, and that its rows are kept and not shown."""
     a, b = machines("a"), machines("b")
     old = start(a, "tested", tmp_path / "ckpt", "--strategy", strategy, *ENDLESS)
-    poll(lambda: any(m.step == 5 for m in committed(tmp_path / "ckpt")), "a checkpoint")
+    until(lambda: any(m.step == 5 for m in committed(tmp_path / "ckpt")), "a checkpoint")
     shutil.copytree(tmp_path / "ckpt", tmp_path / "elsewhere")
-    poll(lambda: history_starts("tested", strategy, 8), "rows beyond the checkpoint")
+    until(lambda: history_starts("tested", strategy, 8), "rows beyond the checkpoint")
     new = start(b, "tested", tmp_path / "elsewhere", "--strategy", strategy)
     assert old.wait() == 69, old.output()
     said = old.output()
@@ -84,7 +85,7 @@ def test_of_a_double_requeue_one_wins(server: Server, machines: Any, tmp_path: P
     what the other logged is in the archive under its own name."""
     a, b = machines("a"), machines("b")
     before = start(a, "tested", tmp_path / "ckpt", "--step-seconds", "0.05")
-    poll(lambda: history_starts("tested", "rank0", 8), "8 steps")
+    until(lambda: history_starts("tested", "rank0", 8), "8 steps")
     before.process.send_signal(signal.SIGTERM)
     assert before.wait() == 75
     at = committed(tmp_path / "ckpt")[0].step
@@ -100,7 +101,7 @@ def test_of_a_double_requeue_one_wins(server: Server, machines: Any, tmp_path: P
     run = the_run("tested")
     assert comparable(run) == comparable(the_run("reference"))
     assert [attempt.rows_live for attempt in run.attempts()] == [at, STEPS - at]
-    poll(lambda: not a.shippers() and not b.shippers(), "the shippers to have sent everything")
+    until(lambda: not a.shippers() and not b.shippers(), "the shippers to have sent everything")
 
     nonces = [attempts_of(directory)[1].nonce for directory in directories]
     server.stop()
@@ -116,7 +117,7 @@ def test_a_plain_script_is_told_too(server: Server, machines: Any, tmp_path: Pat
     """Proves that without a launcher, too, the process says why it stops, once, and ends with 69."""
     a, b = machines("a"), machines("b")
     old = start(a, "tested", tmp_path / "ckpt", *ENDLESS, how="python", nproc=1)
-    poll(lambda: any(m.step == 5 for m in committed(tmp_path / "ckpt")), "a checkpoint")
+    until(lambda: any(m.step == 5 for m in committed(tmp_path / "ckpt")), "a checkpoint")
     shutil.copytree(tmp_path / "ckpt", tmp_path / "elsewhere")
     assert start(b, "tested", tmp_path / "elsewhere", how="python", nproc=1).wait() == 0
     assert old.wait() == 69, old.output()

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.jobs import Jobs, comparable, poll, the_run
+from support.jobs import Jobs, comparable, the_run
 from support.serving import Server
+from support.waiting import until
 
 import wbdist
 from wbdist.checkpoint.manifest import committed
@@ -51,9 +52,9 @@ def test_preempted_then_killed_equals_uninterrupted(server: Server, jobs: Jobs) 
     job = jobs.start(
         "--name", "tested", "--checkpoint-dir", "ckpt", "--step-seconds", "0.05", launch_args=("--on-preempt", "relaunch")
     )
-    poll(lambda: steps_done("tested") >= 8, "8 steps of the first attempt")
+    until(lambda: steps_done("tested") >= 8, "8 steps of the first attempt")
     job.process.send_signal(signal.SIGTERM)
-    poll(
+    until(
         lambda: (run := the_run("tested")) and len(run.attempts()) >= 2 and run.lastHistoryStep >= 20,
         "the second attempt at step 20",
     )
@@ -87,7 +88,7 @@ def test_preempted_then_killed_equals_uninterrupted(server: Server, jobs: Jobs) 
 def test_every_rank_may_die(server: Server, jobs: Jobs, victim: int) -> None:
     """Proves that losing rank 0 (which owns aggregator, claim and manifest) is no worse than losing another."""
     job = jobs.start("--name", "tested", "--checkpoint-dir", "ckpt", "--step-seconds", "0.03")
-    poll(lambda: steps_done("tested") >= 12, "12 steps")
+    until(lambda: steps_done("tested") >= 12, "12 steps")
     job.ranks()[victim].kill()
     assert job.wait() == 0, job.output()
     assert comparable(the_run("tested")) == comparable(reference(jobs))
@@ -97,8 +98,8 @@ def test_every_rank_may_die(server: Server, jobs: Jobs, victim: int) -> None:
 def test_per_rank_runs_share_a_group(server: Server, jobs: Jobs) -> None:
     """Proves that strategy per_rank gives each rank its own full run, listed together by their group, also over a restart."""
     job = jobs.start("--name", "job", "--checkpoint-dir", "ckpt", "--strategy", "per_rank", "--step-seconds", "0.03")
-    first = poll(lambda: list(wbdist.Api().runs("tiny")), "the first run to be registered")[0]
-    poll(lambda: wbdist.Api().run(f"tiny/{first.id}").lastHistoryStep >= 12, "12 steps")
+    first = until(lambda: list(wbdist.Api().runs("tiny")), "the first run to be registered")[0]
+    until(lambda: wbdist.Api().run(f"tiny/{first.id}").lastHistoryStep >= 12, "12 steps")
     job.ranks()[1].kill()
     assert job.wait() == 0, job.output()
     runs = list(wbdist.Api().runs("tiny", filters={"group": first.group}))
@@ -116,15 +117,15 @@ def test_per_rank_runs_share_a_group(server: Server, jobs: Jobs) -> None:
 def test_training_does_not_notice_a_dead_server(server: Server, jobs: Jobs) -> None:
     """Proves that a server killed in the middle costs nothing: training ends, and every row is there once it is back."""
     job = jobs.start("--name", "job", "--checkpoint-dir", "ckpt", "--step-seconds", "0.03")
-    poll(lambda: steps_done("job") >= 5, "5 steps")
+    until(lambda: steps_done("job") >= 5, "5 steps")
     server.kill()
-    poll(
+    until(
         lambda: (jobs.cwd / "ckpt").exists() and any(p.name.startswith("step-30") for p in (jobs.cwd / "ckpt").iterdir()),
         "step 30 while the server is away",
     )
     server.start()
     assert job.wait() == 0, job.output()
-    poll(lambda: the_run("job").state == "finished", "the run to be finished on the server")
+    until(lambda: the_run("job").state == "finished", "the run to be finished on the server")
     assert [row["_step"] for row in the_run("job").scan_history(keys=["_step", "loss"])] == list(range(STEPS))
 
 
@@ -137,9 +138,9 @@ def test_accumulated_gradients_survive(server: Server, jobs: Jobs) -> None:
         *("--name", "tested", "--checkpoint-dir", "ckpt", "--step-seconds", "0.05", "--save-every", "2 steps", *accumulate),
         launch_args=("--on-preempt", "relaunch"),
     )
-    poll(lambda: steps_done("tested") >= 7, "7 steps of the first attempt")
+    until(lambda: steps_done("tested") >= 7, "7 steps of the first attempt")
     job.process.send_signal(signal.SIGTERM)
-    poll(lambda: len(the_run("tested").attempts()) >= 2 and steps_done("tested") >= 22, "the second attempt at step 22")
+    until(lambda: len(the_run("tested").attempts()) >= 2 and steps_done("tested") >= 22, "the second attempt at step 22")
     job.ranks()[1].kill()
     assert job.wait() == 0, job.output()
     tested, untouched = the_run("tested"), reference(jobs, *accumulate)
@@ -156,10 +157,10 @@ def test_preempted_job_exits_75_and_the_same_command_continues(server: Server, j
     saves cost each rank is read beside the history, which is equal."""
     args = ("--name", "job", "--checkpoint-dir", "ckpt", "--step-seconds", "0.05")
     job = jobs.start(*args)
-    poll(lambda: steps_done("job") >= 8, "8 steps")
+    until(lambda: steps_done("job") >= 8, "8 steps")
     job.process.send_signal(signal.SIGTERM)
     assert job.wait() == 75, job.output()
-    poll(lambda: the_run("job").state == "preempted", "the state preempted")
+    until(lambda: the_run("job").state == "preempted", "the state preempted")
     assert jobs.start(*args).wait() == 0
     assert comparable(the_run("job")) == comparable(reference(jobs))
     measured = the_run("job").history(stream="system", pandas=False)
@@ -171,11 +172,11 @@ def test_preempted_job_exits_75_and_the_same_command_continues(server: Server, j
 def test_ctrl_c_is_one_clean_stop(server: Server, jobs: Jobs) -> None:
     """Proves that Ctrl-C saves and leaves, without tracebacks and without orphans."""
     job = jobs.start("--name", "job", "--checkpoint-dir", "ckpt", "--step-seconds", "0.05")
-    poll(lambda: steps_done("job") >= 5, "5 steps")
+    until(lambda: steps_done("job") >= 5, "5 steps")
     job.process.send_signal(signal.SIGINT)
     assert job.wait() == 75, job.output()
     assert "Traceback" not in job.output()
-    poll(lambda: job.family() == [], "every process to be gone", timeout=5)
+    until(lambda: job.family() == [], "every process to be gone", timeout=5)
 
 
 @pytest.mark.slow
@@ -185,12 +186,12 @@ def test_a_stop_asked_for_on_the_server(server: Server, jobs: Jobs) -> None:
         *("--name", "job", "--checkpoint-dir", "ckpt", "--epochs", "1000", "--step-seconds", "0.1"),
         launch_args=("--on-preempt", "relaunch"),
     )
-    poll(lambda: steps_done("job") >= 5, "5 steps")
+    until(lambda: steps_done("job") >= 5, "5 steps")
     the_run("job").stop()
     assert job.wait() == 65, job.output()
     assert job.output().count("starting tiny_job.py") == 1
     assert "Traceback" not in job.output()
-    poll(lambda: the_run("job").state == "killed", "the state killed")
+    until(lambda: the_run("job").state == "killed", "the state killed")
     assert max(manifest.step for manifest in committed(jobs.cwd / "ckpt")) == the_run("job").lastHistoryStep + 1
 
 
@@ -200,7 +201,7 @@ def test_second_job_on_one_directory_is_refused(server: Server, jobs: Jobs, monk
     holds the directory, and exits 69; the plain one without a traceback."""
     monkeypatch.setenv("WBDIST_CLAIM_TIMEOUT", "1")
     first = jobs.start("--name", "job", "--checkpoint-dir", "ckpt", "--step-seconds", "2")
-    poll(lambda: steps_done("job") >= 1, "the first job to train")
+    until(lambda: steps_done("job") >= 1, "the first job to train")
     second = jobs.start("--name", "job", "--checkpoint-dir", "ckpt")
     assert second.wait() == 69, second.output()
     assert "in use by pid" in second.output()

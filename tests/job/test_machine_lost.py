@@ -6,9 +6,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from support.jobs import Machine, poll, the_run
+from support.jobs import Machine, the_run
 from support.s3 import BUCKET, S3Server
 from support.serving import Server
+from support.waiting import until
 
 import wbdist
 from wbdist.checkpoint.copies import Copies
@@ -28,7 +29,7 @@ def test_the_disk_is_gone(
         arguments = ("--name", "tested", "--checkpoint-dir", "ckpt", "--checkpoint-copy", url, "--epochs", "2")
         first = machines("first")
         job = first.jobs.start(*arguments, "--step-seconds", "0.05", how="python", nproc=1)
-        poll(lambda: [m for m in Copies(url).scan()[0] if m.step >= 10], f"the copy of step 10; {job.output()[-2000:]}")
+        until(lambda: [m for m in Copies(url).scan()[0] if m.step >= 10], f"the copy of step 10; {job.output()[-2000:]}")
         first.lose()
         second = machines("second")
         job = second.jobs.start(*arguments, how="python", nproc=1)
@@ -54,7 +55,7 @@ def test_the_disk_is_gone_and_the_server_has_the_files(
     arguments = ("--name", "tested", "--checkpoint-dir", "ckpt", "--checkpoint-copy", "run", "--epochs", "2")
     first = machines("first")
     job = first.jobs.start(*arguments, "--step-seconds", "0.1", how=how, nproc=nproc)
-    poll(
+    until(
         lambda: any(int(name[5:].partition(".")[0]) >= 10 for name in kept_by_the_server()),
         f"step 10 on the server; {job.output()[-2000:]}",
     )
@@ -68,7 +69,7 @@ def test_the_disk_is_gone_and_the_server_has_the_files(
     assert run.attempts()[1].base_step >= 9
     audit = second.jobs.command("audit", f"tiny/{run.id}")
     assert audit.returncode == 0, audit.stdout
-    poll(lambda: f"step-{40 // nproc}.a2" in kept_by_the_server(), "the last checkpoint on the server")
+    until(lambda: f"step-{40 // nproc}.a2" in kept_by_the_server(), "the last checkpoint on the server")
 
 
 def kept_by_the_server() -> list[str]:

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.jobs import Machine, comparable, poll, the_run
+from support.jobs import Machine, comparable, the_run
 from support.serving import Server
+from support.waiting import until
 
 from wbdist.checkpoint.manifest import committed
 from wbdist.distributed.cut import PositionCursor
@@ -25,7 +26,7 @@ def job_with_kills(machine: Machine, name: str, directory: Path, kills: tuple[in
     args = ("--name", name, "--checkpoint-dir", str(directory), "--strategy", strategy, "--samples", "40")
     for step in kills:
         machine.jobs.start(*args, "--step-seconds", "0.1")
-        poll(lambda step=step: any(m.step >= step for m in committed(directory)), f"a checkpoint at or after step {step}")
+        until(lambda step=step: any(m.step >= step for m in committed(directory)), f"a checkpoint at or after step {step}")
         machine.end()
     job = machine.jobs.start(*args)
     assert job.wait() == 0, job.output()

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.jobs import poll
+from support.waiting import until
 from torch import nn
 from torch.utils.data import TensorDataset
 
@@ -85,7 +85,7 @@ def test_notice_too_late_leaves_the_last_checkpoint(marked: list[bool]) -> None:
     without any checkpoint the exit code says so."""
 
     def late(job: Any) -> None:
-        poll(lambda: saved()[0][0] == 6, "the commit of step 6")
+        until(lambda: saved()[0][0] == 6, "the commit of step 6")
         told(1.0)(job)
 
     with pytest.raises(Preempted) as left:
@@ -169,7 +169,7 @@ def test_azure_is_told_to_go_ahead_after_the_commit() -> None:
 
         def act(job: Any) -> None:
             service.schedule("Preempt", 100)
-            poll(lambda: job.notice, "the notice")
+            until(lambda: job.notice, "the notice")
 
         with pytest.raises(Preempted, match=""):
             train(3, act, notices="azure")

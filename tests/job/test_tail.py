@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.jobs import JobProcess, Machine, comparable, poll, the_run
+from support.jobs import JobProcess, Machine, comparable, the_run
 from support.serving import Server
+from support.waiting import until
 
 from wbdist.checkpoint.history import is_history
 from wbdist.checkpoint.manifest import committed
@@ -44,14 +45,14 @@ def test_the_tail_survives_the_machine(server: Server, machines: Any, tmp_path: 
     ckpt, slowly = tmp_path / "ckpt", ("--strategy", strategy, "--step-seconds", "0.05")
     a = machines("a")
     start(a, "tested", ckpt, *slowly)
-    poll(lambda: steps_done("tested", strategy) >= 3, "3 steps")
+    until(lambda: steps_done("tested", strategy) >= 3, "3 steps")
     server.kill()
-    poll(lambda: travelling(ckpt) == {1}, "a checkpoint that takes the first attempt's history along")
+    until(lambda: travelling(ckpt) == {1}, "a checkpoint that takes the first attempt's history along")
     a.lose()
 
     b = machines("b")  # the server is still away, so the first attempt's tail must travel on
     second = start(b, "tested", ckpt, *slowly)
-    poll(lambda: travelling(ckpt) == {1, 2}, "a checkpoint that takes both attempts' history along", timeout=90)
+    until(lambda: travelling(ckpt) == {1, 2}, "a checkpoint that takes both attempts' history along", timeout=90)
     assert "has not acknowledged the history" in second.output()
     b.lose()
 
@@ -72,11 +73,11 @@ def test_the_old_disk_coming_back_changes_nothing(server: Server, machines: Any,
     """Proves that the original journals may arrive beside their copies: the same lines, and the rest goes to the archive."""
     ckpt, a = tmp_path / "ckpt", machines("a")
     start(a, "tested", ckpt, "--step-seconds", "0.05")
-    poll(lambda: steps_done("tested", "rank0") >= 3, "3 steps")
+    until(lambda: steps_done("tested", "rank0") >= 3, "3 steps")
     server.kill()
-    poll(lambda: travelling(ckpt) == {1}, "a checkpoint that takes the history along")
+    until(lambda: travelling(ckpt) == {1}, "a checkpoint that takes the history along")
     at = newest(ckpt)
-    poll(lambda: newest(ckpt) > at, "rows beyond it")
+    until(lambda: newest(ckpt) > at, "rows beyond it")
     a.end()
     shutil.rmtree(max((p for p in ckpt.glob("step-*.a1")), key=lambda p: int(p.name[5:-3])))  # so that rows are lost
     at = newest(ckpt)
@@ -117,7 +118,7 @@ def test_an_offline_job_is_whole_in_its_checkpoints(
         for number, until in enumerate((10, 25)):
             machine = machines(f"m{number}")
             start(machine, "tested", ckpt, "--step-seconds", "0.05")
-            poll(lambda until=until: newest(ckpt) >= until, f"the checkpoint of step {until}")
+            until(lambda until=until: newest(ckpt) >= until, f"the checkpoint of step {until}")
             machine.lose()
         last = machines("last")
         job = start(last, "tested", ckpt)

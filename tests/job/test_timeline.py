@@ -8,8 +8,9 @@ import time
 from pathlib import Path
 
 import pytest
-from support.jobs import Jobs, poll, the_run
+from support.jobs import Jobs, the_run
 from support.serving import Server
+from support.waiting import until
 
 from wbdist.core.goodput import PHASES, goodput
 from wbdist.errors import JournalCorruptError
@@ -46,7 +47,7 @@ def test_phases_add_up_to_what_a_stopwatch_says(server: Server, jobs: Jobs, monk
     arguments = ("--name", "watched", "--checkpoint-dir", "ckpt", "--step-seconds", "0.4")
 
     def saved(step: int) -> None:
-        poll(
+        until(
             lambda: [path for path in checkpoints.glob("step-*.a?") if int(path.name[5:].partition(".")[0]) >= step],
             f"step {step}",
             180,

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 
 import pytest
-from support.jobs import Jobs, poll, the_run
+from support.jobs import Jobs, the_run
 from support.serving import Server
+from support.waiting import until
 
 from wbdist.checkpoint.manifest import committed
 
@@ -19,7 +20,7 @@ def test_four_two_three(server: Server, jobs: Jobs) -> None:
     arguments = ("--name", "tested", "--checkpoint-dir", "ckpt", "--save-every", "2 steps", "--samples", "96", "--epochs", "3")
     for nproc, steps in ((4, 4), (2, 8)):
         job = jobs.start(*arguments, "--step-seconds", "0.2", nproc=nproc)
-        poll(
+        until(
             lambda world=nproc, least=steps: [m for m in committed(directory) if m.world_size == world and m.step >= least],
             f"step {steps} by {nproc} ranks",
         )

@@ -12,7 +12,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pytest
-from support.launching import Launch, Launched, until
+from support.launching import Launch, Launched
+from support.waiting import until
 
 from wbdist.errors import UsageError
 from wbdist.launch import attempt, intent

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import psutil
 import pytest
-from support.launching import Launch, until
+from support.launching import Launch
+from support.waiting import until
 
 S = signal
 

@@ -8,10 +8,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from support.jobs import SCRIPT, JobProcess, Jobs, comparable, poll, the_run
+from support.jobs import SCRIPT, JobProcess, Jobs, comparable, the_run
 from support.namespaces import ip
 from support.processes import free_port
 from support.serving import Server
+from support.waiting import until
 
 from wbdist.checkpoint import manifest
 
@@ -58,7 +59,7 @@ class Hosts:
 
     def until(self, condition: object, what: str) -> None:
         try:
-            poll(condition, what, 120)  # type: ignore[arg-type]
+            until(condition, what, 120)  # type: ignore[arg-type]
         except AssertionError as error:
             raise AssertionError(f"{error}\n{self.output()}") from None
 
@@ -75,7 +76,7 @@ def same_as_undisturbed(jobs: Jobs, name: str) -> None:
     """The history and the weights of run `name` are those of two ranks on one host that nobody disturbs; the audit agrees."""
     reference = jobs.start("--name", "reference", "--checkpoint-dir", "ckpt-reference", "--save-every", "3")
     assert reference.wait(120) == 0, reference.output()
-    run, expected = the_run(name), poll(lambda: the_run("reference"), "the reference")
+    run, expected = the_run(name), until(lambda: the_run("reference"), "the reference")
     assert [row["_step"] for row in run.scan_history(keys=["_step", "loss"])] == list(range(40))
     assert comparable(run) == comparable(expected)
     assert run.summary["weights"] == expected.summary["weights"]

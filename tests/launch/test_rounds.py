@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from support.launching import until
+from support.waiting import until
 
 from wbdist.launch.attempt import Trouble
 from wbdist.launch.judgement import RankEnd

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.launching import Launched, until
+from support.launching import Launched
+from support.waiting import until
 
 SCRIPT = Path(__file__).with_name("standby_script.py")
 Start = Callable[..., Launched]

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from support.jobs import poll
+from support.waiting import until
 
 from wbdist.errors import UsageError
 from wbdist.preemption import aws, azure, gcp, sources
@@ -35,7 +35,7 @@ class Heard:
         self.hub.start()
 
     def notice(self) -> Notice:
-        found = poll(lambda: self.hub.notice, "the notice")
+        found = until(lambda: self.hub.notice, "the notice")
         assert isinstance(found, Notice)
         return found
 
@@ -83,13 +83,13 @@ def test_ec2_spot_interruption_with_a_token(hear: Callable[..., Heard], monkeypa
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
     with AwsMetadata() as service:
         heard = hear(aws.AwsSource(service.url, FAST))
-        poll(lambda: len(service.requests) > 8, "some looks")
+        until(lambda: len(service.requests) > 8, "some looks")
         assert heard.hub.notice is None
         service.recommend_rebalance()
-        poll(lambda: heard.advice, "the advice")
+        until(lambda: heard.advice, "the advice")
         service.forget_tokens()
         count = len(service.requests)
-        poll(lambda: len(service.requests) > count + 6, "more looks")
+        until(lambda: len(service.requests) > count + 6, "more looks")
         service.interrupt("terminate", 120)
         notice = heard.notice()
         assert (notice.source, notice.advice) == ("aws", False)
@@ -121,7 +121,7 @@ def test_ec2_token_lost_on_the_way(
     caplog.clear()
     with AwsMetadata(lost_tokens=True) as service, caplog.at_level(logging.WARNING, "wbdist.preemption"):
         heard = hear(aws.AwsSource(service.url, FAST))
-        poll(lambda: "no spot notice can be heard" in caplog.text, "the diagnosis")
+        until(lambda: "no spot notice can be heard" in caplog.text, "the diagnosis")
         assert heard.hub.notice is None
 
 
@@ -147,11 +147,11 @@ def test_ec2_scheduled_maintenance(hear: Callable[..., Heard], monkeypatch: pyte
     with AwsMetadata() as service:
         heard = hear(aws.AwsSource(service.url, FAST))
         service.schedule_maintenance("system-reboot", 3600)
-        poll(lambda: heard.advice, "the advice")
+        until(lambda: heard.advice, "the advice")
         for code, lead, state in (("system-reboot", 60, "canceled"), ("system-maintenance", 60, "active")):
             service.schedule_maintenance(code, lead, state)
             count = len(looked())
-            poll(lambda count=count: len(looked()) > count + 2, "more looks")
+            until(lambda count=count: len(looked()) > count + 2, "more looks")
         assert (len(heard.advice), heard.hub.notice) == (1, None)
         service.schedule_maintenance("instance-stop", 170)
         notice = heard.notice()
@@ -179,11 +179,11 @@ def test_gce_preemption_by_a_hanging_request(hear: Callable[..., Heard], monkeyp
     with GcpMetadata() as service:
         heard = hear(gcp.GcpSource(service.url, lead=120.0))
         hanging = lambda: [r for r in service.requests if r.query.get("wait_for_change") == "true"]  # noqa: E731
-        poll(lambda: len(hanging()) == 2, "both hanging requests")
+        until(lambda: len(hanging()) == 2, "both hanging requests")
         assert {request.query["last_etag"] for request in hanging()} == set(service._etags.values())
         assert {request.query["timeout_sec"] for request in hanging()} == {"60"}
         service.be_unavailable()
-        poll(lambda: len(hanging()) > 3, "another try")
+        until(lambda: len(hanging()) > 3, "another try")
         service.be_unavailable(False)
         assert heard.hub.notice is None
         service.preempt()
@@ -202,14 +202,14 @@ def test_gce_maintenance(hear: Callable[..., Heard], monkeypatch: pytest.MonkeyP
     with GcpMetadata() as service:
         service.announce_maintenance("MIGRATE_ON_HOST_MAINTENANCE")
         heard = hear(gcp.GcpSource(service.url, gpu=False))
-        poll(lambda: len(service.requests) >= 4, "both answers")
+        until(lambda: len(service.requests) >= 4, "both answers")
         assert heard.hub.notice is None
         service.announce_maintenance()
         assert 0 < in_seconds(heard.notice()) <= gcp.MAINTENANCE
     with GcpMetadata() as service:
         service.announce_maintenance()
         heard = hear(gcp.GcpSource(service.url, gpu=True))
-        poll(lambda: heard.advice, "the advice")
+        until(lambda: heard.advice, "the advice")
         assert heard.hub.notice is None
     monkeypatch.setattr(gcp, "LAST_MINUTES", gcp.GPU_MAINTENANCE)
     with GcpMetadata() as service:
@@ -229,7 +229,7 @@ def test_azure_event_of_this_machine_is_approved_when_asked(hear: Callable[..., 
         heard = hear(azure.AzureSource(service.url, FAST))
         service.schedule("Preempt", 30, machines=["set_0", "set_2"])
         count = len(service.requests)
-        poll(lambda: len(service.requests) > count + 5, "some looks")
+        until(lambda: len(service.requests) > count + 5, "some looks")
         assert heard.hub.notice is None
         assert not heard.hub.approvable
         ours = service.schedule("Preempt", 30, machines=["set_0", "set_1"])
@@ -237,7 +237,7 @@ def test_azure_event_of_this_machine_is_approved_when_asked(hear: Callable[..., 
         assert (notice.source, notice.reason) == ("azure", "scheduled event Preempt")
         assert 0 < in_seconds(notice) <= 30
         count = len(service.requests)
-        poll(lambda: len(service.requests) > count + 5, "more looks")
+        until(lambda: len(service.requests) > count + 5, "more looks")
         assert service.approved == []
         assert heard.hub.approvable
         heard.hub.approve()
@@ -250,9 +250,9 @@ def test_azure_long_announced_events_are_advice_first(hear: Callable[..., Heard]
     with AzureMetadata() as service:
         heard = hear(azure.AzureSource(service.url, FAST))
         service.schedule("Freeze", 900)
-        poll(lambda: heard.advice, "advice before the freeze")
+        until(lambda: heard.advice, "advice before the freeze")
         service.schedule("Redeploy", 600)
-        poll(lambda: len(heard.advice) == 2, "advice before the redeployment")
+        until(lambda: len(heard.advice) == 2, "advice before the redeployment")
         assert heard.hub.notice is None
     monkeypatch.setattr(azure, "LAST_MINUTES", 599.8)
     with AzureMetadata() as service:
@@ -307,13 +307,13 @@ def test_closing_is_quick_while_a_request_hangs() -> None:
     with GcpMetadata() as service:
         hub = NoticeHub([gcp.GcpSource(service.url)])
         hub.start()
-        poll(lambda: len(service.requests) >= 4, "hanging requests")
+        until(lambda: len(service.requests) >= 4, "hanging requests")
         began = time.monotonic()
         hub.close()
         assert time.monotonic() - began < 10
         service.preempt()
         service.announce_maintenance()
-        poll(lambda: not [t for t in threading.enumerate() if t.name == "wbdist-gcp"], "the threads to end")
+        until(lambda: not [t for t in threading.enumerate() if t.name == "wbdist-gcp"], "the threads to end")
         assert hub.notice is None
 
 
@@ -322,7 +322,7 @@ def test_silent_service_is_said_once_and_tried_again(hear: Callable[..., Heard],
     with caplog.at_level(logging.INFO, "wbdist.preemption"), AzureMetadata() as service:
         real, service.answer = service.answer, lambda _: Answer(500)  # type: ignore[method-assign]
         heard = hear(azure.AzureSource(service.url, FAST))
-        poll(lambda: len(service.requests) > 4, "several failures")
+        until(lambda: len(service.requests) > 4, "several failures")
         service.answer = real  # type: ignore[method-assign]
         service.schedule("Terminate", 300)
         heard.notice()

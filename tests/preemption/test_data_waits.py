@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from support.launching import until
+from support.waiting import until
 
 from wbdist.checkpoint import manifest
 

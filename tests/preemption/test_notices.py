@@ -12,19 +12,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from support.waiting import until
 
 from wbdist.errors import UsageError
 from wbdist.preemption.file import FileSource
 from wbdist.preemption.hub import NoticeHub
 from wbdist.preemption.notice import Notice
 from wbdist.preemption.signals import SignalSource
-
-
-def until(condition: Callable[[], object], what: str, timeout: float = 5.0) -> None:
-    deadline = time.monotonic() + timeout
-    while not condition():
-        assert time.monotonic() < deadline, f"waited {timeout} s for {what}"
-        time.sleep(0.002)
 
 
 @pytest.fixture

@@ -13,8 +13,8 @@ from contextlib import contextmanager
 from typing import Any
 
 import pytest
-from support.jobs import poll
 from support.recorded import TABLES, body_of, read, records, shape
+from support.waiting import until
 
 from wbdist.preemption import aws, azure, gcp, metadata
 from wbdist.preemption.hub import NoticeHub
@@ -115,7 +115,7 @@ def listening() -> Iterator[dict[str, Listening]]:
         with Recordings() as service:
             found = {str(case.id): Listening(service, *case.values) for case in records(*CLOUDS)}
             for name, one in found.items():
-                poll(lambda one=one: one.done, f"all answers of {name}")
+                until(lambda one=one: one.done, f"all answers of {name}")
         for one in found.values():
             one.hub.close()
         yield found

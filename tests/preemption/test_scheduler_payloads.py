@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.jobs import poll
 from support.recorded import TABLES, body_of, now_in, read, records, shape
+from support.waiting import until
 
 from wbdist.job.phases import _scheduler
 from wbdist.preemption import lsf, pbs, sources
@@ -194,7 +194,7 @@ def test_posts(caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[st
     with socket.create_connection(("127.0.0.1", source.port), timeout=60) as line:
         line.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # closed with a reset
         line.sendall(b"POST /stop HTTP/1.1\r\nContent-Length: 9\r\n\r\n{")
-    poll(lambda: "went away" in caplog.text, "the lost client to be said")
+    until(lambda: "went away" in caplog.text, "the lost client to be said")
     assert told == []
     assert capfd.readouterr().err == ""
     source.close()
@@ -229,9 +229,9 @@ def test_files(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
         source = FileSource(path, interval=0.01)
         source.start(lambda notice, told=told: told.append(notice) is None)
         if "reason" in case:
-            poll(lambda told=told: told, "the notice")
+            until(lambda told=told: told, "the notice")
             assert case["reason"] in told[0].reason
         if "name_too_long" in case:
-            poll(lambda: "cannot be seen" in caplog.text, "the warning")
+            until(lambda: "cannot be seen" in caplog.text, "the warning")
         source.close()
         assert len(told) == ("reason" in case)

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import requests
-from support.jobs import poll
+from support.waiting import until
 
 from wbdist.errors import UsageError
 from wbdist.preemption import clock, sources
@@ -42,7 +42,7 @@ def noticed(hub: NoticeHub, number: int | None = None) -> Notice:
     """The notice, all explained, after a signal to ourselves."""
     if number is not None:
         os.kill(os.getpid(), number)
-    poll(lambda: hub.notice, "the notice")
+    until(lambda: hub.notice, "the notice")
     hub.settle(60.0)
     assert hub.notice is not None
     return hub.notice
@@ -85,11 +85,11 @@ def test_slurm_end_of_time_and_its_extension(
         return leads[-1]
 
     hub = listening("slurm", job.environment, lead=lead)
-    poll(lambda: looks[0] > 3, "some looks")
+    until(lambda: looks[0] > 3, "some looks")
     job.extend(5000)
     leads.append(900.0)  # too late by what Slurm said at the start
     seen = looks[0]
-    poll(lambda: looks[0] > seen + 5, "more looks")
+    until(lambda: looks[0] > seen + 5, "more looks")
     assert hub.notice is None
     hub.close()
     job.extend(99)

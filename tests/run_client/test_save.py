@@ -9,12 +9,12 @@ import signal
 import subprocess
 import sys
 import textwrap
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import psutil
 import pytest
+from support.waiting import until
 
 import wbdist
 from wbdist.protocol import files
@@ -34,13 +34,6 @@ def remote_files(run_id: str, project: str) -> dict[str, RemoteFile]:
     api = wbdist.Api()
     page = files.read_run_files(api.execute(files.run_files(api.default_entity, project, run_id, limit=1000)))
     return {} if page is None else {file.name: file for file in page.files}
-
-
-def until(condition: Callable[[], bool], what: str, seconds: float = 20.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, f"{what}: not within {seconds:g} s"
-        time.sleep(0.05)
 
 
 def file_records(records: list[Record]) -> list[dict[str, object]]:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import psutil
 import pytest
+from support.waiting import until
 
 import wbdist
 from wbdist.core.position import EVENTS
@@ -32,13 +32,6 @@ def samples(run: wbdist.Run) -> list[Record]:
     return found
 
 
-def wait_for(condition: Callable[[], Any], seconds: float = 20) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "nothing within the deadline"
-        time.sleep(0.02)
-
-
 def sampling(**settings: Any) -> wbdist.Run:
     return wbdist.init(project="p", settings={"quiet": True, "x_stats_sampling_interval": 0.1, **settings})
 
@@ -46,7 +39,7 @@ def sampling(**settings: Any) -> wbdist.Run:
 def test_a_run_is_sampled_until_it_ends(caplog: pytest.LogCaptureFixture) -> None:
     """Proves samples under W&B's names from the first second on, and that after the end there is neither line nor thread."""
     run = sampling()
-    wait_for(lambda: len(samples(run)) >= 3)
+    until(lambda: len(samples(run)) >= 3, "three samples")
     run.finish()
     taken = samples(run)
     assert run.position().watermark.counts[EVENTS] == {"rank0": len(taken)}, "a resumed run keeps these lines"
@@ -57,7 +50,7 @@ def test_a_run_is_sampled_until_it_ends(caplog: pytest.LogCaptureFixture) -> Non
         "system.disk./.usageGB", "system.network.recv", "system.network.sent",
     } <= names  # fmt: skip
     assert all(record.time >= run.start_time for record in taken)
-    wait_for(lambda: not any(t.name == "wbdist-system-metrics" for t in threading.enumerate()))
+    until(lambda: not any(t.name == "wbdist-system-metrics" for t in threading.enumerate()), "the thread to end")
     assert len(samples(run)) == len(taken)
     assert not caplog.records
 
@@ -98,7 +91,7 @@ def test_off_and_labels() -> None:
     labelled = wbdist.init(
         project="p", reinit="create_new", settings={"quiet": True, "x_stats_sampling_interval": 0.1, "x_label": "r1"}
     )
-    wait_for(lambda: samples(labelled))
+    until(lambda: samples(labelled), "a sample")
     assert {name.partition("/l:")[2] for name in samples(labelled)[0].data} == {"r1"}
     assert samples(off) == []
     with pytest.raises(wbdist.UsageError, match=r"at least 0\.1"):
@@ -118,19 +111,19 @@ def test_environment_names(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_forked_child_does_not_sample() -> None:
     """Proves that the parent's thread and runs are not the child's, and that a run of the child's own is sampled there."""
     run = sampling()
-    wait_for(lambda: samples(run))
+    until(lambda: samples(run), "a sample")
     pid = os.fork()
     if pid == 0:
         try:
             own = sampling()
-            wait_for(lambda: samples(own))
+            until(lambda: samples(own), "a sample")
             own.finish()
             os._exit(0)
         finally:
             os._exit(1)
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
     count = len(samples(run))
-    wait_for(lambda: len(samples(run)) > count)
+    until(lambda: len(samples(run)) > count, "another sample")
 
 
 def test_a_failing_sink_ends_nobody_else(caplog: pytest.LogCaptureFixture) -> None:
@@ -143,7 +136,7 @@ def test_a_failing_sink_ends_nobody_else(caplog: pytest.LogCaptureFixture) -> No
     bad = sampler.Subscription(fail, 0.1)
     sampler.subscribe(bad)
     count = len(samples(run))
-    wait_for(lambda: len(samples(run)) > count + 2)
+    until(lambda: len(samples(run)) > count + 2, "more samples")
     sampler.unsubscribe(bad)
     assert caplog.text.count("not sampled any more: OSError: no") == 1
 

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import psutil
 import pytest
-from support.seeding import Seeds, wait_for
+from support.seeding import Seeds
+from support.waiting import until
 
 import wbdist as wandb
 
@@ -26,7 +27,7 @@ def shipper_of(folder: Path) -> psutil.Process:
         ]
         return found if len(found) == 1 else []
 
-    return wait_for(alone, "one shipper")[0]
+    return until(alone, "one shipper")[0]
 
 
 def test_a_cut_connection_heals(here: Path) -> None:
@@ -37,12 +38,12 @@ def test_a_cut_connection_heals(here: Path) -> None:
     shipper = shipper_of(here)
     shipper.send_signal(signal.SIGSTOP)
     try:
-        wait_for(lambda: wandb.Api().run(run.path).state == "crashed", "the run to be taken for dead")
+        until(lambda: wandb.Api().run(run.path).state == "crashed", "the run to be taken for dead")
         for i in range(1, 100):
             run.log({"i": i})
     finally:
         shipper.send_signal(signal.SIGCONT)
-    wait_for(lambda: wandb.Api().run(run.path).state == "running", "the run to be known alive")
+    until(lambda: wandb.Api().run(run.path).state == "running", "the run to be known alive")
     run.finish()
     found = wandb.Api().run(run.path)
     assert (found.state, [row["i"] for row in found.scan_history()]) == ("finished", list(range(100)))
@@ -68,7 +69,7 @@ os.kill(os.getpid(), signal.SIGKILL)
     shipper_of(here).kill()
     process.communicate(timeout=30)
     assert process.returncode == -signal.SIGKILL
-    wait_for(lambda: wandb.Api().run(path).state == "crashed", "the run to be taken for dead")
+    until(lambda: wandb.Api().run(path).state == "crashed", "the run to be taken for dead")
     assert [row["i"] for row in wandb.Api().run(path).scan_history()] == [0]
     (written,) = (here / "wandb").glob("run-*")
     for _ in range(2):

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import psutil
 import pytest
-from support.seeding import CLIENTS, Client, Seeds, other, wait_for
+from support.seeding import CLIENTS, Client, Seeds, other
+from support.waiting import until
 
 import wbdist as wandb
 
@@ -64,13 +65,13 @@ def test_silent_death(seeds: Seeds, here: Path, project: str) -> None:
     def states() -> dict[str, str]:
         return {run.id: run.state for run in wandb.Api().runs(f"local/{project}")}
 
-    wait_for(lambda: states() == {"marked": "preempting", "unmarked": "running"}, "both runs to be known")
+    until(lambda: states() == {"marked": "preempting", "unmarked": "running"}, "both runs to be known")
     for running in psutil.process_iter(["cmdline"]):
         line = running.info["cmdline"] or ()
         if "wbdist.run.shipper" in line and str(here / "wandb") in line:
             running.kill()
     seeds.kill(process)
-    wait_for(lambda: states() == {"marked": "preempted", "unmarked": "crashed"}, "the silence to be noticed")
+    until(lambda: states() == {"marked": "preempted", "unmarked": "crashed"}, "the silence to be noticed")
     with wandb.init(id="marked", resume="allow") as run:
         assert (run.resumed, run.step) == (True, 1)
         run.log({"a": 2})

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.seeding import Seeds, wait_for
+from support.seeding import Seeds
+from support.waiting import until
 
 import wbdist as wandb
 from wbdist.errors import FencedError
@@ -156,7 +157,7 @@ run.finish()
     seeds.run("wbdist", source, elsewhere, WANDB_PROJECT=project)
     for i in range(5, 30):
         run.log({"epoch": i, "of": "zombie"})
-    wait_for(lambda: "what this one logs is kept in the archive" in capsys.readouterr().err, "the one that lost to be told")
+    until(lambda: "what this one logs is kept in the archive" in capsys.readouterr().err, "the one that lost to be told")
     with pytest.raises(FencedError, match="attempt 2 of run shared has taken over"):
         run.finish()
     found = wandb.Api().run(f"{project}/shared")

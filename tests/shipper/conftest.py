@@ -209,22 +209,11 @@ def foreign() -> Iterator[LoopbackServer]:
     server.stop()
 
 
-def wait_for(what: str, condition: Callable[[], Any], timeout: float = 90.0) -> Any:
-    """Polls until `condition` holds; fails naming `what`."""
-    deadline = time.monotonic() + timeout
-    while True:
-        if value := condition():
-            return value
-        assert time.monotonic() < deadline, f"waited {timeout} s for {what}"
-        time.sleep(0.01)
-
-
 class Wandb:
     """A `wandb` directory with journals in it, and the shippers started for it."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
-        self.wait_for = wait_for
         self.writers: list[JournalWriter] = []
         self.processes: list[subprocess.Popen[bytes]] = []
         root.mkdir()

@@ -49,7 +49,7 @@ def run(delivery: Delivery, wandb: Any, *, until: Callable[[], Any] | None = Non
                 return True
         return False
 
-    wandb.wait_for("the delivery", reached)
+    until(reached, "the delivery")
     return delivery
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.waiting import until
 
 from wbdist.run.shipper import client
 from wbdist.run.shipper.control import Request, call, socket_path
@@ -37,11 +38,11 @@ def test_a_run_from_watch_to_goodbye(loopback: Any, wandb: Any) -> None:
     assert stat.S_IMODE(path.parent.stat().st_mode) == 0o700
     assert os.getsid(wandb.pid()) != os.getsid(0), "the shipper must not get the job's signals"
     wandb.rows(writer, 200, 300)
-    wandb.wait_for("rows to arrive by themselves", lambda: steps(loopback) == list(range(300)))
+    until(lambda: steps(loopback) == list(range(300)), "rows to arrive by themselves")
     writer.close(0)
     assert client.flush(wandb.root, writer.path, 20.0)
     assert loopback.marks == ["begin 1", "complete 0", "ended exit"]
-    wandb.wait_for("the shipper to leave", lambda: not path.exists() and not path.with_suffix(".lock").exists())
+    until(lambda: not path.exists() and not path.with_suffix(".lock").exists(), "the shipper to leave")
     assert writer.path.with_name(writer.path.name + ".shipped").exists()
     assert "ERROR" not in wandb.log(), wandb.log()
 
@@ -102,7 +103,7 @@ def test_a_killed_trainer_is_reported(loopback: Any, wandb: Any, whom: str) -> N
     command = [sys.executable, "-c", TRAINER, str(directory / "rank0.a1.wbdj"), loopback.url]
     trainer = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True)
     assert trainer.stdout is not None
-    wandb.wait_for("rows on the server", lambda: len(steps(loopback)) > 100)
+    until(lambda: len(steps(loopback)) > 100, "rows on the server")
     if whom == "group":
         for number in (signal.SIGINT, signal.SIGTERM):
             os.killpg(trainer.pid, number)
@@ -111,7 +112,7 @@ def test_a_killed_trainer_is_reported(loopback: Any, wandb: Any, whom: str) -> N
     logged = max(int(line) for line in trainer.stdout.read().split())
     trainer.wait(10)
     trainer.stdout.close()
-    wandb.wait_for("the report", lambda: "ended lost" in loopback.marks)
+    until(lambda: "ended lost" in loopback.marks, "the report")
     seen = steps(loopback)
     assert seen == list(range(len(seen)))
     assert len(seen) >= logged
@@ -121,7 +122,7 @@ def test_one_instance_a_root(loopback: Any, wandb: Any) -> None:
     """Proves that of several shippers started for a root one stays, and the others hand over what they were told and leave."""
     writer = wandb.journal()
     processes = [wandb.shipper("--linger", "30") for _ in range(4)]
-    wandb.wait_for("one shipper", lambda: sum(process.poll() is None for process in processes) == 1 and wandb.pid())
+    until(lambda: sum(process.poll() is None for process in processes) == 1 and wandb.pid(), "one shipper")
     assert [process.returncode for process in processes].count(0) == 3
     request = Request("watch", str(writer.path), loopback.url, "k" * 40)
     late = wandb.shipper("--stdin", stdin=subprocess.PIPE)
@@ -130,14 +131,14 @@ def test_one_instance_a_root(loopback: Any, wandb: Any) -> None:
     )
     assert late.returncode == 0
     wandb.rows(writer, 0, 10)
-    wandb.wait_for("the rows", lambda: steps(loopback) == list(range(10)))
+    until(lambda: steps(loopback) == list(range(10)), "the rows")
 
 
 def test_sigterm_flushes_within_two_seconds(loopback: Any, wandb: Any) -> None:
     """Proves that a shipper that is told to stop delivers what it can at once, and ends in time even when the server hangs."""
     writer = wandb.journal(loopback.url)
     process = wandb.shipper()
-    wandb.wait_for("the shipper", lambda: wandb.pid() == process.pid)
+    until(lambda: wandb.pid() == process.pid, "the shipper")
     assert client.flush(wandb.root, writer.path, 20.0)
     wandb.rows(writer, 0, 3000)
     process.terminate()
@@ -146,7 +147,7 @@ def test_sigterm_flushes_within_two_seconds(loopback: Any, wandb: Any) -> None:
     loopback.fault = lambda path, body: time.sleep(60)
     wandb.rows(writer, 3000, 3010)
     process = wandb.shipper()
-    wandb.wait_for("the shipper", lambda: wandb.pid() == process.pid)
+    until(lambda: wandb.pid() == process.pid, "the shipper")
     began = time.monotonic()
     process.terminate()
     assert process.wait(10) == 0
@@ -161,7 +162,7 @@ def test_a_flush_of_a_fenced_or_refused_run_says_why(loopback: Any, wandb: Any) 
     wandb.shipper()
     for writer in (fenced, refused, fine):
         wandb.rows(writer, 0, 3)
-    wandb.wait_for("the shipper", wandb.pid)
+    until(wandb.pid, "the shipper")
     result = client.flush(wandb.root, refused.path, 20.0)
     assert not result
     assert "404" in result.error
@@ -241,5 +242,5 @@ def test_journals_of_this_disk_under_another_host_name(loopback: Any, wandb: Any
     writer._release()  # as if killed: no END, the lock gone
     writer.close = lambda *_: None
     wandb.shipper()
-    wandb.wait_for("the rows and the loss", lambda: "ended lost" in loopback.marks)
+    until(lambda: "ended lost" in loopback.marks, "the rows and the loss")
     assert [row["i"] for row in loopback.history()] == list(range(5))

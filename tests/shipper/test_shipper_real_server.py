@@ -14,6 +14,7 @@ from typing import Any
 import msgspec
 import pytest
 from support.serving import Server
+from support.waiting import until
 
 from wbdist.core.position import HISTORY, Watermark
 from wbdist.protocol import operations, reads
@@ -109,7 +110,7 @@ def test_the_embedded_server_is_found_again_on_another_port(server: RealServer, 
     wandb.rows(first, 20, 30)
     first.close(0)
     client.ensure_shipper(wandb.root)
-    wandb.wait_for("the end", lambda: server.state() == "finished")
+    until(lambda: server.state() == "finished", "the end")
     assert server.steps() == list(range(30))
 
 
@@ -125,7 +126,7 @@ def test_another_server_on_the_port_refuses_nothing_for_ours(server: RealServer,
     other.start(server.port)
     try:
         wandb.rows(journal, 10, 20)
-        wandb.wait_for("the other's answer", lambda: "is another server's now" in wandb.log())
+        until(lambda: "is another server's now" in wandb.log(), "the other's answer")
         assert not client.flush(wandb.root, journal.path, 0.5)
         server.start(0)
         assert client.flush(wandb.root, journal.path, 30.0), wandb.log()

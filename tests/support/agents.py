@@ -6,8 +6,9 @@ import os
 import sys
 from pathlib import Path
 
-from support.jobs import JobProcess, Jobs, poll
+from support.jobs import JobProcess, Jobs
 from support.processes import free_port
+from support.waiting import until
 
 
 class Agents:
@@ -33,7 +34,7 @@ class Agents:
                 environment,
             )
             if first:
-                poll(lambda: "the rendezvous is here" in agent.output(), "the rendezvous")
+                until(lambda: "the rendezvous is here" in agent.output(), "the rendezvous")
             return agent
         command = [
             *within,

@@ -8,12 +8,12 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import psutil
+from support.waiting import until
 
 from wbdist.core.rows import RowAssembler
 from wbdist.errors import JournalCorruptError
@@ -46,7 +46,7 @@ class Ranks:
         return [event for event in map(json.loads, filter(lambda line: line.endswith("}"), lines)) if event["event"] == name]
 
     def until(self, name: str, count: int, seconds: float = 20) -> list[dict[str, Any]]:
-        wait_until(lambda: len(self.events(name)) >= count, f"{count} x {name}: {self.errors()}", seconds)
+        until(lambda: len(self.events(name)) >= count, f"{count} x {name}: {self.errors()}", seconds)
         return self.events(name)
 
     def open_gate(self) -> None:
@@ -103,10 +103,3 @@ def records_of(path: Path, kind: Kind) -> list[dict[str, Any]]:
         while records := reader.read():
             found += [record.data for record in records if record.kind is kind]
         return found
-
-
-def wait_until(condition: Callable[[], bool], what: str, seconds: float = 90) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, f"still waiting for {what}"
-        time.sleep(0.01)

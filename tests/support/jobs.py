@@ -7,7 +7,6 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,17 +15,6 @@ import psutil
 import wbdist
 
 SCRIPT = Path(__file__).parents[1] / "job" / "tiny_job.py"
-
-
-def poll(condition: Callable[[], Any], what: str, timeout: float = 120.0) -> Any:
-    """The first truthy value of `condition`, or a failure naming what was waited for."""
-    deadline = time.monotonic() + timeout
-    while time.monotonic() < deadline:
-        value = condition()
-        if value:
-            return value
-        time.sleep(0.02)
-    raise AssertionError(f"waited {timeout} s for {what}")
 
 
 class JobProcess:

@@ -12,17 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+from support.waiting import until
 
 SCRIPT = Path(__file__).parents[1] / "launch" / "rank_script.py"
-
-
-def until(condition: Callable[[], Any], what: str, timeout: float = 60.0) -> Any:
-    """The first truthy value of `condition`, or a failure naming what was waited for."""
-    deadline = time.monotonic() + timeout
-    while not (value := condition()):
-        assert time.monotonic() < deadline, f"waited {timeout} s for {what}"
-        time.sleep(0.005)
-    return value
 
 
 class Launched:

@@ -12,7 +12,7 @@ from pathlib import Path
 import obstore
 import requests
 from obstore.store import S3Store
-from support.jobs import poll
+from support.waiting import until
 
 BUCKET = "tests"
 
@@ -65,7 +65,7 @@ class S3Server:
             "AWS_ALLOW_HTTP": "true",
             "AWS_REGION": "us-east-1",
         }
-        poll(lambda: _answers(url), f"the S3 server; log: {directory / 'log'}")
+        until(lambda: _answers(url), f"the S3 server; log: {directory / 'log'}")
         store = S3Store(
             BUCKET,
             access_key_id="K",

@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -193,12 +192,3 @@ class Seeds:
                 f"for r in api.runs('local/{project}', order='+created_at')]",
             )
         )
-
-
-def wait_for(condition: Any, what: str, timeout: float = 90.0) -> Any:
-    """The first true value of `condition`."""
-    deadline = time.monotonic() + timeout
-    while not (value := condition()):
-        assert time.monotonic() < deadline, f"{what} did not happen within {timeout} s"
-        time.sleep(0.02)
-    return value
