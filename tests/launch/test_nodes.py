@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import selectors
 import signal
 import socket
 from collections.abc import Callable, Iterator
@@ -15,6 +16,8 @@ from support.processes import free_port
 from support.waiting import until
 
 from wbdist.cli.launch import command
+from wbdist.errors import EXIT_RETRYABLE
+from wbdist.launch.nodes.line import Line, Lost
 
 S = signal
 WAIT = 60.0
@@ -254,6 +257,7 @@ def test_another_services_port(hosts: Hosts) -> None:
         (("--nnodes", "2", "--rdzv-endpoint", "node0:0"), "port 0"),
         (("--nnodes", "2", "--rdzv-endpoint", "node0:99999"), "port 99999"),
         (("--nnodes", "2", "--rdzv-endpoint", "node0:1", "--node-rank", "2"), "node rank 2 of 2"),
+        (("--nnodes", "2", "--rdzv-endpoint", "node..0:1", "--node-rank", "1"), "can be no host"),
         (("--nnodes", "3:2", "--rdzv-endpoint", "node0:1"), "no more at least than at most"),
         (("--nnodes", "0", "--rdzv-endpoint", "node0:1"), "give at least 1"),
         (("--nnodes", "two"), "MIN:MAX"),
@@ -264,3 +268,18 @@ def test_what_cannot_be_is_refused_at_once(arguments: tuple[str, ...], why: str)
     done = CliRunner().invoke(command, [*arguments, str(SCRIPT)])
     assert done.exit_code == 2
     assert why in done.output
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_connection_that_fails_as_nobody_expects_is_lost() -> None:
+    """Proves that the launcher, which waits for what its connection's thread says, hears of that thread's own end."""
+    line = Line("node..0", 1, key=b"", hello=lambda *_: None, timeout=WAIT, say=print)  # type: ignore[arg-type,return-value]
+    line.start()
+    with selectors.DefaultSelector() as selector:
+        selector.register(line.wake, selectors.EVENT_READ)
+        assert selector.select(WAIT), "nothing came"
+    (lost,) = line.events()
+    line.close()
+    assert isinstance(lost, Lost)
+    assert lost.exit_code == EXIT_RETRYABLE
+    assert "node..0:1" in lost.why

@@ -133,12 +133,19 @@ class Line(threading.Thread):
         except _GivenUpError as error:
             self._came(error.lost)
             return
+        except Exception as error:
+            # The launcher waits for what this thread says.
+            self._came(Lost(f"a fault of the connection to the rendezvous at {self._place}: {error!r}", EXIT_RETRYABLE))
+            raise
         try:
             self._converse(wire, keep_alive)
         except ForeignError as error:
             self._came(Lost(f"the rendezvous at {self._place} said {error}"))
         except OSError as error:
             self._came(Lost(f"the node that hosts the rendezvous ({self._place}) was lost: {error.strerror or error}"))
+        except Exception as error:
+            self._came(Lost(f"a fault of the connection to the rendezvous at {self._place}: {error!r}", EXIT_RETRYABLE))
+            raise
         finally:
             wire.close()
 

@@ -62,6 +62,10 @@ class Meeting(msgspec.Struct, frozen=True, kw_only=True):
             raise UsageError(f"node rank {self.node_rank} of {most} nodes: count from 0")
         if not 0 < self.port < 65536:
             raise UsageError(f"port {self.port} is none; give 1 to 65535")
+        try:
+            self.host.encode("idna")  # as the look-up of names does
+        except UnicodeError as error:
+            raise UsageError(f"{self.host!r} can be no host: {error}; give a name or an address") from None
         if self.keep_alive < 1 or self.join_timeout <= 0:
             raise UsageError(f"keep_alive={self.keep_alive}, join_timeout={self.join_timeout}: give seconds, 1 or more")
 
