@@ -71,6 +71,10 @@ class CommError(RemoteError):
     """The server could not be talked to, or refused the run."""
 
 
+class AwayError(CommError):
+    """The server did not answer, or cannot now; it may be back later."""
+
+
 class AuthenticationError(CommError):
     """The API key is missing, malformed, or not accepted."""
 

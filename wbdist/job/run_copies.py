@@ -21,7 +21,7 @@ from wbdist.checkpoint.claim import Attempt, Claim, JobIdentity
 from wbdist.checkpoint.files import FileLayer
 from wbdist.checkpoint.manifest import MANIFEST, TEMPORARY, Manifest, newest_first, parse, scan, verify
 from wbdist.checkpoint.retention import Keep
-from wbdist.errors import CheckpointCorruptError, CheckpointError, CommError
+from wbdist.errors import AwayError, CheckpointCorruptError, CheckpointError, CommError
 from wbdist.protocol import artifacts as protocol
 from wbdist.run.artifacts import Artifact
 from wbdist.run.artifacts_api import ArtifactNotFoundError, UsedArtifact
@@ -77,7 +77,7 @@ class RunCopies:
         self._run_id = held.job.run_id
         try:
             there = _with_manifests(self._versions())
-        except CommError as error:
+        except (CommError, OSError) as error:
             raise CheckpointError(f"cannot ask {self.url} for checkpoints of run {self._run_id}: {error}") from error
         self._kept = {manifest.name: manifest for manifest, _ in there}
         by_name = {manifest.name: artifact for manifest, artifact in there}
@@ -163,14 +163,16 @@ def _name_of(artifact: UsedArtifact) -> str:
 
 
 def _with_manifests(found: list[UsedArtifact]) -> list[tuple[Manifest, UsedArtifact]]:
-    """Those whose manifest can be read and verifies."""
+    """Those whose manifest can be read and verifies. Raises AwayError or OSError when that cannot be found out."""
     whole = []
     with TemporaryDirectory(prefix="wbdist-") as folder:
         for artifact in found:
             try:
                 raw = Path(artifact.get_entry(MANIFEST).download(Path(folder) / artifact.version)).read_bytes()
                 whole.append((parse(raw, _name_of(artifact), artifact.qualified_name), artifact))
-            except (CheckpointCorruptError, CommError, KeyError, OSError) as error:
+            except (AwayError, OSError):
+                raise  # nothing is known about it
+            except (CheckpointCorruptError, CommError, KeyError) as error:
                 log.warning("artifact %s holds no checkpoint: %s", artifact.qualified_name, error)
     return whole
 
@@ -181,6 +183,8 @@ def _fetch(artifact: UsedArtifact, manifest: Manifest, layer: FileLayer, directo
         layer.remove_tree(temporary)
     try:
         artifact.download(temporary)
+    except AwayError as error:  # an older one would lose what was trained since
+        raise CheckpointError(f"checkpoint {artifact.qualified_name} cannot be fetched now: {error}") from error
     except CommError as error:
         raise CheckpointCorruptError(f"checkpoint {artifact.qualified_name} cannot be fetched: {error}") from error
     verify(msgspec.structs.replace(manifest, directory=str(temporary)))

@@ -7,7 +7,7 @@ from urllib.parse import urlsplit
 
 import msgspec
 
-from wbdist.errors import AuthenticationError, CommError
+from wbdist.errors import AuthenticationError, AwayError, CommError
 from wbdist.protocol.operations import Operation, error_message
 
 if TYPE_CHECKING:
@@ -54,15 +54,15 @@ class Connection:
                 timeout=timeout or self._timeout,
             )
         except requests.Timeout as error:
-            raise CommError(f"{url} did not answer {operation.name} within {timeout or self._timeout:g} s") from error
+            raise AwayError(f"{url} did not answer {operation.name} within {timeout or self._timeout:g} s") from error
         except requests.RequestException as error:
-            raise CommError(f"{url} cannot be reached: {_root_cause(error)}") from error
+            raise AwayError(f"{url} cannot be reached: {_root_cause(error)}") from error
         if answer.status_code == 401:
             given = "the API key given is not accepted" if self.api_key else "no API key is known"
             raise AuthenticationError(f"{self.base_url}: {given}; run `wbdist login`, or set WANDB_API_KEY")
         message = error_message(answer.content)
         if not answer.ok or message:
-            error_class = RefusedError if answer.status_code < 500 and answer.status_code not in _BUSY else CommError
+            error_class = AwayError if is_away(answer.status_code) else RefusedError
             raise error_class(
                 f"{self.base_url} refused {operation.name} (HTTP {answer.status_code}): {message or answer.reason}"
             )
@@ -77,6 +77,11 @@ class Connection:
         if self._session is not None:
             self._session.close()
             self._session = None
+
+
+def is_away(status: int) -> bool:
+    """Whether an answer with this HTTP status says that the server cannot now."""
+    return status >= 500 or status in _BUSY
 
 
 def is_loopback(url: str) -> bool:

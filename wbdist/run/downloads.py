@@ -8,8 +8,8 @@ import os
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
-from wbdist.errors import CommError
-from wbdist.run.connection import is_loopback
+from wbdist.errors import AwayError, CommError
+from wbdist.run.connection import is_away, is_loopback
 
 if TYPE_CHECKING:
     import requests
@@ -27,7 +27,7 @@ def download(url: str, target: Path, md5: str, timeout: float = 30.0) -> None:
     """`target` holds the contents when this returns, and holds them whole or not at all before. Any thread.
 
     `url` authenticates itself. `md5` ('' or '0': unknown) is checked. Blocks at most `timeout` seconds between bytes. Raises
-    CommError when the server or the contents are not as told, OSError when the disk is.
+    AwayError when nobody answers to the end, CommError when the contents are not there or not as told, OSError for the disk.
     """
     import requests  # costs more than an offline run
 
@@ -38,13 +38,14 @@ def download(url: str, target: Path, md5: str, timeout: float = 30.0) -> None:
             session.trust_env = not is_loopback(url)
             with session.get(url, stream=True, timeout=timeout) as answer:
                 if not answer.ok:
-                    raise CommError(f"{_shown(url)} answers HTTP {answer.status_code}: {answer.text[:200]}")
+                    error_class = AwayError if is_away(answer.status_code) else CommError
+                    raise error_class(f"{_shown(url)} answers HTTP {answer.status_code}: {answer.text[:200]}")
                 found = _receive(answer, file)
         if md5 not in {"", "0", found}:
             raise CommError(f"{_shown(url)} sent other contents than announced (MD5 {found} instead of {md5}); try again")
         temporary.replace(target)
     except requests.RequestException as error:
-        raise CommError(f"{_shown(url)} cannot be read: {error}") from error
+        raise AwayError(f"{_shown(url)} cannot be read: {error}") from error
     finally:
         temporary.unlink(missing_ok=True)
 

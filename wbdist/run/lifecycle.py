@@ -16,7 +16,7 @@ from wbdist.core.branch import BranchPoint
 from wbdist.core.metrics import from_wandb
 from wbdist.core.position import RunPosition
 from wbdist.core.tails import JournalCopy
-from wbdist.errors import CommError, FencedError, InitStartError, UsageError
+from wbdist.errors import AwayError, CommError, FencedError, InitStartError, UsageError
 from wbdist.run import autoresume, console, machine, process_end
 from wbdist.run.disabled import NoJournal
 from wbdist.run.handle import Run
@@ -273,7 +273,7 @@ def _register(spec: RunSpec, local: LocalRun | None) -> _Placed:
         return _Placed(_alone(spec, local), server.base_url, server.api_key, data_dir)
     try:
         known, spec = registration.register(server, spec, local, REGISTER_SECONDS)
-    except registration.AwayError as error:
+    except AwayError as error:
         if spec.force:
             raise CommError(str(error)) from error
         return _Placed(_alone(spec, local, str(error)), server.base_url, server.api_key, data_dir, problem=str(error))

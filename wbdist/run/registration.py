@@ -7,7 +7,7 @@ from urllib.parse import quote
 
 import msgspec
 
-from wbdist.errors import AuthenticationError, CommError, UsageError
+from wbdist.errors import AuthenticationError, AwayError, CommError, UsageError
 from wbdist.protocol import operations
 from wbdist.protocol.operations import UpsertedRun
 from wbdist.run import continuation, machine
@@ -17,10 +17,6 @@ if TYPE_CHECKING:
     from wbdist.run.backend import Server
     from wbdist.run.lifecycle import RunSpec
     from wbdist.run.local_history import LocalRun
-
-
-class AwayError(CommError):
-    """The server did not answer; it may be back later."""
 
 
 def register(server: Server, spec: RunSpec, local: LocalRun | None, timeout: float) -> tuple[UpsertedRun, RunSpec]:
