@@ -37,7 +37,6 @@ import os
 import signal
 import statistics
 import struct
-import subprocess
 import sys
 import tempfile
 import time
@@ -47,6 +46,7 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+from common.serving import Server
 
 KEYS = [f"metric_{number}" for number in range(10)]
 
@@ -335,30 +335,8 @@ def run_steps(ranks: int, steps: int) -> dict[str, dict[str, float]]:
     from wbdist.distributed.bootstrap import launch
 
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as name:
-        data, port_file = Path(name) / "data", Path(name) / "url"
-        command = [
-            sys.executable,
-            "-m",
-            "wbdist",
-            "server",
-            "--data-dir",
-            str(data),
-            "--port",
-            "0",
-            "--port-file",
-            str(port_file),
-        ]
-        server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        try:
-            while not (port_file.exists() and port_file.read_text().strip()):
-                assert server.poll() is None, "the server did not start"
-                time.sleep(0.05)
-            key = (data / "admin.key").read_text().strip()
-            launch(rank_of_steps, nprocs=ranks, args=(name, steps, server.pid, port_file.read_text().strip(), key))
-        finally:
-            server.send_signal(signal.SIGCONT)
-            server.terminate()
-            server.wait()
+        with Server(Path(name)) as server:
+            launch(rank_of_steps, nprocs=ranks, args=(name, steps, server.process.pid, server.url, server.key))
         results = [json.loads((Path(name) / f"{rank}.json").read_text()) for rank in range(ranks)]
     return {
         kind: {at: statistics.median(result[kind][at] for result in results) for at in ("p50", "p99", "max")}

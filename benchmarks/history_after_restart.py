@@ -31,10 +31,11 @@ import signal
 import subprocess
 import sys
 import tempfile
-import time
 import venv
 from collections import Counter
 from pathlib import Path
+
+from common.serving import Server
 
 ROOT = Path(__file__).resolve().parents[1]
 PINS = [
@@ -161,28 +162,6 @@ CONTENDERS = {
 """Name in the table -> its script, and a line before it."""
 
 
-class Server:
-    """wbdist's server, as a user starts it."""
-
-    def __init__(self, directory: Path) -> None:
-        port_file = directory / "url"
-        command = [sys.executable, "-m", "wbdist", "server", "--data-dir", directory / "data", "--port", "0"]
-        self.process = subprocess.Popen(
-            [*map(str, command), "--port-file", str(port_file)], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-        )
-        deadline = time.monotonic() + 60
-        while not (port_file.exists() and port_file.read_text().strip()):
-            if time.monotonic() > deadline:
-                raise SystemExit("wbdist server did not start within 60 s")
-            time.sleep(0.05)
-        self.url = port_file.read_text().strip()
-        self.key = (directory / "data" / "admin.key").read_text().strip()
-
-    def stop(self) -> None:
-        self.process.terminate()
-        self.process.wait(20)
-
-
 def run(python: Path | str, code: str, attempt: int, place: Path, environment: dict[str, str]) -> str:
     """Its standard output."""
     command = [str(python), "-c", code, str(attempt), str(place)]
@@ -239,19 +218,18 @@ def main() -> None:
     parser.add_argument("--peers", type=Path, default=ROOT / ".peers", metavar="DIR")
     python = peers(parser.parse_args().peers.absolute())
     directory = Path(tempfile.mkdtemp(prefix="wbdist-bench-"))
-    server = Server(directory)
     try:
-        print(f"{'':28} {'rows':>5} {'doubled':>8} {'missing':>8} {'stale':>6}   shown, as step:attempt")
-        for number, name in enumerate(CONTENDERS):
-            rows = measure(name, python, directory / str(number), server)
-            doubled = sum(count - 1 for count in Counter(step for step, _ in rows).values())
-            missing = len(set(RIGHT) - set(rows))
-            stale = sum(row not in RIGHT for row in rows)
-            text = " ".join(f"{step}:{attempt}" for step, attempt in rows)
-            print(f"{name:28} {len(rows):>5} {doubled:>8} {missing:>8} {stale:>6}   {text}", flush=True)
-        print(f"{'right':28} {END:>5} {0:>8} {0:>8} {0:>6}   {' '.join(f'{step}:{attempt}' for step, attempt in RIGHT)}")
+        with Server(directory) as server:
+            print(f"{'':28} {'rows':>5} {'doubled':>8} {'missing':>8} {'stale':>6}   shown, as step:attempt")
+            for number, name in enumerate(CONTENDERS):
+                rows = measure(name, python, directory / str(number), server)
+                doubled = sum(count - 1 for count in Counter(step for step, _ in rows).values())
+                missing = len(set(RIGHT) - set(rows))
+                stale = sum(row not in RIGHT for row in rows)
+                text = " ".join(f"{step}:{attempt}" for step, attempt in rows)
+                print(f"{name:28} {len(rows):>5} {doubled:>8} {missing:>8} {stale:>6}   {text}", flush=True)
+            print(f"{'right':28} {END:>5} {0:>8} {0:>8} {0:>6}   {' '.join(f'{step}:{attempt}' for step, attempt in RIGHT)}")
     finally:
-        server.stop()
         shutil.rmtree(directory, ignore_errors=True)
 
 

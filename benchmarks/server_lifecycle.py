@@ -21,11 +21,8 @@ import argparse
 import base64
 import http.client
 import json
-import os
 import sqlite3
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -34,6 +31,7 @@ from typing import Any
 
 import numpy as np
 import psutil
+from common.serving import Server
 
 from wbdist.server.store import open_store
 
@@ -181,20 +179,8 @@ def main() -> None:
     parser.add_argument("--forks", type=int, default=50)
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory() as place:
-        data, ready = Path(place) / "data", Path(place) / "url"
-        command = [sys.executable, "-m", "wbdist", "server", "--data-dir", str(data), "--port", "0", "--port-file", str(ready)]
-        server = subprocess.Popen(command, stdout=subprocess.DEVNULL, env=os.environ)
-        try:
-            while not ready.exists():
-                if server.poll() is not None:
-                    raise SystemExit(f"the server ended with {server.returncode}")
-                time.sleep(0.05)
-            client = Client(ready.read_text().strip(), (data / "admin.key").read_text().strip())
-            found = measure(client, data, psutil.Process(server.pid), options)
-        finally:
-            server.terminate()
-            server.wait(20)
+    with tempfile.TemporaryDirectory() as place, Server(Path(place)) as server:
+        found = measure(Client(server.url, server.key), server.data, psutil.Process(server.process.pid), options)
     if options.json:
         print(json.dumps(found))
         return

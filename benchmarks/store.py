@@ -22,7 +22,6 @@ import argparse
 import json
 import random
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -32,6 +31,7 @@ from typing import Any
 
 import msgspec
 import numpy as np
+from common.serving import Server
 
 from wbdist.core.position import HISTORY, Watermark
 from wbdist.protocol.attempts import BeginAttempt
@@ -218,17 +218,8 @@ def run_http(place: Path, rows: int, size: int) -> dict[str, float]:
     from wbdist.protocol.attempts import StreamStamp
     from wbdist.run.shipper.remote import Remote
 
-    port_file = place / "url"
-    command = [sys.executable, "-m", "wbdist", "server", "--data-dir", str(place / "data"), "--port", "0"]
-    with (place / "log").open("w") as log:
-        server = subprocess.Popen([*command, "--port-file", str(port_file)], stdout=log, stderr=log)
-    try:
-        deadline = time.monotonic() + 60
-        while not port_file.exists():
-            if server.poll() is not None or time.monotonic() > deadline:
-                raise SystemExit(f"the server did not start within 60 s:\n{(place / 'log').read_text()}")
-            time.sleep(0.02)
-        remote = Remote(port_file.read_text().strip(), (place / "data" / "admin.key").read_text().strip())
+    with Server(place) as server:
+        remote = Remote(server.url, server.key)
         begin = BeginAttempt(1, "nonce", "rank0")
         operation = operations.upsert_run(project="store", run_id="r", entity=None)
         answer = remote.post("/graphql", operation.body())
@@ -243,9 +234,6 @@ def run_http(place: Path, rows: int, size: int) -> dict[str, float]:
             assert answer.ok, answer
 
         return ingest(append, rows, size)
-    finally:
-        server.terminate()
-        server.wait(30)
 
 
 # --------------------------------------------------------------------------------------------------------
