@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from support.dying import free_port
+from support.ports import free_port
 from support.torchrun import torchrun
 
 from wbdist.checkpoint.manifest import committed

@@ -9,13 +9,14 @@ from typing import Any
 
 import pytest
 from support import dying
+from support.ports import free_port
 
 STEPS = 50
 
 
 def live(directory: Path, ranks: int, attempt: int, kill_after: int) -> dict[int, tuple[int, dict[str, Any]]]:
     """One life: by rank, the step it began with and its final state; nothing when it was killed."""
-    context, port = dying.context(), dying.free_port()
+    context, port = dying.context(), free_port()
     results: Any = context.Queue()
     life = (ranks, attempt, kill_after, STEPS)
     processes = [context.Process(target=dying.one_of_ddp, args=(directory, rank, life, port, results)) for rank in range(ranks)]

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from support import dying
+from support.ports import free_port
 from support.ranks import alone
 
 from wbdist.checkpoint.checkpointer import Checkpointer
@@ -65,7 +66,7 @@ def test_one_of_two_ranks_is_killed_in_a_save(tmp_path: Path) -> None:
     """Over the real store: the survivor is told which rank is missing, nothing is committed, the next attempt goes on."""
 
     def attempt(number: int) -> list[int]:
-        port = dying.free_port()
+        port = free_port()
         ranks = [dying.context().Process(target=dying.one_rank, args=(tmp_path, rank, number, port)) for rank in range(2)]
         for process in ranks:
             process.start()

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from support import dying, fsdp
-from support.dying import free_port
+from support.ports import free_port
 from torch.distributed.fsdp import fully_shard
 
 from wbdist.checkpoint.manifest import committed, verify

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 import threading
@@ -17,6 +16,7 @@ from typing import Any
 
 import pytest
 from support.feeding import PROGRAMS, REPOSITORY
+from support.ports import free_port
 from support.torchrun import torchrun
 
 from wbdist.core.coordination import Coordinator
@@ -24,12 +24,6 @@ from wbdist.distributed import coordination
 from wbdist.distributed.coordination import AloneCoordinator, StoreCoordinator, connect, first_host, store_address
 from wbdist.distributed.identity import RankIdentity
 from wbdist.errors import DeadlineError, PeerLostError, UsageError
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def env_of(port: int, **more: str) -> dict[str, str]:

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from support.processes import free_port
+from support.ports import free_port
 
 from wbdist import settings
 from wbdist.checkpoint.claim import Claim

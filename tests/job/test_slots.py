@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from hypothesis import strategies as st
 from support.agents import Agents
 from support.feeding import rows_of
 from support.jobs import SCRIPT, JobProcess, Jobs
+from support.ports import free_port
 from support.ranks import ThreadCoordinator, run_ranks
 from support.serving import Server
 from support.training import position
@@ -87,9 +87,7 @@ def refused(directory: Path) -> Any:
 
 def started(jobs: Jobs, hosts: str, *args: str) -> list[JobProcess]:
     """A rank on each host, numbered in this order."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        meet = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1]), "WORLD_SIZE": str(len(hosts))}
+    meet = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(len(hosts))}
     for rank, host in enumerate(hosts):
         place = {"RANK": str(rank), "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "WANDB_HOST": host}
         jobs.started.append(JobProcess([sys.executable, str(SCRIPT), *args], jobs.cwd, {**os.environ, **meet, **place}))

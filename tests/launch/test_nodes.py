@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 from support.launching import SCRIPT, Launched
-from support.processes import free_port
+from support.ports import free_port
 from support.waiting import until
 
 from wbdist.cli.launch import command

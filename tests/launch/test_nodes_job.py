@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from support.jobs import SCRIPT, JobProcess, Jobs, comparable, the_run
 from support.namespaces import ip
-from support.processes import free_port
+from support.ports import free_port
 from support.serving import Server
 from support.waiting import until
 

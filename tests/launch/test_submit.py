@@ -16,7 +16,7 @@ import pytest
 import yaml
 from click.testing import CliRunner
 from support.launching import SCRIPT
-from support.processes import free_port
+from support.ports import free_port
 
 from wbdist.cli import main
 from wbdist.cli.submit import submit

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from support.ports import free_port
 
 from wbdist.core.coordination import Coordinator
 from wbdist.errors import DeadlineError, PeerLostError
@@ -324,14 +325,6 @@ def run_workers(world: int, port: int, *extra: str) -> list[subprocess.Popen[str
         )
         for rank in range(world)
     ]
-
-
-def free_port() -> int:
-    import socket
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def said(worker: subprocess.Popen[str], what: str) -> list[str]:

@@ -16,6 +16,7 @@ from typing import Any
 
 import psutil
 import pytest
+from support.ports import free_port
 
 import wbdist
 from wbdist.run import backend, lifecycle
@@ -31,12 +32,6 @@ def servers_of(data_dir: Path) -> list[psutil.Process]:
         for process in psutil.process_iter(["cmdline"])
         if "server" in (line := process.info["cmdline"] or ()) and str(data_dir) in line and "--data-dir" in line
     ]
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def test_a_run_from_init_to_the_servers_answer(embedded: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from support.jobs import JobProcess, Jobs
-from support.processes import free_port
+from support.ports import free_port
 from support.waiting import until
 
 

@@ -6,7 +6,6 @@ from __future__ import annotations
 import multiprocessing as mp
 import os
 import signal
-import socket
 import sys
 from multiprocessing import forkserver
 from multiprocessing.context import ForkServerContext
@@ -48,12 +47,6 @@ def ended(process: BaseProcess) -> int:
     assert code is not None, f"process {process.pid} still runs"
     process.close()  # type: ignore[attr-defined]  # (in every context's class)
     return code
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 class Killer(FileLayer):

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import os
-import random
 import signal
-import socket
 from contextlib import suppress
 from pathlib import Path
 
@@ -83,15 +81,6 @@ def kill(pid: int, number: int = signal.SIGKILL) -> bool:
     except ProcessLookupError:
         return False
     return True
-
-
-def free_port() -> int:
-    """One below those that the kernel gives to clients: a server that comes back must find it free."""
-    while True:
-        port = random.SystemRandom().randrange(20000, 30000)
-        with socket.socket() as probe, suppress(OSError):
-            probe.bind(("127.0.0.1", port))
-            return port
 
 
 def parent_of(pid: int) -> int:

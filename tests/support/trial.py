@@ -23,7 +23,8 @@ from typing import Self
 
 import msgspec
 from support.plans import Blow, Plan
-from support.processes import Family, family_of, free_port, is_sentinel, kill, marked, scan
+from support.ports import free_port
+from support.processes import Family, family_of, is_sentinel, kill, marked, scan
 from support.serving import Server
 
 REPOSITORY = Path(__file__).parents[2]
