@@ -17,7 +17,7 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 # torch first and alone, pinned: an unpinned torch pulled in by another package is gigabytes of CUDA.
-$(VENV)/.base: constraints.txt pyproject.toml hatch_build.py | $(BIN)/python
+$(VENV)/.base: constraints.txt pyproject.toml hatch_build.py wbdist/run/_packing.c | $(BIN)/python
 	$(BIN)/pip install --quiet --disable-pip-version-check $(PIP_TORCH_ARGS) "$$(grep '^torch==' constraints.txt)"
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[torch,server,examples]'
 	@touch $@

@@ -1,6 +1,11 @@
-"""Build hook: the web pages (ui/, TypeScript) become static files of the server, for wheels and for editable installs.
+"""Build hook, for wheels and for editable installs: what is not Python becomes what Python uses.
 
-By hand: `python hatch_build.py`. `WBDIST_SKIP_UI=1` leaves them out; the server then says so instead of showing pages.
+- The web pages (ui/, TypeScript) become static files of the server. `WBDIST_SKIP_UI=1` leaves them out; the server then says so
+  instead of showing pages.
+- `wbdist/run/_packing.c`, which makes `log` cheaper, is compiled. Where there is no compiler, or no header files of Python, it
+  is left out, and `log` does the same in Python (docs/adr/0008).
+
+By hand: `python hatch_build.py`.
 """
 
 from __future__ import annotations
@@ -10,6 +15,8 @@ import os
 import shutil
 import subprocess
 import sys
+import sysconfig
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +26,8 @@ ROOT = Path(__file__).resolve().parent
 UI = ROOT / "ui"
 STATIC = ROOT / "wbdist" / "server" / "ui" / "static"
 SKIP = "WBDIST_SKIP_UI"
+SOURCE = ROOT / "wbdist" / "run" / "_packing.c"
+COMPILED = SOURCE.with_name(f"{SOURCE.stem}{sysconfig.get_config_var('EXT_SUFFIX')}")
 _TIMEOUT = 600.0
 """Seconds for one command of the build; the download of 40 MB of build tools is the longest."""
 
@@ -27,12 +36,37 @@ class UiBuildError(RuntimeError):
     """The pages could not be built; the message ends with what to do."""
 
 
-class UiBuildHook(BuildHookInterface):  # type: ignore[type-arg]
+class Hook(BuildHookInterface):  # type: ignore[type-arg]
     """Called by hatchling before it collects the files of a wheel, an sdist or an editable install."""
 
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
         if os.environ.get(SKIP, "") in {"", "0"} and is_stale():
             build()
+        if self.target_name == "wheel" and compile_packing():
+            build_data["artifacts"].append(COMPILED.relative_to(ROOT).as_posix())
+            build_data["pure_python"] = False
+            build_data["infer_tag"] = True
+
+
+def compile_packing() -> bool:
+    """Whether the compiled module is there now, no older than its source; why not is setuptools' warning."""
+    if COMPILED.exists() and COMPILED.stat().st_mtime >= SOURCE.stat().st_mtime:
+        return True
+    from setuptools import Distribution, Extension
+    from setuptools.command.build_ext import build_ext
+
+    with tempfile.TemporaryDirectory(dir=ROOT) as folder:
+        extension = Extension(SOURCE.stem, [str(SOURCE)], optional=True)
+        command = build_ext(Distribution({"name": "wbdist", "ext_modules": [extension]}))
+        command.build_lib = command.build_temp = folder
+        command.ensure_finalized()
+        command.run()
+        made = Path(folder, COMPILED.name)
+        if not made.exists():
+            COMPILED.unlink(missing_ok=True)  # of an older source
+            return False
+        made.replace(COMPILED)  # at once: somebody may be running with the old one
+    return True
 
 
 def is_stale() -> bool:
@@ -90,6 +124,7 @@ def _run(command: list[str], node: str) -> None:
 
 
 if __name__ == "__main__":
+    sys.stdout.write(f"{COMPILED.relative_to(ROOT)}: {'compiled' if compile_packing() else 'left out'}\n")
     build()
     size = sum(path.stat().st_size for path in STATIC.rglob("*") if path.is_file())
     sys.stdout.write(f"{STATIC.relative_to(ROOT)}: {size:,} bytes\n")
