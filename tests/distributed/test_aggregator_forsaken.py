@@ -8,7 +8,8 @@ import sys
 from pathlib import Path
 
 import msgspec
-from support.feeding import REPOSITORY, records_of
+from support.feeding import REPOSITORY
+from support.journals import records_of
 
 from wbdist.distributed.aggregator import LINGER, Plan
 from wbdist.run.init import make_spec

@@ -8,7 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from support.feeding import PROGRAMS, REPOSITORY, rows_of
+from support.feeding import PROGRAMS, REPOSITORY
+from support.journals import rows_of
 
 import wbdist
 from wbdist.errors import UsageError

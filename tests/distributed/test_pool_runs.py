@@ -12,7 +12,8 @@ from typing import Any
 
 import psutil
 import pytest
-from support.feeding import REPOSITORY, rows_of
+from support.feeding import REPOSITORY
+from support.journals import rows_of
 from support.waiting import until
 
 import wbdist

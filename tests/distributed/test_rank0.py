@@ -8,7 +8,8 @@ import signal
 from typing import Any
 
 import pytest
-from support.feeding import Ranks, records_of, rows_of
+from support.feeding import Ranks
+from support.journals import records_of, rows_of
 from support.waiting import until
 
 from wbdist.run.journal import JournalReader, Kind, find_journals

@@ -14,8 +14,9 @@ from typing import Any
 import psutil
 import pytest
 from click.testing import CliRunner
-from support.feeding import Ranks, records_of, rows_of
+from support.feeding import Ranks
 from support.inprocess import World, cut
+from support.journals import records_of, rows_of
 from support.waiting import until
 
 from wbdist.cli.clean import removable

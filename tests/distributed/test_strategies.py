@@ -14,7 +14,8 @@ import msgspec
 import psutil
 import pytest
 from distributed.programs.file_coordinator import FileCoordinator
-from support.feeding import REPOSITORY, Ranks, records_of, rows_of
+from support.feeding import REPOSITORY, Ranks
+from support.journals import records_of, rows_of
 
 import wbdist
 from wbdist.distributed.identity import RankIdentity

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from support.feeding import rows_of
+from support.journals import rows_of
 
 import wbdist
 from wbdist.run import lifecycle

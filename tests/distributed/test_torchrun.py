@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.feeding import PROGRAMS, records_of, rows_of
+from support.feeding import PROGRAMS
+from support.journals import records_of, rows_of
 from support.torchrun import torchrun
 
 from wbdist.run.journal import JournalReader, Kind, find_journals

@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.journals import read_all
 from support.processes import kill, marked
 from support.serving import Server
 from support.waiting import until
 
 import wbdist
-from wbdist.run.journal import JournalReader, Kind, find_journals
+from wbdist.run.journal import Kind, find_journals
 
 WRITERS = Path(__file__).parent / "writers.py"
 PLACES = 4
@@ -33,11 +34,9 @@ def journalled(place: Path) -> Counter[Row]:
     """What the disk has: of a killed process perhaps one row a writer more than was acknowledged."""
     rows: Counter[Row] = Counter()
     for path in find_journals(place / "wandb"):
-        with JournalReader.open(path) as reader:
-            while records := reader.read():
-                for record in records:
-                    if record.kind is Kind.ROW:
-                        rows.update((writer, int(record.step or 0), value) for writer, value in record.data.items())
+        for record in read_all(path):
+            if record.kind is Kind.ROW:
+                rows.update((writer, int(record.step or 0), value) for writer, value in record.data.items())
     return rows
 
 

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.feeding import REPOSITORY, rows_of
+from support.feeding import REPOSITORY
+from support.journals import rows_of
 from support.torchrun import torchrun
 
 from wbdist.run.journal import JournalHeader, JournalReader, find_journals

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from support.jobs import JobProcess, Machine, comparable, the_run
+from support.journals import read_all
 from support.serving import Server
 from support.waiting import until
 
@@ -34,11 +35,9 @@ def steps_logged(machine: Machine, nonce: str) -> list[int]:
     """The steps in the run's journal of that incarnation: none when it was told to stop before its first."""
     for path in find_journals(machine.disk / "wandb"):
         with JournalReader.open(path) as reader:
-            if reader.header.nonce == nonce and reader.header.role == "run":
-                records = []
-                while found := reader.read():
-                    records += found
-                return [record.step for record in records if record.kind is Kind.ROW and record.step is not None]
+            header = reader.header
+        if header.nonce == nonce and header.role == "run":
+            return [record.step for record in read_all(path) if record.kind is Kind.ROW and record.step is not None]
     raise AssertionError(f"no journal of {nonce} on {machine.disk}")
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from support.jobs import Machine, comparable, the_run
+from support.journals import read_all
 from support.serving import Server
 from support.waiting import until
 
@@ -53,11 +54,7 @@ def up_to_some_row(journal: Path, chance: random.Random) -> bytes:
 
 
 def rows_of(journal: Path) -> list[Any]:
-    with JournalReader.open(journal) as reader:
-        records = []
-        while found := reader.read():
-            records += found
-    return [record for record in records if record.kind is Kind.ROW and record.step is not None]
+    return [record for record in read_all(journal) if record.kind is Kind.ROW and record.step is not None]
 
 
 def arrivals(journals: list[Path], chance: random.Random, scratch: Path) -> list[Path]:

@@ -7,20 +7,19 @@ from typing import Any, Literal
 
 import pytest
 import torch
+from support.journals import records_of
 from torch import nn
 from torch.utils.data import TensorDataset
 
 import wbdist
 from wbdist.checkpoint.manifest import committed
-from wbdist.run.journal import JournalReader, Kind, find_journals
+from wbdist.run.journal import Kind, find_journals
 
 
 def measured(directory: Path) -> list[dict[str, Any]]:
     found = []
     for path in find_journals(directory / "wandb"):
-        with JournalReader.open(path) as reader:
-            while records := reader.read():
-                found += [record.data for record in records if record.kind is Kind.STATS]
+        found += records_of(path, Kind.STATS)
     return [sample for sample in found if any(name.startswith("system.checkpoint.") for name in sample)]
 
 

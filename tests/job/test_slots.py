@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from support.agents import Agents
-from support.feeding import rows_of
 from support.jobs import SCRIPT, JobProcess, Jobs
+from support.journals import rows_of
 from support.ports import free_port
 from support.ranks import ThreadCoordinator, run_ranks
 from support.serving import Server

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from support.jobs import Jobs, the_run
+from support.journals import records_of
 from support.serving import Server
 from support.waiting import until
 
@@ -27,10 +28,7 @@ def has_left(root: Path) -> bool:
         (path for path in find_journals(root) if path.name.startswith("feed0.")), key=lambda path: path.stat().st_mtime
     )
     try:
-        with JournalReader.open(feeds[-1]) as reader:
-            marks = []
-            while records := reader.read():
-                marks += [record.data["phase"] for record in records if record.kind is Kind.PHASE]
+        marks = [data["phase"] for data in records_of(feeds[-1], Kind.PHASE)]
     except (JournalCorruptError, IndexError):
         return False
     return marks[-1:] == ["end"]

@@ -17,6 +17,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from support.journals import read_all, records_of
 
 from wbdist.core.position import Watermark
 from wbdist.errors import JournalCorruptError, ShutdownError, UsageError
@@ -37,23 +38,11 @@ from wbdist.run.values import flat_row
 MakeWriter = Callable[..., JournalWriter]
 
 
-def read_all(path: Path) -> list[Record]:
-    with JournalReader.open(path) as reader:
-        records: list[Record] = []
-        while batch := reader.read():
-            records += batch
-        return records
-
-
 def seen_alive(path: Path) -> bool:
     """Whether another process sees the journal's writer alive."""
     probe = "import sys; from wbdist.run.journal import Path, writer_alive; print(writer_alive(Path(sys.argv[1])))"
     command = [sys.executable, "-c", probe, str(path)]
     return subprocess.run(command, capture_output=True, text=True, timeout=30, check=True).stdout.strip() == "True"
-
-
-def rows_of(path: Path) -> list[dict[str, Any]]:
-    return [record.data for record in read_all(path) if record.kind is Kind.ROW]
 
 
 def same(left: Any, right: Any) -> bool:
@@ -143,7 +132,7 @@ def test_other_libraries_scalars_become_plain_ones(make_writer: MakeWriter) -> N
         "f32": 0.5, "f64": 0.1, "i64": 7, "flag": True, "tensor": 2.5, "count": 3, "array": [0, 1, 2],
         "phase": "train", "bytes": "abc", "set": [1], "huge": float(2**70), "u64": 2**64 - 1,
     }  # fmt: skip
-    assert same(rows_of(writer.path)[0], expected)
+    assert same(records_of(writer.path, Kind.ROW)[0], expected)
 
 
 @pytest.mark.parametrize("bad", [{"x": object()}, {3: 1.0}, {"x": {"y": threading.Lock()}}])
@@ -154,7 +143,7 @@ def test_a_row_that_cannot_be_journalled_changes_nothing(make_writer: MakeWriter
     with pytest.raises(TypeError):
         writer.append_row(bad, step=1, commit=True, time=1.0)
     writer.append_row({"x": 2.0}, step=1, commit=True, time=1.0)
-    assert rows_of(writer.path) == [{"x": 1.0}, {"x": 2.0}]
+    assert records_of(writer.path, Kind.ROW) == [{"x": 1.0}, {"x": 2.0}]
     assert writer.seq == 2
 
 
@@ -163,7 +152,7 @@ def test_ever_new_shapes_stay_bounded_and_readable(make_writer: MakeWriter) -> N
     writer = make_writer()
     for step in range(1500):
         writer.append_row({f"k{step}": step}, step=step, commit=True, time=1.0)
-    assert rows_of(writer.path) == [{f"k{step}": step} for step in range(1500)]
+    assert records_of(writer.path, Kind.ROW) == [{f"k{step}": step} for step in range(1500)]
     assert len(writer._shapes) == 1024
 
 
@@ -173,7 +162,7 @@ def test_rows_longer_than_a_window(make_writer: MakeWriter, storage: str) -> Non
     rows = [{"text": letter * size} for letter, size in [("a", 3), ("b", 700_000), ("c", 5), ("d", 3_000_000), ("e", 1)]]
     for step, row in enumerate(rows):
         writer.append_row(row, step=step, commit=True, time=1.0)
-    assert rows_of(writer.path) == rows
+    assert records_of(writer.path, Kind.ROW) == rows
 
 
 def test_other_records_and_the_end(make_writer: MakeWriter) -> None:
@@ -270,7 +259,7 @@ def test_threads_share_a_writer(make_writer: MakeWriter) -> None:
         thread.start()
     for thread in threads:
         thread.join(30)
-    rows = rows_of(writer.path)
+    rows = records_of(writer.path, Kind.ROW)
     assert all([row[f"t{name}"] for row in rows if f"t{name}" in row] == list(range(400)) for name in range(4))
 
 
@@ -325,7 +314,7 @@ def test_a_forked_child_is_refused_and_harms_nothing(make_writer: MakeWriter) ->
     assert len(said) == 3
     assert all("forked child" in line for line in said), said
     writer.append_row({"x": 3.0}, step=1, commit=True, time=1.0)
-    assert rows_of(writer.path) == [{"x": 1.0}, {"x": 3.0}]
+    assert records_of(writer.path, Kind.ROW) == [{"x": 1.0}, {"x": 3.0}]
     assert seen_alive(writer.path)
 
 

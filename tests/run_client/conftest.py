@@ -11,10 +11,11 @@ from pathlib import Path
 
 import psutil
 import pytest
+from support.journals import read_all
 
 from wbdist import settings
 from wbdist.run import lifecycle
-from wbdist.run.journal import JournalReader, Record, find_journals
+from wbdist.run.journal import Record, find_journals
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -61,14 +62,7 @@ def journals(tmp_path: Path) -> Callable[[], list[list[Record]]]:
     """All records of every journal below the test's directory, journals by name."""
 
     def read() -> list[list[Record]]:
-        found = []
-        for path in find_journals(tmp_path / "wandb"):
-            with JournalReader.open(path) as reader:
-                records: list[Record] = []
-                while batch := reader.read():
-                    records.extend(batch)
-                found.append(records)
-        return found
+        return [read_all(path) for path in find_journals(tmp_path / "wandb")]
 
     return read
 

@@ -16,14 +16,14 @@ import msgspec
 import numpy as np
 import pytest
 import torch
+from support.journals import history_of
 
 import wbdist
 from wbdist.core.position import CONSOLE, HISTORY, RunPosition
-from wbdist.core.rows import RowAssembler
 from wbdist.errors import DiskFullError
 from wbdist.run.handle import Run
 from wbdist.run.init import make_spec
-from wbdist.run.journal import JournalReader, JournalWriter, Kind
+from wbdist.run.journal import JournalReader, JournalWriter
 from wbdist.run.journal_storage import refuse
 from wbdist.run.lifecycle import open_run
 from wbdist.settings import resolve
@@ -34,17 +34,7 @@ pytestmark = pytest.mark.usefixtures("offline")
 def rows(run: Run) -> list[dict[str, Any]]:
     """The history that a server will get from the run's journal."""
     assert run.journal_path is not None
-    with JournalReader.open(run.journal_path) as reader:
-        header = reader.header
-        assembler = RowAssembler(starting_step=header.starting_step, created=header.created, runtime=header.runtime)
-        found: list[dict[str, Any]] = []
-        while records := reader.read():
-            for record in records:
-                if record.kind is Kind.ROW:
-                    found += assembler.add(record.data, record.step, record.commit, record.time)
-                elif record.kind in {Kind.COMMIT, Kind.END}:
-                    found += assembler.close()
-    return found
+    return history_of(run.journal_path)
 
 
 def without_times(found: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -12,9 +12,10 @@ import pandas as pd
 import PIL.Image
 import pytest
 import torch
+from support.journals import read_all
 
 import wbdist
-from wbdist.run.journal import JournalReader, Kind, Record
+from wbdist.run.journal import Kind, Record
 
 pytestmark = pytest.mark.usefixtures("offline")
 
@@ -26,11 +27,7 @@ def run() -> wbdist.Run:
 
 def records(run: wbdist.Run, *kinds: Kind) -> list[Record]:
     assert run.journal_path is not None
-    found: list[Record] = []
-    with JournalReader.open(run.journal_path) as reader:
-        while batch := reader.read():
-            found += [record for record in batch if record.kind in kinds]
-    return found
+    return [record for record in read_all(run.journal_path) if record.kind in kinds]
 
 
 def last_row(run: wbdist.Run) -> dict[str, Any]:

@@ -11,11 +11,12 @@ from typing import Any
 
 import psutil
 import pytest
+from support.journals import read_all
 from support.waiting import until
 
 import wbdist
 from wbdist.core.position import EVENTS
-from wbdist.run.journal import JournalReader, Kind, Record
+from wbdist.run.journal import Kind, Record
 from wbdist.run.system import sampler
 from wbdist.run.system.gpus import Gpus
 from wbdist.run.system.readings import HostReadings, ProcessReadings
@@ -25,11 +26,7 @@ pytestmark = pytest.mark.usefixtures("offline")
 
 def samples(run: wbdist.Run) -> list[Record]:
     assert run.journal_path is not None
-    found: list[Record] = []
-    with JournalReader.open(run.journal_path) as reader:
-        while batch := reader.read():
-            found += [record for record in batch if record.kind is Kind.STATS]
-    return found
+    return [record for record in read_all(run.journal_path) if record.kind is Kind.STATS]
 
 
 def sampling(**settings: Any) -> wbdist.Run:

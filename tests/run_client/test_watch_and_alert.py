@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from support.journals import assembled
 from torch import nn
 
 import wbdist
@@ -29,16 +30,10 @@ def run() -> wbdist.Run:
 
 
 def rows(run: wbdist.Run) -> list[dict[str, Any]]:
-    from wbdist.core.rows import RowAssembler
-
     assert run.journal_path is not None
-    assembler, found = RowAssembler(), []
     with JournalReader.open(run.journal_path) as reader:
-        while records := reader.read():
-            for record in records:
-                if record.kind is Kind.ROW:
-                    found += assembler.add(record.data, record.step, record.commit, record.time)
-    return found + assembler.close()
+        closed, unfinished = assembled(reader)
+        return closed + unfinished
 
 
 def train(run: wbdist.Run, model: nn.Module, batches: int) -> None:

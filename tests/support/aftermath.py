@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+from support.journals import assembled
 from support.plans import Plan
 from support.trial import PATIENCE, PROJECT, PYTHON, Trial
 
 import wbdist
-from wbdist.core.rows import RowAssembler
 from wbdist.errors import JournalCorruptError
-from wbdist.run.journal import JournalHeader, JournalReader, Kind, find_journals
+from wbdist.run.journal import JournalHeader, JournalReader, find_journals
 from wbdist.run.remote_run import RunRecord
 
 Row = tuple[tuple[str, str], ...]
@@ -88,16 +88,8 @@ def kept_journals(directory: Path, role: str = "run") -> list[Kept]:
             if reader.header.role != role:
                 continue
             header = reader.header
-            assembler = RowAssembler(starting_step=header.starting_step, created=header.created, runtime=header.runtime)
-            rows: list[dict[str, Any]] = []
-            while records := reader.read():
-                for record in records:
-                    if record.kind is Kind.ROW:
-                        rows += assembler.add(record.data, record.step, record.commit, record.time)
-                    elif record.kind in (Kind.COMMIT, Kind.END):
-                        rows += assembler.close()
-            rows += assembler.close()
-            found.append(Kept(path, header, [comparable(row) for row in rows], reader.ended))
+            closed, unfinished = assembled(reader)
+            found.append(Kept(path, header, [comparable(row) for row in closed + unfinished], reader.ended))
     return sorted(found, key=lambda kept: (kept.header.run_id, kept.header.attempt, kept.header.writer))
 
 

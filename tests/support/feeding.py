@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+from support.journals import rows_of
 from support.waiting import until
 
-from wbdist.core.rows import RowAssembler
 from wbdist.errors import JournalCorruptError
-from wbdist.run.journal import JournalReader, Kind, find_journals
+from wbdist.run.journal import JournalReader, find_journals
 
 PROGRAMS = Path(__file__).parents[1] / "distributed" / "programs"
 REPOSITORY = Path(__file__).parents[2]
@@ -81,25 +81,3 @@ class Ranks:
             if process.poll() is None:
                 process.send_signal(signal.SIGKILL)
             process.wait(10)
-
-
-def rows_of(path: Path) -> list[dict[str, Any]]:
-    """History rows of a journal, as the shipper makes them, without times."""
-    rows = []
-    with JournalReader.open(path) as reader:
-        assembler = RowAssembler(starting_step=reader.header.starting_step, created=reader.header.created)
-        while records := reader.read():
-            for record in records:
-                if record.kind is Kind.ROW:
-                    rows += assembler.add(record.data, record.step, record.commit, record.time)
-                elif record.kind in (Kind.COMMIT, Kind.END):
-                    rows += assembler.close()
-    return [{key: value for key, value in row.items() if key not in ("_timestamp", "_runtime")} for row in rows]
-
-
-def records_of(path: Path, kind: Kind) -> list[dict[str, Any]]:
-    with JournalReader.open(path) as reader:
-        found = []
-        while records := reader.read():
-            found += [record.data for record in records if record.kind is kind]
-        return found
