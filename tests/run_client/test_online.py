@@ -245,6 +245,24 @@ def test_wbdist_runs_lists_and_shows(script: Callable[..., Any]) -> None:
     assert "Traceback" not in missing.stderr
 
 
+def test_another_directorys_server_is_none_of_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Proves that a server which has the port that ours had when it was killed is not taken for ours: it would refuse the run."""
+    with wbdist.init(project="p") as first:
+        first.log({"a": 1})
+    theirs = tmp_path / "wbdist-data"
+    url = backend.running(theirs)
+    own = tmp_path / "own"
+    own.mkdir()
+    (own / backend.SERVER_FILE).write_text(json.dumps({"url": url, "pid": 1}))
+    assert backend.running(own) is None
+    monkeypatch.setenv("WBDIST_DATA_DIR", str(own))
+    with wbdist.init(project="p") as run:
+        run.log({"a": 1})
+    assert wbdist.Api().run(run.path).state == "finished"
+    assert backend.running(own) not in {None, url}
+    assert backend.running(theirs) == url
+
+
 def test_no_proxy_is_asked_about_loopback(monkeypatch: pytest.MonkeyPatch) -> None:
     """Proves that http_proxy of the environment never sees requests to this machine."""
     with socket.create_server(("127.0.0.1", 0)) as trap:

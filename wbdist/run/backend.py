@@ -26,6 +26,8 @@ LOCK_FILE = "start.lock"
 LOG_FILE = "server.log"
 PROBE_SECONDS = 2.0
 POLL_SECONDS = 0.02
+_HEALTH = 4096
+"""Bytes of an answer to GET /healthz that are looked at."""
 
 
 _started: list[subprocess.Popen[bytes]] = []
@@ -43,6 +45,11 @@ class Server(msgspec.Struct, frozen=True):
 class _ServerFile(msgspec.Struct):
     url: str
     pid: int = 0
+
+
+class _Health(msgspec.Struct):
+    pid: int = 0
+    """An older server does not tell."""
 
 
 def server_for(settings: Settings) -> Server:
@@ -74,8 +81,8 @@ def embedded_url(data_dir: Path, timeout: float) -> str:
 
 def running(data_dir: Path) -> str | None:
     """URL of the server that serves `data_dir` now, None when there is none. At most about 2 s."""
-    url = last_url(data_dir)
-    return url if url is not None and healthy(url) else None
+    found = _server_file(data_dir)
+    return found.url.rstrip("/") if found is not None and healthy(found.url.rstrip("/"), found.pid) else None
 
 
 def last_url(data_dir: Path) -> str | None:
@@ -107,14 +114,17 @@ def _server_file(data_dir: Path) -> _ServerFile | None:
         return None
 
 
-def healthy(url: str) -> bool:
-    """Whether something answers GET /healthz with 200. http.client, since it knows no proxies."""
+def healthy(url: str, pid: int = 0) -> bool:
+    """Whether a server answers GET /healthz with 200, the process `pid` if given (0: any) and if it tells: another directory's
+    may have the port of one that died. http.client, since it knows no proxies."""
     parts = urlsplit(url)
     connection = http.client.HTTPConnection(parts.hostname or "", parts.port or 80, timeout=PROBE_SECONDS)
     try:
         connection.request("GET", "/healthz")
-        return connection.getresponse().status == http.HTTPStatus.OK
-    except (OSError, http.client.HTTPException):
+        answer = connection.getresponse()
+        said = msgspec.json.decode(answer.read(_HEALTH), type=_Health) if pid else _Health()
+        return answer.status == http.HTTPStatus.OK and said.pid in {0, pid}
+    except (OSError, http.client.HTTPException, msgspec.DecodeError):
         return False
     finally:
         connection.close()

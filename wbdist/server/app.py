@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import logging
 from collections.abc import AsyncIterator
 from importlib import metadata
@@ -35,7 +36,7 @@ def create_app(ctx: AppContext) -> Starlette:
     """The whole server over `ctx`. It closes nothing of it: whoever made the context does, after the app has stopped."""
 
     async def health(_request: Request) -> Response:
-        return http.answer({"ok": True, "name": "wbdist", "version": version()})
+        return http.answer({"ok": True, "name": "wbdist", "version": version(), "pid": os.getpid()})
 
     async def no_telemetry(_request: Request) -> Response:
         # 404 to its first probe is how W&B's client learns that a server takes no telemetry.
