@@ -69,7 +69,7 @@ PATHS = [
 def test_data_needs_a_login(served: Any, method: str, path: str) -> None:
     """Proves that every address with data refuses strangers and wrong keys, and does not make browsers ask for a password."""
     for headers in ({}, {"Authorization": "Bearer wrong"}, {"Cookie": f"{served.ctx.auth.cookie_name}=forged.forged"}):
-        answer = requests.request(method, served.url + path, headers=headers, json={} if method == "POST" else None, timeout=5)
+        answer = requests.request(method, served.url + path, headers=headers, json={} if method == "POST" else None, timeout=60)
         assert answer.status_code == 401
         assert "WWW-Authenticate" not in answer.headers
         assert "wbdist server key" in answer.json()["errors"][0]["message"]
@@ -80,16 +80,16 @@ def test_no_page_of_another_site_can_read_or_act(served: Any) -> None:
     cookie = {"Cookie": f"{served.ctx.auth.cookie_name}={served.ctx.auth.login(served.key)}"}
     series = f"{served.url}/api/ui/local/p/series"
     body = {"runs": [], "keys": []}
-    assert requests.post(series, json=body, headers={**cookie, "Origin": served.url}, timeout=5).status_code == 200
-    assert requests.post(series, json=body, headers={**cookie, "Origin": "http://evil.example"}, timeout=5).status_code == 401
-    assert requests.post(series, json=body, headers=cookie, timeout=5).status_code == 401
+    assert requests.post(series, json=body, headers={**cookie, "Origin": served.url}, timeout=60).status_code == 200
+    assert requests.post(series, json=body, headers={**cookie, "Origin": "http://evil.example"}, timeout=60).status_code == 401
+    assert requests.post(series, json=body, headers=cookie, timeout=60).status_code == 401
     rebound = {**cookie, "Host": "evil.example"}
-    assert requests.get(f"{served.url}/api/ui/projects", headers=rebound, timeout=5).status_code == 401
+    assert requests.get(f"{served.url}/api/ui/projects", headers=rebound, timeout=60).status_code == 401
 
 
 def test_pages_carry_a_strict_policy_and_load_nothing_from_elsewhere(served: Any) -> None:
     """Proves the headers of the page and its files, that files are cached for ever, and that the page names no other host."""
-    page = requests.get(f"{served.url}/local/p/runs/r", timeout=5)
+    page = requests.get(f"{served.url}/local/p/runs/r", timeout=60)
     assert page.status_code == 200
     policy = page.headers["Content-Security-Policy"]
     assert "default-src 'none'" in policy
@@ -100,18 +100,18 @@ def test_pages_carry_a_strict_policy_and_load_nothing_from_elsewhere(served: Any
     files = re.findall(r'(?:src|href)="(/static/[^"]+)"', page.text)
     assert len(files) == 3
     for path in files:
-        file = requests.get(served.url + path, timeout=5)
+        file = requests.get(served.url + path, timeout=60)
         assert file.status_code == 200
         assert file.headers["X-Content-Type-Options"] == "nosniff"
         assert "immutable" in file.headers["Cache-Control"]
     for path in ("/static/../pages.py", "/static/%2e%2e/pages.py", "/static/none.js", "/api/nothing", "/a/b/c", "/files/x"):
-        assert requests.get(served.url + path, timeout=5).status_code == 404
+        assert requests.get(served.url + path, timeout=60).status_code == 404
 
 
 def test_a_server_without_pages_says_so(served: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Proves that an installation without the built pages answers with what to do."""
     monkeypatch.setattr(pages, "STATIC", tmp_path)
-    answer = requests.get(f"{served.url}/", timeout=5)
+    answer = requests.get(f"{served.url}/", timeout=60)
     assert answer.status_code == 503
     assert "python hatch_build.py" in answer.text
 
@@ -275,7 +275,7 @@ def test_too_many_streams_are_refused_and_free_again_when_closed(
 ) -> None:
     """Proves that the number of streams is bounded, says so with a 503, and that closed ones stop counting and watching."""
     monkeypatch.setattr(live, "_MAX_STREAMS", 3)
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     streams = []
     while len(streams) < 3:  # those of the tests before may still be closing
         stream = Stream(served, "/api/ui/local/bound/events")
@@ -283,7 +283,7 @@ def test_too_many_streams_are_refused_and_free_again_when_closed(
             streams.append(stream)
         else:
             stream.close()
-            assert time.monotonic() < deadline, "older streams did not end within 10 s"
+            assert time.monotonic() < deadline, "older streams did not end within 60 s"
             time.sleep(0.02)
     refused = http.get("/api/ui/local/bound/events")
     assert refused.status_code == 503

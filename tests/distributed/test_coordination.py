@@ -155,7 +155,7 @@ def test_waits_are_bounded_and_name_what_is_missing(size: int) -> None:
                 peers.agree("undecided", None, 0.1)
             with pytest.raises(UsageError, match="only rank 0 decides"):
                 peers.agree("mine", b"x", 0.1)
-        assert time.monotonic() - began < 2
+        assert time.monotonic() - began < 20
         peers.barrier("end", 10)
         peers.close()
         with pytest.raises(UsageError, match="closed"):

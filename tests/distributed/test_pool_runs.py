@@ -33,7 +33,7 @@ def own_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[N
     ours = [p for p in psutil.process_iter(["cmdline"]) if str(tmp_path) in " ".join(p.info["cmdline"] or ())]
     for process in ours:
         process.kill()
-    psutil.wait_procs(ours, 5)
+    psutil.wait_procs(ours, 60)
 
 
 def rows_below(root: Path) -> list[dict[str, Any]]:

@@ -176,7 +176,7 @@ def test_ctrl_c_is_one_clean_stop(server: Server, jobs: Jobs) -> None:
     job.process.send_signal(signal.SIGINT)
     assert job.wait() == 75, job.output()
     assert "Traceback" not in job.output()
-    until(lambda: job.family() == [], "every process to be gone", timeout=5)
+    until(lambda: job.family() == [], "every process to be gone")
 
 
 @pytest.mark.slow

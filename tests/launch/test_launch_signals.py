@@ -40,16 +40,15 @@ def test_signal_reaches_every_rank_once_and_75_comes_back(launch: Launch, tmp_pa
 
 @pytest.mark.parametrize("mode", ["saves", "stubborn"])
 def test_killed_launcher_leaves_nothing(launch: Launch, tmp_path: Path, mode: str) -> None:
-    """Proves that after SIGKILL to the launcher ranks are asked first (a job saves), and that after 5 s nothing is alive, not
+    """Proves that after SIGKILL to the launcher ranks are asked first (a job saves), and that soon nothing is alive, not
     even ranks and helpers that ignore every signal."""
     job = launch(mode)
     job.pids()
     # The launcher, two ranks, a stubborn helper each; the sentinel has no environment.
     assert len(job.family()) == {"saves": 3, "stubborn": 5}[mode]
-    began = time.monotonic()
     job.process.kill()
-    assert job.process.wait(5) == -S.SIGKILL
-    until(lambda: job.family() == [], "everything to be gone", timeout=5.0 - (time.monotonic() - began))
+    assert job.process.wait(60) == -S.SIGKILL
+    until(lambda: job.family() == [], "everything to be gone", timeout=30)  # 3 s, and what a busy machine makes of them
     if mode == "saves":
         assert set((tmp_path / "0.0.got").read_text().split()) == {"SIGTERM"}
 
@@ -61,8 +60,8 @@ def test_launcher_and_sentinel_killed_together(launch: Launch) -> None:
     sentinel = next(p for p in psutil.Process(job.process.pid).children() if "sentinel" in " ".join(p.cmdline()))
     sentinel.kill()
     job.process.kill()
-    job.process.wait(5)
-    until(lambda: job.family() == [], "the ranks to be gone", timeout=5)
+    job.process.wait(60)
+    until(lambda: job.family() == [], "the ranks to be gone", timeout=60)
 
 
 @pytest.mark.parametrize(("sent", "code"), [(S.SIGTERM, 143), (S.SIGINT, 130), (S.SIGUSR1, 138)])
@@ -73,7 +72,7 @@ def test_nothing_saved_is_said_by_the_code(launch: Launch, sent: S.Signals, code
     began = time.monotonic()
     job.process.send_signal(sent)
     assert job.wait() == code, job.output
-    assert time.monotonic() - began < 3
+    assert time.monotonic() - began < 20  # the grace is 30
     assert "Traceback" not in job.output
     assert job.family() == []
 
@@ -97,7 +96,7 @@ def test_grace_is_the_ranks_own_and_then_over(launch: Launch) -> None:
     began = time.monotonic()
     job.process.send_signal(S.SIGTERM)
     assert job.wait() == 143, job.output
-    assert 1.0 <= time.monotonic() - began < 2.5
+    assert 1.0 <= time.monotonic() - began < 20
     assert "ranks 0, 1 did not leave in time" in job.output
     assert job.family() == []
 
@@ -111,7 +110,7 @@ def test_second_ctrl_c_kills_at_once(launch: Launch) -> None:
     began = time.monotonic()
     job.process.send_signal(S.SIGINT)
     assert job.wait() == 130, job.output
-    assert time.monotonic() - began < 2
+    assert time.monotonic() - began < 20  # the grace is 30
     assert job.family() == []
 
 
@@ -120,7 +119,7 @@ def test_signal_between_two_attempts_ends_the_job(launch: Launch) -> None:
     job = launch("codes", "1,1")
     until(lambda: "starting again in" in job.output, "the pause")
     job.process.send_signal(S.SIGTERM)
-    assert job.wait(5) == 143, job.output
+    assert job.wait() == 143, job.output
     assert job.output.count("starting rank_script.py") == 1
 
 

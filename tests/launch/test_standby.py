@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import signal
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -80,16 +79,15 @@ def test_forked_script_ends_as_a_script(start: Start, tmp_path: Path, end: str, 
 
 @pytest.mark.slow
 def test_killed_launcher_leaves_neither_standby_nor_forked_ranks(start: Start, tmp_path: Path) -> None:
-    """Proves that after SIGKILL to the launcher the standby and the ranks that were forked from it are gone within 5 s."""
+    """Proves that after SIGKILL to the launcher the standby and the ranks that were forked from it are soon gone."""
     job = start("hangs")
     until(lambda: (tmp_path / "0.hangs").exists() and (tmp_path / "1.hangs").exists(), "the forked ranks", timeout=110)
     assert told(tmp_path, 0, 1)["comm"] == "wbdist-rank-0"
     standby = int((tmp_path / "0.standby").read_text())
     assert standby in job.family()
-    began = time.monotonic()
     job.process.kill()
-    job.process.wait(5)
-    until(lambda: job.family() == [], "everything to be gone", timeout=5.0 - (time.monotonic() - began))
+    job.process.wait(60)
+    until(lambda: job.family() == [], "everything to be gone", timeout=30)  # 3 s, and what a busy machine makes of them
 
 
 @pytest.mark.slow

@@ -78,4 +78,4 @@ def embedded(tmp_path: Path) -> Iterator[Path]:
     ]
     for process in ours:
         process.kill()  # their state dies with the test's directory: nothing to end gracefully
-    psutil.wait_procs(ours, 5)
+    psutil.wait_procs(ours, 60)

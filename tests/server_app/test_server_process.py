@@ -65,7 +65,7 @@ def test_a_taken_port_leads_to_the_next_free_one(server: Any, tmp_path: Path) ->
     ]
     process = subprocess.Popen([str(part) for part in command], cwd=ROOT, stdout=log, stderr=log)
     try:
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + 60
         while not (tmp_path / "url").exists():
             assert process.poll() is None
             assert time.monotonic() < deadline
@@ -79,8 +79,8 @@ def test_a_taken_port_leads_to_the_next_free_one(server: Any, tmp_path: Path) ->
         started = time.monotonic()
         stopped = cli("stop", "--data-dir", tmp_path / "d", "--json")
         assert json.loads(stopped.stdout)["stopped"] is True, stopped
-        assert time.monotonic() - started < 8
-        assert process.wait(5) == 0
+        assert time.monotonic() - started < 60
+        assert process.wait(60) == 0
         hanging.close()
     finally:
         process.kill()
@@ -107,7 +107,7 @@ def test_ctrl_c_and_stale_facts(tmp_path: Path) -> None:
                 [sys.executable, "-m", "wbdist.cli.server", "--data-dir", data, "--port", "0", "--port-file", tmp_path / "url"],
                 cwd=ROOT, stdout=output, stderr=output,
             )  # fmt: skip
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + 60
         while not (tmp_path / "url").exists():
             assert process.poll() is None, log.read_text()
             assert time.monotonic() < deadline

@@ -103,7 +103,7 @@ class Seeds:
             left = [p for p in psutil.process_iter(["cmdline"]) if here in " ".join(p.info["cmdline"] or ())]
             for process in left:  # shippers linger
                 process.kill()
-            psutil.wait_procs(left, 5)
+            psutil.wait_procs(left, 60)
 
     def environment(self, folder: Path, **more: str) -> dict[str, str]:
         """What a script needs to log to the server with either client, and to keep everything inside `folder`."""

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
 import logging
+import os
 from collections.abc import AsyncIterator
 from importlib import metadata
 
