@@ -14,6 +14,7 @@ import psutil
 import pytest
 from support.feeding import REPOSITORY
 from support.journals import rows_of
+from support.lingering import kill_all, processes_of
 from support.waiting import until
 
 import wbdist
@@ -30,10 +31,7 @@ def own_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[N
     yield
     for run in lifecycle.active_runs():
         run.finish(1)
-    ours = [p for p in psutil.process_iter(["cmdline"]) if str(tmp_path) in " ".join(p.info["cmdline"] or ())]
-    for process in ours:
-        process.kill()
-    psutil.wait_procs(ours, 60)
+    kill_all(processes_of(tmp_path))
 
 
 def rows_below(root: Path) -> list[dict[str, Any]]:

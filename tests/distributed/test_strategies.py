@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
-import psutil
 import pytest
 from distributed.programs.file_coordinator import FileCoordinator
 from support.feeding import REPOSITORY, Ranks
 from support.journals import records_of, rows_of
+from support.lingering import kill_all, processes_of
 
 import wbdist
 from wbdist.distributed.identity import RankIdentity
@@ -109,14 +109,7 @@ def test_aggregator_that_does_not_come_up_stops_nobody(ranks: Ranks) -> None:
 @pytest.fixture
 def shippers(tmp_path: Path) -> Iterator[None]:
     yield
-    ours = [
-        process
-        for process in psutil.process_iter(["cmdline"])
-        if str(tmp_path) in " ".join(process.info["cmdline"] or ()) and process.pid != os.getpid()
-    ]
-    for process in ours:
-        process.kill()
-    psutil.wait_procs(ours, 10)
+    kill_all(processes_of(tmp_path))
 
 
 @pytest.mark.usefixtures("shippers")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import signal
 import subprocess
 import sys
 import time
@@ -14,6 +12,7 @@ from pathlib import Path
 import msgspec
 import pytest
 from support.inprocess import World, cut, lines_of
+from support.lingering import kill_all, shippers_of
 from support.serving import Server
 from support.waiting import until
 
@@ -155,19 +154,5 @@ def test_a_minute_of_a_zombie_process(tmp_path: Path, monkeypatch: pytest.Monkey
         for process in processes:
             process.kill()
             process.wait(10)
-        for pid in _shippers_below(tmp_path):
-            os.kill(pid, signal.SIGKILL)
+        kill_all(shippers_of(tmp_path))
         server.stop()
-
-
-def _shippers_below(root: Path) -> list[int]:
-    found = []
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                command = (entry / "cmdline").read_bytes()
-            except OSError:
-                continue
-            if b"wbdist.run.shipper" in command and os.fsencode(root) in command:
-                found.append(int(entry.name))
-    return found

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 from support.jobs import Jobs, Machine
+from support.lingering import kill_all, shippers_of
 from support.namespaces import two_hosts
 from support.serving import Server
 
@@ -32,13 +31,7 @@ def jobs(tmp_path: Path) -> Iterator[Jobs]:
     yield jobs
     for job in jobs.started:
         job.end()
-    for process in psutil.process_iter():
-        try:
-            command = process.cmdline()
-            if "wbdist.run.shipper" in command and str(tmp_path) in " ".join(command):
-                process.send_signal(signal.SIGTERM)
-        except (psutil.NoSuchProcess, psutil.AccessDenied):
-            continue
+    kill_all(shippers_of(tmp_path))
 
 
 @pytest.fixture

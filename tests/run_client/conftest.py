@@ -9,9 +9,9 @@ import textwrap
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import psutil
 import pytest
 from support.journals import read_all
+from support.lingering import kill_all, processes_of
 
 from wbdist import settings
 from wbdist.run import lifecycle
@@ -71,11 +71,4 @@ def journals(tmp_path: Path) -> Callable[[], list[list[Record]]]:
 def embedded(tmp_path: Path) -> Iterator[Path]:
     """The data directory of an embedded server that a run will start; whatever was started for the test is ended after it."""
     yield tmp_path / "wbdist-data"
-    ours = [
-        p
-        for p in psutil.process_iter(["cmdline"])
-        if str(tmp_path) in " ".join(p.info["cmdline"] or ()) and p.pid != os.getpid()
-    ]
-    for process in ours:
-        process.kill()  # their state dies with the test's directory: nothing to end gracefully
-    psutil.wait_procs(ours, 60)
+    kill_all(processes_of(tmp_path))  # their state dies with the test's directory: nothing to end gracefully

@@ -14,8 +14,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
+from support.lingering import processes_of
 from support.ports import free_port
 
 import wbdist
@@ -24,14 +24,6 @@ from wbdist.run.reader import RunNotFoundError
 
 ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.usefixtures("embedded")
-
-
-def servers_of(data_dir: Path) -> list[psutil.Process]:
-    return [
-        process
-        for process in psutil.process_iter(["cmdline"])
-        if "server" in (line := process.info["cmdline"] or ()) and str(data_dir) in line and "--data-dir" in line
-    ]
 
 
 def test_a_run_from_init_to_the_servers_answer(embedded: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -75,7 +67,7 @@ def test_a_run_from_init_to_the_servers_answer(embedded: Path, capsys: pytest.Ca
     assert api.run(found.url).id == api.run(f"{run.project}/{run.id}").id == run.id
     with pytest.raises(RunNotFoundError, match="nosuchrun"):
         api.run("digits/nosuchrun")
-    assert [process.pid for process in servers_of(embedded)]
+    assert [process.pid for process in processes_of(embedded, "server", "--data-dir")]
 
 
 def test_runs_are_paged_and_filtered() -> None:
@@ -124,7 +116,7 @@ def test_many_processes_start_one_server(tmp_path: Path, embedded: Path) -> None
     pages = [process.communicate(timeout=60)[0].strip() for process in ranks]
     assert [process.returncode for process in ranks] == [0] * 8
     assert len({page.partition("/local")[0] for page in pages}) == 1
-    assert len(servers_of(embedded)) == 1
+    assert len(processes_of(embedded, "server", "--data-dir")) == 1
     found = wbdist.Api().runs("p", filters={"group": "ranks"})
     assert sorted(run.summary["rank"] for run in found) == list(range(8))
 
@@ -152,7 +144,7 @@ def test_rows_arrive_when_the_server_is_back(embedded: Path, capsys: pytest.Capt
     run = wbdist.init(project="p")
     run.log({"i": 0})
     assert run.flush(20)
-    (server,) = servers_of(embedded)
+    (server,) = processes_of(embedded, "server", "--data-dir")
     command, directory = server.cmdline(), server.cwd()
     server.kill()
     server.wait(10)

@@ -12,8 +12,8 @@ import textwrap
 from collections.abc import Callable
 from pathlib import Path
 
-import psutil
 import pytest
+from support.lingering import kill_all, shippers_of
 from support.waiting import until
 
 import wbdist
@@ -165,14 +165,6 @@ VICTIM = """
 """
 
 
-def shippers_of(root: Path) -> list[psutil.Process]:
-    return [
-        process
-        for process in psutil.process_iter(["cmdline"])
-        if "wbdist.run.shipper" in (line := process.info["cmdline"] or ()) and str(root) in line
-    ]
-
-
 @pytest.mark.parametrize("offline", [False, True], ids=["online", "offline"])
 def test_a_killed_job_leaves_its_last_saved_version(embedded: Path, own_directory: Path, offline: bool) -> None:
     """Proves that after SIGKILL in the middle of writing, shipper dead too, `wbdist sync` brings what was saved last."""
@@ -180,9 +172,8 @@ def test_a_killed_job_leaves_its_last_saved_version(embedded: Path, own_director
     environment = {**os.environ, "PYTHONPATH": str(ROOT), **({"WBDIST_MODE": "offline"} if offline else {})}
     with subprocess.Popen([sys.executable, "victim.py", "20"], cwd=own_directory, env=environment) as process:
         if not offline:
-            until(lambda: bool(shippers_of(own_directory / "wandb")) or process.poll() is not None, "the shipper")
-            for shipper in shippers_of(own_directory / "wandb"):
-                shipper.send_signal(signal.SIGKILL)
+            until(lambda: shippers_of(own_directory / "wandb") or process.poll() is not None, "the shipper")
+            kill_all(shippers_of(own_directory / "wandb"))
         assert process.wait(30) == -signal.SIGKILL
     command = [sys.executable, "-m", "wbdist", "sync", "wandb"]
     for _ in range(2):

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from support.lingering import shippers_of
 from support.seeding import Seeds
 from support.waiting import until
 
@@ -20,11 +21,7 @@ def shipper_of(folder: Path) -> psutil.Process:
     """The one that is left: two may start at once, of which one sees the other's lock and leaves."""
 
     def alone() -> list[psutil.Process]:
-        found = [
-            process
-            for process in psutil.process_iter(["cmdline"])
-            if "wbdist.run.shipper" in (line := process.info["cmdline"] or ()) and str(folder / "wandb") in line
-        ]
+        found = shippers_of(folder / "wandb")
         return found if len(found) == 1 else []
 
     return until(alone, "one shipper")[0]

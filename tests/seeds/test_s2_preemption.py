@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import psutil
 import pytest
+from support.lingering import kill_all, shippers_of
 from support.seeding import CLIENTS, Client, Seeds, other
 from support.waiting import until
 
@@ -66,10 +66,7 @@ def test_silent_death(seeds: Seeds, here: Path, project: str) -> None:
         return {run.id: run.state for run in wandb.Api().runs(f"local/{project}")}
 
     until(lambda: states() == {"marked": "preempting", "unmarked": "running"}, "both runs to be known")
-    for running in psutil.process_iter(["cmdline"]):
-        line = running.info["cmdline"] or ()
-        if "wbdist.run.shipper" in line and str(here / "wandb") in line:
-            running.kill()
+    kill_all(shippers_of(here / "wandb"))
     seeds.kill(process)
     until(lambda: states() == {"marked": "preempted", "unmarked": "crashed"}, "the silence to be noticed")
     with wandb.init(id="marked", resume="allow") as run:

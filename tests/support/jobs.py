@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+from support.lingering import kill_all, shippers_of
 
 import wbdist
 
@@ -123,19 +124,10 @@ class Machine:
         """Everything on it dies at once, by SIGKILL."""
         for job in self.jobs.started:
             job.end()
-        for shipper in self.shippers():
-            shipper.kill()
+        kill_all(self.shippers())
 
     def shippers(self) -> list[psutil.Process]:
-        found = []
-        for process in psutil.process_iter():
-            try:
-                command = " ".join(process.cmdline())
-            except (psutil.NoSuchProcess, psutil.AccessDenied):
-                continue
-            if "wbdist.run.shipper" in command and str(self.disk) in command:
-                found.append(process)
-        return found
+        return shippers_of(self.disk)
 
     def lose(self) -> None:
         self.end()

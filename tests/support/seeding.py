@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any, Literal, Self
 
-import psutil
+from support.lingering import kill_all, processes_of
 from support.serving import Server
 
 ROOT = Path(__file__).parents[2]
@@ -99,11 +99,7 @@ class Seeds:
                 reader.close()
         finally:
             self.server.stop()
-            here = str(self.folder)
-            left = [p for p in psutil.process_iter(["cmdline"]) if here in " ".join(p.info["cmdline"] or ())]
-            for process in left:  # shippers linger
-                process.kill()
-            psutil.wait_procs(left, 60)
+            kill_all(processes_of(self.folder))
 
     def environment(self, folder: Path, **more: str) -> dict[str, str]:
         """What a script needs to log to the server with either client, and to keep everything inside `folder`."""

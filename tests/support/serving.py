@@ -56,7 +56,7 @@ class Server:
         """SIGKILL, as a lost machine."""
         assert self.process is not None
         self.process.kill()
-        self.process.wait(10)
+        self.process.wait(60)
 
     def stop(self) -> None:
         """SIGTERM, which it must heed, leaving no children."""
@@ -65,7 +65,7 @@ class Server:
         children = psutil.Process(self.process.pid).children()
         self.process.terminate()
         try:
-            self.process.wait(10)
+            self.process.wait(60)
         except subprocess.TimeoutExpired:
             self.kill()
             raise
