@@ -120,8 +120,8 @@ def test_names_and_notes_stay_unless_given(mode: str, script: Callable[..., Any]
 
 @pytest.mark.usefixtures("offline")
 def test_the_file_of_resume_true(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Proves that the file is written, kept after a failure, gone after success and after another run, ignored when it is
-    damaged or another project's, and that an explicit id wins over it."""
+    """Proves that the file is written, kept after a failure, gone after success and after another run, ignored and said to be
+    when it is damaged or another project's, and that an explicit id wins over it."""
     path = tmp_path / "wandb" / "wandb-resume.json"
     run = wbdist.init(project="p", resume=True)
     assert json.loads(path.read_text())["run_id"] == run.id
@@ -135,8 +135,10 @@ def test_the_file_of_resume_true(tmp_path: Path, capsys: pytest.CaptureFixture[s
         assert chosen.id == "mine2"
     assert not path.exists()
     path.write_text("{")
+    capsys.readouterr()
     with wbdist.init(project="p", resume=True) as fresh:
         assert not fresh.resumed
+        assert f"{path} does not say which run to continue" in capsys.readouterr().err
     wbdist.init(project="p", resume=True).finish(1)
     wbdist.init(project="p").finish()
     assert not path.exists()

@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 import random
 import signal
+import socket
 import stat
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -244,3 +246,24 @@ def test_journals_of_this_disk_under_another_host_name(loopback: Any, wandb: Any
     wandb.shipper()
     until(lambda: "ended lost" in loopback.marks, "the rows and the loss")
     assert [row["i"] for row in loopback.history()] == list(range(5))
+
+
+@pytest.mark.parametrize("line", [b'{"error":"unknown request \'standing\'; known are ping, watch, flush"}', b"what?", b"[]"])
+def test_a_shipper_that_does_not_understand_has_said_nothing(wandb: Any, line: bytes) -> None:
+    """Proves that a shipper of another version, which may serve a root when wbdist is upgraded, stops no job: its refusal of a
+    question is not taken for the server's word that another attempt has the run."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
+        listener.bind(str(socket_path(wandb.root)))
+        listener.listen()
+
+        def answer() -> None:
+            connection, _ = listener.accept()
+            with connection:
+                connection.recv(65536)
+                connection.sendall(line + b"\n")
+
+        thread = threading.Thread(target=answer)
+        thread.start()
+        assert client.standing(wandb.root, wandb.root / "rank0.a1.wbdj") == client.Standing()
+        thread.join(60)
+    socket_path(wandb.root).unlink()

@@ -20,10 +20,13 @@ class _File(msgspec.Struct, omit_defaults=True):
 
 
 def read(root: Path, settings: Settings, project: str) -> str | None:
-    """The run id to continue; None without a file, with a damaged one (as in W&B), or with another project's."""
+    """The run id to continue; None without a file, or, which is said, with a damaged one (as in W&B) or another project's."""
     try:
         found = msgspec.json.decode((root / NAME).read_bytes(), type=_File)
-    except (OSError, msgspec.DecodeError, UnicodeDecodeError):
+    except FileNotFoundError:
+        return None
+    except (OSError, msgspec.DecodeError, UnicodeDecodeError) as error:
+        settings.say(f"{root / NAME} does not say which run to continue ({error}): a new one begins", warning=True)
         return None
     if found.project and found.project != project:
         settings.say(

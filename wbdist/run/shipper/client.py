@@ -103,13 +103,14 @@ class Standing(msgspec.Struct, frozen=True):
 def standing(root: Path, journal: Path) -> Standing:
     """What the server has said so far about the run of `journal`. At most a second.
 
-    Starts nothing and raises nothing: nothing was said when no shipper answers.
+    Starts nothing and raises nothing: nothing was said when no shipper answers, or one of another version that does not
+    understand: what it refuses is not the server's word.
     """
     try:
         reply = call(root, Request("standing", str(journal.resolve())), 1.0)
-    except OSError:
+    except (OSError, InitStartError, msgspec.DecodeError):
         return Standing()
-    return Standing(reply.error, reply.stopped)
+    return Standing(reply.error, reply.stopped) if reply.ok else Standing()
 
 
 def ensure_shipper(root: Path, env: Mapping[str, str] | None = None, timeout: float = STARTUP) -> int:
