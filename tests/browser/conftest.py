@@ -62,17 +62,17 @@ class Served:
         self._server = uvicorn.Server(config)
         self._thread = threading.Thread(target=self._server.run, name="server", daemon=True)
         self._thread.start()
-        deadline = time.monotonic() + 15
+        deadline = time.monotonic() + 60
         while not self._server.started:
             assert self._thread.is_alive(), "the server did not start"
-            assert time.monotonic() < deadline, "the server did not start within 15 s"
+            assert time.monotonic() < deadline, "the server did not start within 60 s"
             time.sleep(0.01)
 
     def stop(self) -> None:
         if self._server is not None and self._thread is not None:
             self._server.should_exit = True
-            self._thread.join(15)
-            assert not self._thread.is_alive(), "the server did not stop within 15 s"
+            self._thread.join(60)
+            assert not self._thread.is_alive(), "the server did not stop within 60 s"
         self._server = None
 
 

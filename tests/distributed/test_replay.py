@@ -298,7 +298,7 @@ def test_eight_ranks_killed_at_once(ranks: Ranks, seed: int) -> None:
     for process in rng.sample(doomed, len(doomed)):
         process.send_signal(signal.SIGKILL)
     ranks.wait()
-    aggregator.wait(30)
+    aggregator.wait(90)
     sync_replays([journal.resolve()], without_missing=False)
     counts: dict[int, int] = {}
     for path in find_journals(ranks.root / "wandb"):

@@ -59,7 +59,9 @@ def test_shared_run_of_many_writers(ranks: Ranks) -> None:
     and that the position at a step counts every writer's rows and is the same on all ranks."""
     ranks.start(3, strategy="shared", steps=20, drain=9, config0={"lr": 0.7})
     assert ranks.wait() == [0, 0, 0], ranks.errors()
-    for rank, path in enumerate(ranks.journals()):
+    journals = ranks.journals()
+    assert len(journals) == 3
+    for rank, path in enumerate(journals):
         with JournalReader.open(path) as reader:
             header = reader.header
         assert (header.run_id, header.writer, header.nonce, header.primary) == ("job", f"rank{rank}", "shared-n", rank == 0)

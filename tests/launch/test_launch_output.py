@@ -60,7 +60,7 @@ def test_reader_that_goes_away_does_not_end_the_job() -> None:
         assert process.stdout is not None
         process.stdout.read(10)
         process.stdout.close()
-        assert process.wait(20) == 0
+        assert process.wait(90) == 0
 
 
 def test_module_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -71,7 +71,7 @@ def test_module_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
         cwd=tmp_path,
         capture_output=True,
         text=True,
-        timeout=20,
+        timeout=90,
         check=False,
     )
     assert (done.returncode, done.stdout) == (0, "spec mine ['--flag']\n"), done.stderr

@@ -137,7 +137,7 @@ def trial(seed: int, world: int, *, lockstep: bool) -> tuple[list[int], list[boo
             if pace[number]:
                 time.sleep(sleeps.random() * pace[number])
             if lockstep:
-                barrier.wait(10)
+                barrier.wait(60)
         rank.agreement.close()
 
     in_threads([lambda n=number: body(n, random.Random(seed * 31 + n)) for number in range(world)])  # type: ignore[misc]

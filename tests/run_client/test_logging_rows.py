@@ -180,7 +180,7 @@ def test_threads_lose_and_double_nothing() -> None:
     start = threading.Barrier(8)
 
     def work(thread: int) -> None:
-        start.wait(10)
+        start.wait(60)
         for i in range(200):
             run.log({"thread": thread, "i": i})
 
@@ -188,7 +188,7 @@ def test_threads_lose_and_double_nothing() -> None:
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(20)
+        thread.join(90)
     run.finish()
     found = rows(run)
     assert [row["_step"] for row in found] == list(range(1600))

@@ -22,7 +22,7 @@ Journals = Callable[[], list[list[Record]]]
 
 def git(where: Path, *arguments: str) -> str:
     command = ["git", "-c", "user.name=t", "-c", "user.email=t@example.org", *arguments]
-    return subprocess.run(command, cwd=where, check=True, capture_output=True, text=True, timeout=20).stdout.strip()
+    return subprocess.run(command, cwd=where, check=True, capture_output=True, text=True, timeout=90).stdout.strip()
 
 
 @pytest.fixture
@@ -158,7 +158,7 @@ def test_printing_and_logging_threads_do_not_block_each_other(journals: Journals
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(20)
+        thread.join(90)
     assert not any(thread.is_alive() for thread in threads)
     run.finish()
     (records,) = journals()

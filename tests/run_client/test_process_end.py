@@ -110,7 +110,7 @@ def test_children_of_multiprocessing_end_their_runs(
         if __name__ == "__main__":
             process = multiprocessing.get_context("{method}").Process(target=work)
             process.start()
-            process.join(20)
+            process.join(90)
             sys.exit(process.exitcode)
         """
     )

@@ -35,7 +35,7 @@ def in_threads(work: Callable[[int], object]) -> list[object]:
     start = threading.Barrier(THREADS)
 
     def one(number: int) -> object:
-        start.wait(10)
+        start.wait(60)
         return work(number)
 
     with ThreadPoolExecutor(THREADS) as pool:

@@ -202,7 +202,7 @@ def test_offline_runs_and_feeds_are_left_alone(loopback: Any, wandb: Any) -> Non
     done = wandb.journal(loopback.url, run_id="done")
     done.close(0)
     done.path.with_name(done.path.name + ".shipped").write_text("done")
-    assert wandb.shipper().wait(20) == 0
+    assert wandb.shipper().wait(90) == 0
     assert loopback.requests == []
 
 
@@ -213,7 +213,7 @@ def test_it_leaves_after_the_grace_time(loopback: Any, wandb: Any) -> None:
     wandb.rows(writer, 0, 10)
     writer.close(0)
     loopback.stop()
-    assert wandb.shipper("--grace", "0.5").wait(20) == 0
+    assert wandb.shipper("--grace", "0.5").wait(90) == 0
     assert "wbdist sync" in wandb.log()
     loopback.start()
     assert client.flush(wandb.root, writer.path, 20.0)

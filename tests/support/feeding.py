@@ -45,14 +45,14 @@ class Ranks:
         ]
         return [event for event in map(json.loads, filter(lambda line: line.endswith("}"), lines)) if event["event"] == name]
 
-    def until(self, name: str, count: int, seconds: float = 20) -> list[dict[str, Any]]:
+    def until(self, name: str, count: int, seconds: float = 90) -> list[dict[str, Any]]:
         until(lambda: len(self.events(name)) >= count, f"{count} x {name}: {self.errors()}", seconds)
         return self.events(name)
 
     def open_gate(self) -> None:
         (self.root / "open").touch()
 
-    def wait(self, seconds: float = 30) -> list[int]:
+    def wait(self, seconds: float = 120) -> list[int]:
         """Exit codes by rank."""
         deadline = time.monotonic() + seconds
         return [process.wait(max(0.1, deadline - time.monotonic())) for process in self.processes]
