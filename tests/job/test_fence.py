@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.jobs import JobProcess, Machine, comparable, the_run
+from support.jobs import JobProcess, Machine, comparable, runs_of_job, the_run
 from support.journals import read_all
 from support.serving import Server
 from support.waiting import until
@@ -27,10 +27,6 @@ def start(machine: Machine, name: str, directory: Path, *args: str, **options: A
     return machine.jobs.start("--name", name, "--checkpoint-dir", str(directory), *args, **options)
 
 
-def runs_of(name: str, strategy: str) -> list[Any]:
-    return [the_run(each) for each in ([f"{name}-rank0", f"{name}-rank1"] if strategy == "per_rank" else [name])]
-
-
 def steps_logged(machine: Machine, nonce: str) -> list[int]:
     """The steps in the run's journal of that incarnation: none when it was told to stop before its first."""
     for path in find_journals(machine.disk / "wandb"):
@@ -42,7 +38,7 @@ def steps_logged(machine: Machine, nonce: str) -> list[int]:
 
 
 def history_starts(name: str, strategy: str, at: int) -> bool:
-    return all(run is not None and run.lastHistoryStep + 1 >= at for run in runs_of(name, strategy))
+    return all(run is not None and run.lastHistoryStep + 1 >= at for run in runs_of_job(name, strategy))
 
 
 @pytest.mark.slow
@@ -69,7 +65,7 @@ def test_a_job_that_is_taken_over_stops_and_saves_nothing_more(
     assert new.wait() == 0, new.output()
 
     assert start(b, "reference", tmp_path / "reference-ckpt", "--strategy", strategy).wait() == 0
-    for run, untouched in zip(runs_of("tested", strategy), runs_of("reference", strategy), strict=True):
+    for run, untouched in zip(runs_of_job("tested", strategy), runs_of_job("reference", strategy), strict=True):
         assert comparable(run) == comparable(untouched)
         assert run.state == "finished"
         first, second = run.attempts()

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.jobs import JobProcess, Machine, comparable, the_run
+from support.jobs import JobProcess, Machine, comparable, runs_of_job, the_run
 from support.serving import Server
 from support.waiting import until
 
@@ -15,12 +15,8 @@ from wbdist.checkpoint.history import is_history
 from wbdist.checkpoint.manifest import committed
 
 
-def runs_of(name: str, strategy: str) -> list[Any]:
-    return [the_run(each) for each in ([f"{name}-rank0", f"{name}-rank1"] if strategy == "per_rank" else [name])]
-
-
 def steps_done(name: str, strategy: str) -> int:
-    return min((run.lastHistoryStep + 1 if run else 0) for run in runs_of(name, strategy))
+    return min((run.lastHistoryStep + 1 if run else 0) for run in runs_of_job(name, strategy))
 
 
 def newest(directory: Path) -> int:
@@ -61,7 +57,7 @@ def test_the_tail_survives_the_machine(server: Server, machines: Any, tmp_path: 
     third = start(c, "tested", ckpt, "--strategy", strategy)
     assert third.wait() == 0, third.output()
     assert start(c, "reference", tmp_path / "reference-ckpt", "--strategy", strategy).wait() == 0
-    for tested, untouched in zip(runs_of("tested", strategy), runs_of("reference", strategy), strict=True):
+    for tested, untouched in zip(runs_of_job("tested", strategy), runs_of_job("reference", strategy), strict=True):
         assert comparable(tested) == comparable(untouched)
         assert tested.summary["weights"] == untouched.summary["weights"]
         assert [attempt.attempt for attempt in tested.attempts()] == [1, 2, 3]

@@ -141,6 +141,11 @@ def the_run(name: str, project: str = "tiny") -> Any:
     return found[0] if found else None
 
 
+def runs_of_job(name: str, strategy: str) -> list[Any]:
+    """The one run of a job of two ranks, or each rank's; None for what the server does not have yet."""
+    return [the_run(each) for each in ([f"{name}-rank0", f"{name}-rank1"] if strategy == "per_rank" else [name])]
+
+
 def comparable(run: Any) -> list[list[tuple[str, str]]]:
     """A run's history without wall-clock columns; repr shows every bit and tells 1 from 1.0."""
     return [sorted((k, repr(v)) for k, v in row.items() if k not in {"_timestamp", "_runtime"}) for row in run.scan_history()]

@@ -27,6 +27,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from fractions import Fraction
 from typing import Any, Final
 
+from wbdist.core.floats import nearest_float
+
 DEFAULT: Final = "mean"
 PER_RANK: Final = "per_rank"
 SPREAD: Final = "spread"
@@ -155,7 +157,7 @@ def _beyond_floats(numbers: Sequence[Any], count: int) -> float:
     special = [value for value in numbers if isinstance(value, float) and not math.isfinite(value)]
     if special:
         return float(sum(special))
-    return _as_float(Fraction(sum(map(Fraction, numbers))) / count)
+    return nearest_float(Fraction(sum(map(Fraction, numbers))) / count)
 
 
 def fingerprint(values: Sequence[Any]) -> Any:
@@ -202,7 +204,7 @@ def percentile(share: Fraction, values: Sequence[Any]) -> Any:
         return math.nan if high == -low else low
     if isinstance(high, float) and math.isinf(high):
         return high
-    return _as_float((1 - part) * Fraction(low) + part * Fraction(high))
+    return nearest_float((1 - part) * Fraction(low) + part * Fraction(high))
 
 
 def weighted(values: Sequence[Any], weights: Sequence[Any]) -> Any:
@@ -220,14 +222,7 @@ def weighted(values: Sequence[Any], weights: Sequence[Any]) -> Any:
     total_weight = sum((Fraction(weight) for _, weight in pairs), Fraction())
     if total_weight == 0:
         return math.nan
-    return _as_float(sum((Fraction(value) * Fraction(weight) for value, weight in pairs), Fraction()) / total_weight)
-
-
-def _as_float(exact: Fraction) -> float:
-    try:
-        return float(exact)
-    except OverflowError:
-        return math.inf if exact > 0 else -math.inf
+    return nearest_float(sum((Fraction(value) * Fraction(weight) for value, weight in pairs), Fraction()) / total_weight)
 
 
 def first(values: Sequence[Any]) -> Any:

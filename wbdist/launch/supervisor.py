@@ -148,7 +148,7 @@ class _Supervisor:
     def _attempt(self, number: int, cause: str) -> tuple[Judgement, int | None]:
         intents = self._directory / f"{number:04d}"
         intents.mkdir()
-        port = _free_port()
+        port = free_port("127.0.0.1")
         told = environments(self._spec, number=number, cause=cause, intents=str(intents), port=port)
         ranks = self._start_ranks([{**one, **times.variables(self._start)} for one in told])
         last = self._policy.idle >= self._spec.max_restarts
@@ -186,8 +186,9 @@ def leave_with(decision: Decision, say: Callable[[str], None]) -> int:
     return decision.exit_code
 
 
-def _free_port() -> int:
-    """A TCP port that is free now. When somebody takes it before rank 0 does, the attempt fails; the next has another."""
+def free_port(address: str) -> int:
+    """A TCP port that is free on `address` now ('' is all interfaces). When somebody takes it before rank 0 does, the attempt
+    fails; the next has another."""
     with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
+        probe.bind((address, 0))
         return int(probe.getsockname()[1])

@@ -8,6 +8,8 @@ from typing import Any
 
 import msgspec
 
+from wbdist.core.floats import nearest_float
+
 _NON_FINITE = {math.inf: "Infinity", -math.inf: "-Infinity"}
 _INT64 = range(-(2**63), 2**64)
 
@@ -54,16 +56,9 @@ def plain(value: Any) -> Any:
     if isinstance(value, bool) or value is None or isinstance(value, str):
         return value
     if isinstance(value, int):
-        return value if value in _INT64 else plain(_as_float(value))
+        return value if value in _INT64 else plain(nearest_float(value))
     if isinstance(value, dict):
         return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [plain(item) for item in value]
     return value
-
-
-def _as_float(value: int) -> float:
-    try:
-        return float(value)
-    except OverflowError:
-        return math.inf if value > 0 else -math.inf

@@ -30,7 +30,7 @@ from wbdist.launch.nodes.rendezvous import Rendezvous, listen
 from wbdist.launch.nodes.rounds import Rounds, counted
 from wbdist.launch.policy import Decision, Policy
 from wbdist.launch.sentinel import Sentinel
-from wbdist.launch.supervisor import LaunchSpec, environments, leave_with, say_to_person
+from wbdist.launch.supervisor import LaunchSpec, environments, free_port, leave_with, say_to_person
 
 ANSWER = 15.0
 """Seconds that a node which was told to stop waits for what becomes of the job, besides the grace of ranks elsewhere."""
@@ -176,7 +176,7 @@ class _Node:
                     joined = True
                     where = "here" if hosting else f"at {self._meeting.place}"
                     self._say(f"this is node {event.node} of {counted(self._meeting.nnodes)}; the rendezvous is {where}")
-                    line.tell(Ready(_free_port()))
+                    line.tell(Ready(free_port("")))
                 case Start():
                     line.tell(self._attempt(event, line, directory))
                 case Outcome():
@@ -187,7 +187,7 @@ class _Node:
                         decision = Decision(event.exit_code, event.sentence, requeue=event.requeue and hosting)
                         return leave_with(decision, self._say)
                     self._say(event.sentence)
-                    line.tell(Ready(_free_port()))
+                    line.tell(Ready(free_port("")))
                 case Lost(why=why, exit_code=code):
                     self._say(why)
                     if code is not None or self._stopped_by is not None:
@@ -295,13 +295,6 @@ def _place(start: Start, local: int) -> dict[str, str]:
         "MASTER_PORT": str(start.port),
         "WBDIST_INCARNATION": start.incarnation,
     }
-
-
-def _free_port() -> int:
-    """A TCP port that is free on all interfaces now; see `supervisor`."""
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        return int(probe.getsockname()[1])
 
 
 def endpoint(text: str) -> tuple[str, int]:

@@ -24,6 +24,7 @@ import numpy as np
 import numpy.typing as npt
 import zstandard
 
+from wbdist.core.floats import nearest_float
 from wbdist.server.store.anytext import escape, unescape
 
 SHORT = 64
@@ -102,7 +103,7 @@ class Column:
         if self.kind != "j":
             return self.indices(), self.data if self.data.dtype == np.float64 else self.data.astype(np.float64)
         keep = [i for i, value in enumerate(self.data) if is_number(value)]
-        return self.indices()[keep], np.array([_as_float(self.data[i]) for i in keep], dtype=np.float64)
+        return self.indices()[keep], np.array([nearest_float(self.data[i]) for i in keep], dtype=np.float64)
 
     def numeric(self, stop: int | None = None) -> bool:
         """Whether a number is among the first `stop` values."""
@@ -175,13 +176,6 @@ def _unshuffled(data: bytes) -> npt.NDArray[np.uint8]:
 
 def is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _as_float(value: float) -> float:
-    try:
-        return float(value)
-    except OverflowError:
-        return float("inf") if value > 0 else float("-inf")
 
 
 def split(rows: Sequence[Mapping[str, Any]]) -> dict[str, Column]:
