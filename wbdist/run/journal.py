@@ -360,7 +360,7 @@ class JournalWriter:
             return self.log(data if exact else dict(data), asked, commit)
         if asked is not None and asked < self.rule.step:
             return False  # before its values are looked at: reading one may wait for an accelerator
-        row = flat_row(data) if known is None else dict(data)
+        row = flat_row(data)
         time = now()
         while True:
             seq, rule = self._seq, self.rule.copy()
