@@ -22,6 +22,7 @@ from collections import defaultdict
 from pathlib import Path
 
 import psutil
+from common.launchers import has_standby, until
 
 SCRIPT = """
 import os, signal, sys, time
@@ -52,14 +53,6 @@ COMMANDS = {
     "without standby": ["-m", "wbdist", "launch", "--nproc", "2"],
     "torchrun": ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts", "3"],
 }
-
-
-def until(condition: object, what: str, timeout: float = 60.0) -> None:
-    deadline = time.monotonic() + timeout
-    while not condition():  # type: ignore[operator]
-        if time.monotonic() > deadline:
-            raise TimeoutError(what)
-        time.sleep(0.005)
 
 
 class Job:
@@ -109,17 +102,12 @@ def memory(job: Job) -> float:
     return sum(p.memory_full_info().uss for p in [launcher, *launcher.children()] if p.pid not in ranks) / 2**20
 
 
-def has_standby(job: Job) -> bool:
-    children = psutil.Process(job.process.pid).children()
-    return any(Path(f"/proc/{child.pid}/comm").read_text().strip() == "wbdist-standby" for child in children)
-
-
 def recover(contender: str, script: Path) -> dict[str, float]:
     job = Job(contender, script)
     try:
         found = {"first step s": job.wait_for_step(job.began)}
         if contender == "wbdist launch":
-            until(lambda: has_standby(job), "the standby")
+            until(lambda: has_standby(job.process), "the standby")
         found["launcher MiB"] = memory(job)
         killed = time.time()
         os.kill(job.ranks()[1], signal.SIGKILL)

@@ -29,6 +29,7 @@ from collections import defaultdict
 from pathlib import Path
 
 import psutil
+from common.launchers import has_standby, until
 
 BARE = """
 import time
@@ -82,14 +83,6 @@ COMMANDS = {
 PHASES = ("noticed", "gone", "script", "group", "step")
 
 
-def until(condition: object, what: str, timeout: float = 90.0) -> None:
-    deadline = time.monotonic() + timeout
-    while not condition():  # type: ignore[operator]
-        if time.monotonic() > deadline:
-            raise TimeoutError(what)
-        time.sleep(0.005)
-
-
 class Job:
     def __init__(self, contender: str, script: Path) -> None:
         self.marks = Path(tempfile.mkdtemp())
@@ -127,17 +120,12 @@ class Job:
         self.process.wait()
 
 
-def has_standby(job: Job) -> bool:
-    children = psutil.Process(job.process.pid).children()
-    return any(Path(f"/proc/{child.pid}/comm").read_text().strip() == "wbdist-standby" for child in children)
-
-
 def recover(contender: str, script: Path) -> dict[str, float]:
     job = Job(contender, script)
     try:
         until(lambda: len(job.marked(0)) == 2, "the first attempt")
         if contender == "warm":
-            until(lambda: has_standby(job), "the standby")
+            until(lambda: has_standby(job.process), "the standby")
         survivor, victim = (pid for pid, _ in job.marked(0))
         killed = time.time()
         os.kill(victim, signal.SIGKILL)

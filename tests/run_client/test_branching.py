@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.seeding import shown
 
 import wbdist
 from wbdist.core import branch
@@ -35,10 +36,6 @@ def upload(mode: str, script: Callable[..., Any]) -> Callable[[], str]:
         return str(done.stdout)
 
     return run
-
-
-def rows_of(path: str, key: str = "i") -> list[tuple[int, Any]]:
-    return [(row["_step"], row.get(key)) for row in wbdist.Api().run(path).scan_history()]
 
 
 def make(run_id: str, rows: int, **arguments: Any) -> None:
@@ -116,12 +113,12 @@ def test_a_fork(mode: str, upload: Callable[[], str]) -> None:
     upload()
     api = wbdist.Api()
     found = api.run(f"p/{run.id}")
-    assert rows_of(f"p/{run.id}") == [(i, i) for i in range(5)] + [(5 + i, 100 + i) for i in range(3)]
+    assert shown(f"p/{run.id}", "i") == [(i, i) for i in range(5)] + [(5 + i, 100 + i) for i in range(3)]
     assert (found.summary["i"], found.summary["old"], found.config) == (102, -4, {"kept": 1, "lr": 0.5, "new": 2})
     assert (found.name == "source", found.tags, found.state) == (False, [], "finished")
-    assert rows_of("p/deep") == [(0, 0), (1, 1), (2, 2), (3, 200)]
+    assert shown("p/deep", "i") == [(0, 0), (1, 1), (2, 2), (3, 200)]
     source = api.run("p/src")
-    assert rows_of("p/src") == [(i, i) for i in range(10)]
+    assert shown("p/src", "i") == [(i, i) for i in range(10)]
     assert (source.name, source.state, source.summary["i"], len(source.attempts())) == ("source", "finished", 9, 1)
 
 
@@ -135,13 +132,13 @@ def test_a_rewind(mode: str, upload: Callable[[], str]) -> None:
         run.log({"i": 100})
     upload()
     found = wbdist.Api().run("p/src")
-    assert rows_of("p/src") == [(i, i) for i in range(5)] + [(5, 100)]
+    assert shown("p/src", "i") == [(i, i) for i in range(5)] + [(5, 100)]
     assert (found.summary["i"], found.summary["old"]) == (100, -4)
     assert (found.name, found.tags, found.notes, found.state) == ("source", ["t"], "why", "finished")
-    assert rows_of("local/p/src:1") == rows_of("p/src:1") == [(i, i) for i in range(10)]
+    assert shown("local/p/src:1", "i") == shown("p/src:1", "i") == [(i, i) for i in range(10)]
     assert wbdist.Api({"project": "p"}).run("src:1").path == ["local", "p", "src:1"]
     with pytest.raises(RunNotFoundError, match="local/p/src:9 nor p/src/9"):
-        rows_of("p/src:9")
+        shown("p/src:9", "i")
     with wbdist.init(project="p", resume_from="src?_step=2") as run:
         assert (run.step, run.attempt) == (3, 3)
     with wbdist.init(project="p", fork_from="src:1?_step=8", id="old") as fork:
@@ -150,9 +147,9 @@ def test_a_rewind(mode: str, upload: Callable[[], str]) -> None:
     with wbdist.init(project="p", id="src", resume_from="src:1?_step=6") as run:
         assert (run.step, run.attempt, run.summary["i"]) == (7, 4, 6)
     upload()
-    assert rows_of("p/old") == [(i, i) for i in range(9)] + [(9, 300)]
-    assert rows_of("p/src") == [(i, i) for i in range(7)]
-    assert rows_of("local/p/src:2") == [(i, i) for i in range(5)] + [(5, 100)]
+    assert shown("p/old", "i") == [(i, i) for i in range(9)] + [(9, 300)]
+    assert shown("p/src", "i") == [(i, i) for i in range(7)]
+    assert shown("local/p/src:2", "i") == [(i, i) for i in range(5)] + [(5, 100)]
 
 
 def test_steps_that_are_not_there(mode: str) -> None:
@@ -182,8 +179,8 @@ def test_a_killed_source(mode: str, upload: Callable[[], str], script: Callable[
     with wbdist.init(project="p", resume_from="src?_step=9") as run:
         run.log({"i": 10})
     upload()
-    assert rows_of("p/fork") == [(i, i) for i in range(21)]
-    assert rows_of("p/src") == [(i, i) for i in range(11)]
+    assert shown("p/fork", "i") == [(i, i) for i in range(21)]
+    assert shown("p/src", "i") == [(i, i) for i in range(11)]
 
 
 def test_branches_of_what_only_the_server_knows(
@@ -205,8 +202,8 @@ def test_branches_of_what_only_the_server_knows(
     for _ in range(2):
         done = script("from wbdist.cli import main; main()", "sync", str(tmp_path / "far" / "wandb"))
         assert done.returncode == 0, done.stdout + done.stderr
-        assert rows_of("p/fork") == [(i, i) for i in range(5)] + [(5, 50)]
-        assert rows_of("p/src") == [(i, i) for i in range(7)] + [(7, 70)]
+        assert shown("p/fork", "i") == [(i, i) for i in range(5)] + [(5, 50)]
+        assert shown("p/src", "i") == [(i, i) for i in range(7)] + [(7, 70)]
 
 
 def test_a_source_that_goes_on(mode: str, upload: Callable[[], str]) -> None:
@@ -222,5 +219,5 @@ def test_a_source_that_goes_on(mode: str, upload: Callable[[], str]) -> None:
         fork.log({"i": 500})
     source.finish()
     upload()
-    assert rows_of("p/fork") == [(i, i) for i in range(5)] + [(5, 500)]
-    assert rows_of("p/src") == [(i, i) for i in range(10)]
+    assert shown("p/fork", "i") == [(i, i) for i in range(5)] + [(5, 500)]
+    assert shown("p/src", "i") == [(i, i) for i in range(10)]

@@ -5,10 +5,9 @@ from __future__ import annotations
 import json
 import signal
 from pathlib import Path
-from typing import Any
 
 import pytest
-from support.seeding import Seeds
+from support.seeding import Seeds, shown
 from support.waiting import until
 
 import wbdist as wandb
@@ -25,10 +24,6 @@ for epoch in range(wandb.run.step, {until}):
 {end}
 """
 KILL = "os.kill(os.getpid(), signal.SIGKILL)"
-
-
-def rows_of(path: str, key: str = "epoch") -> list[tuple[int, Any]]:
-    return [(row["_step"], row[key]) for row in wandb.Api().run(path).scan_history()]
 
 
 def run_epochs(seeds: Seeds, folder: Path, project: str, until: int, end: str = "", notes: str | None = None) -> list[str]:
@@ -50,7 +45,7 @@ def test_resume_true_and_the_keras_idiom(seeds: Seeds, here: Path, project: str)
     assert not file.exists()
     (run,) = wandb.Api().runs(f"local/{project}")
     assert (run.id, run.state) == (run_id, "finished")
-    assert rows_of(f"{project}/{run_id}") == [(i, i) for i in range(100)]
+    assert shown(f"{project}/{run_id}", "epoch") == [(i, i) for i in range(100)]
 
 
 def test_another_directory_is_another_run(seeds: Seeds, here: Path, project: str) -> None:
@@ -74,7 +69,7 @@ def test_id_with_resume_must(project: str) -> None:
     with wandb.init(id="mine", resume="must") as run:
         assert (run.resumed, run.step) == (True, 1)
         run.log({"epoch": 1})
-    assert rows_of(f"{project}/mine") == [(0, 0), (1, 1)]
+    assert shown(f"{project}/mine", "epoch") == [(0, 0), (1, 1)]
 
 
 @pytest.mark.usefixtures("here")
@@ -90,7 +85,7 @@ def test_resume_allow_never_and_by_id(project: str) -> None:
     with wandb.init(resume=run_id) as run:
         assert (run.id, run.step, run.resumed) == (run_id, 2, True)
         run.log({"epoch": 2})
-    assert rows_of(f"{project}/{run_id}") == [(i, i) for i in range(3)]
+    assert shown(f"{project}/{run_id}", "epoch") == [(i, i) for i in range(3)]
 
 
 @pytest.mark.usefixtures("here")
@@ -105,7 +100,7 @@ def test_by_environment_alone(project: str, monkeypatch: pytest.MonkeyPatch) -> 
         with wandb.init() as run:
             assert (run.id, run.step) == ("by-env", step)
             run.log({"epoch": step})
-    assert rows_of(f"{project}/by-env") == [(i, i) for i in range(3)]
+    assert shown(f"{project}/by-env", "epoch") == [(i, i) for i in range(3)]
 
 
 @pytest.mark.usefixtures("here")
@@ -120,7 +115,7 @@ def test_rules_of_ids(project: str) -> None:
     with wandb.init(id="x" * 64) as longest:
         longest.log({"epoch": 0})
     assert {run.id for run in wandb.Api().runs(f"local/{project}")} == {"a-b-c", "x" * 64}
-    assert rows_of(f"{project}/a-b-c") == [(0, 0), (1, 1)]
+    assert shown(f"{project}/a-b-c", "epoch") == [(0, 0), (1, 1)]
 
 
 @pytest.mark.usefixtures("here")

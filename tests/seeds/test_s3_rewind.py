@@ -7,16 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.seeding import Seeds
+from support.seeding import Seeds, shown
 
 import wbdist as wandb
 from wbdist.core.position import EVENTS
 
 pytestmark = pytest.mark.usefixtures("here")
-
-
-def rows_of(path: str, key: str = "metric") -> list[tuple[int, Any]]:
-    return [(row["_step"], row.get(key)) for row in wandb.Api().run(path).scan_history()]
 
 
 def source(run_id: str = "src", rows: int = 300, **arguments: Any) -> None:
@@ -116,15 +112,15 @@ def test_archive_lineage_and_immutable_ids(project: str) -> None:
     source(rows=30)
     with wandb.init(resume_from="src?_step=20") as run:
         run.log({"metric": "second"})
-    before = rows_of(f"local/{project}/src:1")
+    before = shown(f"local/{project}/src:1", "metric")
     with wandb.init(resume_from="src?_step=10") as run:
         run.log({"metric": "third"})
     api = wandb.Api()
     found = api.run(f"{project}/src")
     assert [(one.id, one.step, one.kind) for one in found.lineage()] == [("src:2", 10, "rewind"), ("src:1", 20, "rewind")]
-    assert before == rows_of(f"local/{project}/src:1") == [(i, i) for i in range(30)]
-    assert rows_of(f"local/{project}/src:2") == [(i, i) for i in range(21)] + [(21, "second")]
-    assert rows_of(f"{project}/src") == [(i, i) for i in range(11)] + [(11, "third")]
+    assert before == shown(f"local/{project}/src:1", "metric") == [(i, i) for i in range(30)]
+    assert shown(f"local/{project}/src:2", "metric") == [(i, i) for i in range(21)] + [(21, "second")]
+    assert shown(f"{project}/src", "metric") == [(i, i) for i in range(11)] + [(11, "third")]
     assert api.run(f"local/{project}/src:1").summary["metric"] == 29
     assert [attempt.rows for attempt in found.attempts()] == [30, 1, 1]
 
@@ -145,7 +141,7 @@ def test_what_is_refused_changes_nothing(project: str, point: str, message: str)
     with pytest.raises(wandb.Error, match=message):
         wandb.init(resume_from=point)
     (found,) = wandb.Api().runs(f"local/{project}")
-    assert rows_of(f"{project}/src") == [(i, i) for i in range(10)]
+    assert shown(f"{project}/src", "metric") == [(i, i) for i in range(10)]
     assert (found.state, len(found.attempts())) == ("finished", 1)
 
 
@@ -158,7 +154,7 @@ def test_a_running_source_is_refused(project: str) -> None:
         wandb.init(resume_from="src?_step=5", reinit="create_new")
     run.log({"metric": 10})
     run.finish()
-    assert rows_of(f"{project}/src") == [(i, i) for i in range(11)]
+    assert shown(f"{project}/src", "metric") == [(i, i) for i in range(11)]
 
 
 def test_only_one_way_to_go_on() -> None:

@@ -5,15 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from support.seeding import Seeds
+from support.seeding import Seeds, shown
 
 import wbdist as wandb
 
 pytestmark = pytest.mark.usefixtures("here")
-
-
-def rows_of(path: str, key: str = "metric") -> list[tuple[int, Any]]:
-    return [(row["_step"], row.get(key)) for row in wandb.Api().run(path).scan_history()]
 
 
 def source(rows: int = 300) -> None:
@@ -46,7 +42,7 @@ def test_fork_from_a_step(project: str) -> None:
         assert (run.id != "src", run.step, run.starting_step, run.resumed) == (True, 201, 201, False)
         run.log({"metric": -1})
     assert facts_of(f"{project}/src") == before
-    assert rows_of(f"{project}/{run.id}") == [(i, i) for i in range(201)] + [(201, -1)]
+    assert shown(f"{project}/{run.id}", "metric") == [(i, i) for i in range(201)] + [(201, -1)]
     assert [(one.id, one.step, one.kind) for one in wandb.Api().run(f"{project}/{run.id}").lineage()] == [
         ("src:1", 200, "fork")
     ]
@@ -76,8 +72,8 @@ def test_an_archived_incarnation_is_forked(project: str) -> None:
         run.log({"metric": "new"})
     with wandb.init(fork_from="src:1?_step=15", id="old") as forked:
         forked.log({"metric": "fork"})
-    assert rows_of(f"{project}/old") == [(i, i) for i in range(16)] + [(16, "fork")]
-    assert rows_of(f"{project}/src") == [(i, i) for i in range(6)] + [(6, "new")]
+    assert shown(f"{project}/old", "metric") == [(i, i) for i in range(16)] + [(16, "fork")]
+    assert shown(f"{project}/src", "metric") == [(i, i) for i in range(6)] + [(6, "new")]
 
 
 def test_same_metrics_go_on_and_new_ones_begin(project: str) -> None:
@@ -103,7 +99,7 @@ def test_fork_of_a_fork(project: str) -> None:
             for i in range(4):
                 run.log({"metric": 100 * level + i})
         expected = expected[: step + 1] + [(step + 1 + i, 100 * level + i) for i in range(4)]
-        assert rows_of(f"{project}/{name}") == expected
+        assert shown(f"{project}/{name}", "metric") == expected
     assert [one.run for one in wandb.Api().run(f"{project}/three").lineage()] == ["two", "one", "src"]
 
 
@@ -117,7 +113,7 @@ def test_a_fork_has_an_id_of_its_own(project: str) -> None:
     with pytest.raises(wandb.UsageError, match="exists"):
         wandb.init(fork_from="src?_step=5", id="taken")
     assert facts_of(f"{project}/src") == before
-    assert rows_of(f"{project}/taken") == []
+    assert shown(f"{project}/taken", "metric") == []
 
 
 def test_the_source_is_deleted(project: str) -> None:
@@ -127,4 +123,4 @@ def test_the_source_is_deleted(project: str) -> None:
         run.log({"metric": -1})
     wandb.Api().run(f"{project}/src").delete()
     assert [run.id for run in wandb.Api().runs(f"local/{project}")] == ["forked"]
-    assert rows_of(f"{project}/forked") == [(i, i) for i in range(6)] + [(6, -1)]
+    assert shown(f"{project}/forked", "metric") == [(i, i) for i in range(6)] + [(6, -1)]

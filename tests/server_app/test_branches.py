@@ -17,19 +17,13 @@ READ = """query Read($name: String!) { project(name: "br", entityName: "local") 
   history(minStep: 0, maxStep: 1000) logLines(first: 10) { edges { node { line } } } } } }"""
 
 
-def ask(server: Any, operation: operations.Operation) -> Any:
-    answer = server.post("/graphql", data=operation.body())
-    assert answer.status_code == 200, answer.text
-    return answer.json()["data"]
-
-
 def begin(server: Any, run: str, attempt: int, **how: Any) -> Any:
     operation = operations.begin_attempt("local", "br", run, BeginAttempt(attempt, f"n{attempt}", "w", **how))
-    return operations.read_begun(ask(server, operation))
+    return operations.read_begun(server.ask(operation))
 
 
 def new_run(server: Any, run: str) -> None:
-    ask(server, operations.upsert_run(project="br", entity="local", run_id=run))
+    server.ask(operations.upsert_run(project="br", entity="local", run_id=run))
 
 
 def log(server: Any, run: str, attempt: int, steps: range, first: int = 0) -> None:
@@ -47,7 +41,7 @@ def read(server: Any, name: str) -> Any:
 
 
 def position(server: Any, name: str, step: int | None = None) -> tuple[int, RunPosition]:
-    found = operations.read_position(ask(server, operations.run_position("local", "br", name, step=step)))
+    found = operations.read_position(server.ask(operations.run_position("local", "br", name, step=step)))
     assert found is not None
     return found
 
@@ -89,7 +83,7 @@ def test_the_position_is_what_a_next_attempt_begins_on(server: Any) -> None:
     begin(server, "p", attempt + 1, base=at_step.watermark)
     assert read(server, "p")["historyLineCount"] == 4
     gone = operations.run_position("local", "br", "nosuch")
-    assert operations.read_position(ask(server, gone)) is None
+    assert operations.read_position(server.ask(gone)) is None
 
 
 @pytest.mark.parametrize(

@@ -13,12 +13,6 @@ from wbdist.protocol.attempts import BeginAttempt, StreamStamp
 from wbdist.protocol.file_stream import FileChunk, StreamRequest
 
 
-def ask(server: Any, operation: operations.Operation) -> Any:
-    answer = server.post("/graphql", data=operation.body())
-    assert answer.status_code == 200, answer.text
-    return answer.json()["data"]
-
-
 def stream(server: Any, run: str, request: StreamRequest) -> Any:
     return server.post(file_stream.path("local", "gql", run), data=file_stream.encode_request(request))
 
@@ -31,7 +25,7 @@ def rows(count: int, start: int = 0) -> list[str]:
 
 
 def new_run(server: Any, run: str, lines: list[str] | None = None, **fields: Any) -> operations.UpsertedRun:
-    upserted = operations.read_upserted(ask(server, operations.upsert_run(project="gql", run_id=run, **fields)))
+    upserted = operations.read_upserted(server.ask(operations.upsert_run(project="gql", run_id=run, **fields)))
     if lines:
         assert stream(server, run, StreamRequest(files={HISTORY: FileChunk(content=lines)})).status_code == 200
     return upserted
@@ -39,8 +33,8 @@ def new_run(server: Any, run: str, lines: list[str] | None = None, **fields: Any
 
 def test_session(server: Any) -> None:
     """Proves who we are, that attempts are announced, and that W&B's probes are answered as it expects."""
-    assert operations.read_viewer(ask(server, operations.viewer())) == operations.Viewer("admin", "local")
-    assert attempts.FEATURE in operations.read_server_features(ask(server, operations.server_features()))
+    assert operations.read_viewer(server.ask(operations.viewer())) == operations.Viewer("admin", "local")
+    assert attempts.FEATURE in operations.read_server_features(server.ask(operations.server_features()))
     probe = """query OrganizationCoreWeaveOrganizationID ($entityName: String!) {
       entity(name: $entityName) { organization { coreWeaveOrganizationId } } }"""
     assert server.graphql(probe, entityName="local") == {"entity": {"organization": None}}
@@ -61,12 +55,12 @@ def test_an_upsert_creates_then_changes_only_what_it_names(server: Any) -> None:
     )
     again = new_run(server, "ignored", storage_id=first.storage_id, tags=[], summary={"x": float("nan")})
     assert (again.inserted, again.run_id) == (False, "u1")
-    run = reads.read_run(ask(server, reads.run("local", "gql", "u1")))
+    run = reads.read_run(server.ask(reads.run("local", "gql", "u1")))
     assert run is not None
     assert (run.config, run.group, run.tags, run.notes, run.state) == ({"lr": 0.1}, "g", [], "n", "running")
     assert run.summary["x"] != run.summary["x"]
-    assert reads.read_run(ask(server, reads.run("local", "gql", "nosuch"))) is None
-    assert reads.read_runs(ask(server, reads.runs("local", "nosuch"))) is None
+    assert reads.read_run(server.ask(reads.run("local", "gql", "nosuch"))) is None
+    assert reads.read_runs(server.ask(reads.runs("local", "nosuch"))) is None
 
 
 def test_an_edit_does_not_revive_a_run_but_a_resuming_process_does(server: Any) -> None:
@@ -91,7 +85,7 @@ def test_attempts_over_the_wire(server: Any) -> None:
 
     def begin(number: int, nonce: str, base: Watermark | None = None) -> attempts.BegunAttempt:
         request = BeginAttempt(attempt=number, nonce=nonce, writer="rank0", base=base, cause="start")
-        return operations.read_begun(ask(server, operations.begin_attempt(None, "gql", "att", request)))
+        return operations.read_begun(server.ask(operations.begin_attempt(None, "gql", "att", request)))
 
     def send(number: int, seq: int, lines: list[str]) -> tuple[int, attempts.StreamAnswer | None]:
         stamp = StreamStamp(attempt=number, nonce=f"n{number}", writer="rank0", seq={HISTORY: seq})
@@ -110,11 +104,11 @@ def test_attempts_over_the_wire(server: Any) -> None:
     status, reply = send(2, 4, rows(1, 4))
     assert (status, reply and reply.code, reply and reply.next.get(HISTORY, 0)) == (409, "gap", 0)
     send(2, 0, rows(2, 3))
-    page = reads.read_history_page(ask(server, reads.history_page("local", "gql", "att", 0, 1000)))
+    page = reads.read_history_page(server.ask(reads.history_page("local", "gql", "att", 0, 1000)))
     assert [row["_step"] for row in page] == [0, 1, 2, 3, 4]
-    old = reads.read_history_page(ask(server, reads.history_page("local", "gql", "att", 0, 1000, attempt=1)))
+    old = reads.read_history_page(server.ask(reads.history_page("local", "gql", "att", 0, 1000, attempt=1)))
     assert [row["_step"] for row in old] == [0, 1, 2, 3, 4, 5], "the archive keeps late rows"
-    listed = reads.read_attempts(ask(server, reads.attempts("local", "gql", "att")))
+    listed = reads.read_attempts(server.ask(reads.attempts("local", "gql", "att")))
     assert [(a.attempt, a.base_attempt, a.rows, a.rows_live) for a in listed] == [(1, None, 6, 3), (2, 1, 2, 2)]
     missing = operations.begin_attempt(None, "gql", "nosuch", BeginAttempt(attempt=1, nonce="n", writer="w"))
     assert server.post("/graphql", data=missing.body()).status_code == 404
@@ -126,14 +120,14 @@ def test_reading_history(server: Any) -> None:
     lines[3] = '{"_step": 3, "_timestamp": 103.0, "_runtime": 3, "loss": NaN, "text": "t"}'
     lines[4] = '{"_step": 4, "_timestamp": 104.0, "_runtime": 4, "loss": -Infinity}'
     new_run(server, "hist", lines)
-    page = reads.read_history_page(ask(server, reads.history_page("local", "gql", "hist", 2, 6)))
+    page = reads.read_history_page(server.ask(reads.history_page("local", "gql", "hist", 2, 6)))
     assert [row["_step"] for row in page] == [2, 3, 4, 5]
     assert page[1]["loss"] != page[1]["loss"]
-    full = reads.read_full_history(ask(server, reads.full_history("local", "gql", "hist", 10)))
+    full = reads.read_full_history(server.ask(reads.full_history("local", "gql", "hist", 10)))
     assert [full[0]["_step"], full[-1]["_step"], len(full)] == [0, 49, 10]
-    sampled = reads.read_sampled_history(ask(server, reads.sampled_history("local", "gql", "hist", ["_step", "loss"], 500)))
+    sampled = reads.read_sampled_history(server.ask(reads.sampled_history("local", "gql", "hist", ["_step", "loss"], 500)))
     assert (len(sampled), sampled[3], sampled[4]) == (50, {"_step": 3, "loss": "NaN"}, {"_step": 4, "loss": "-Infinity"})
-    with_text = reads.read_sampled_history(ask(server, reads.sampled_history("local", "gql", "hist", ["_step", "text"], 500)))
+    with_text = reads.read_sampled_history(server.ask(reads.sampled_history("local", "gql", "hist", ["_step", "text"], 500)))
     assert with_text == [{"_step": 3, "text": "t"}]
     query = """query Q($specs: [JSONString!]!) { project(name: "gql", entityName: "local") { run(name: "hist") {
       sampledHistory(specs: $specs) historyKeys parquetHistory(liveKeys: ["_step"]) { parquetUrls liveData }
@@ -158,12 +152,12 @@ def test_listing_runs(server: Any) -> None:
     """Proves pages without gaps or repetitions, filters, order and counts."""
     for index in range(5):
         operation = operations.upsert_run(project="many", run_id=f"m{index}", group=f"g{index % 2}", summary={"loss": -index})
-        ask(server, operation)
+        server.ask(operation)
     found: list[str] = []
     cursor = None
     while True:
         page = reads.read_runs(
-            ask(server, reads.runs("local", "many", per_page=2, cursor=cursor, order="+summary_metrics.loss"))
+            server.ask(reads.runs("local", "many", per_page=2, cursor=cursor, order="+summary_metrics.loss"))
         )
         assert page is not None
         assert page.total == 5
@@ -172,7 +166,7 @@ def test_listing_runs(server: Any) -> None:
         if cursor is None:
             break
     assert found == ["m4", "m3", "m2", "m1", "m0"]
-    group = reads.read_runs(ask(server, reads.runs("local", "many", filters={"group": "g1", "state": "running"})))
+    group = reads.read_runs(server.ask(reads.runs("local", "many", filters={"group": "g1", "state": "running"})))
     assert group is not None
     assert [run.run_id for run in group.runs] == ["m1", "m3"]
 
@@ -190,14 +184,14 @@ def test_console(server: Any) -> None:
         {"number": 1, "timestamp": "2026-11-21T03:17:59.296781Z", "level": "error", "label": "rank1", "line": "oops"},
         {"number": 2, "timestamp": None, "level": "", "label": "", "line": "no time at all"},
     ]
-    lines, cursor = reads.read_console_lines(ask(server, reads.console_page("local", "gql", "con", first=2)))
+    lines, cursor = reads.read_console_lines(server.ask(reads.console_page("local", "gql", "con", first=2)))
     assert [(line.number, line.level, line.label, line.content) for line in lines] == [
         (0, "", "", "hello"),
         (1, "error", "rank1", "oops"),
     ]
-    rest = reads.read_console_lines(ask(server, reads.console_page("local", "gql", "con", first=2, after=cursor)))
+    rest = reads.read_console_lines(server.ask(reads.console_page("local", "gql", "con", first=2, after=cursor)))
     assert rest == ([reads.ConsoleLine(2, None, "", "", "no time at all")], None)
-    newest = reads.read_console_lines(ask(server, reads.console_page("local", "gql", "con", last=1)))
+    newest = reads.read_console_lines(server.ask(reads.console_page("local", "gql", "con", last=1)))
     assert [line.number for line in newest[0]] == [2]
 
 

@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import pytest
 from support.serving import Server
 from support.waiting import until
@@ -19,16 +18,10 @@ from support.waiting import until
 from wbdist.core.position import HISTORY, Watermark
 from wbdist.protocol import operations, reads
 from wbdist.run.shipper import client
-from wbdist.run.shipper.remote import Remote
 
 
 class RealServer(Server):
     """One that is asked what it has."""
-
-    def ask(self, operation: operations.Operation) -> Any:
-        answer = Remote(self.url, self.key).post("/graphql", operation.body())
-        assert answer.ok, answer.body
-        return msgspec.json.decode(answer.body)["data"]
 
     def entity(self) -> str:
         found = operations.read_viewer(self.ask(operations.viewer()))

@@ -13,6 +13,8 @@ from typing import Any, Literal, Self
 from support.lingering import kill_all, processes_of
 from support.serving import Server
 
+import wbdist
+
 ROOT = Path(__file__).parents[2]
 SNIPPETS = ROOT / "tests" / "seeds" / "snippets"
 
@@ -188,3 +190,8 @@ class Seeds:
                 f"for r in api.runs('local/{project}', order='+created_at')]",
             )
         )
+
+
+def shown(path: str, key: str) -> list[tuple[int, Any]]:
+    """Step and value, None where there is none, of every history row that our read API has of the run."""
+    return [(row["_step"], row.get(key)) for row in wbdist.Api().run(path).scan_history()]

@@ -12,6 +12,8 @@ import psutil
 import requests
 from support.waiting import until
 
+from wbdist.protocol.operations import Operation
+
 
 class Server:
     """On one data directory; killed and started at will."""
@@ -77,6 +79,12 @@ class Server:
     def graphql(self, query: str, **variables: Any) -> Any:
         """The `data` of the answer; fails on an error."""
         answer = self.post("/graphql", json={"query": query, "variables": variables})
+        assert answer.status_code == 200, answer.text
+        return answer.json()["data"]
+
+    def ask(self, operation: Operation) -> Any:
+        """The `data` of the answer to one of the client's operations; fails on a refusal."""
+        answer = self.post("/graphql", data=operation.body())
         assert answer.status_code == 200, answer.text
         return answer.json()["data"]
 
