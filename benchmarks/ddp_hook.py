@@ -1,12 +1,13 @@
 """What `job.watch_ddp` adds to a step of about 10 ms: plain DDP and watched DDP, step by step in turn, in one run.
 
-    python benchmarks/ddp_hook.py [--steps 400] [--ranks 1,2]
+    python benchmarks/ddp_hook.py [--steps 200] [--ranks 1,2]
 
 In each round every variant takes one step, in turning order, and is compared with the two plain steps of that round. `plain
 again` is the control: plain against plain, by the same reckoning; what is not far outside its error is not known. `no
 details` looks closely at no pass, `all details` at each, `watched` (the default) at one in 50: its number is the mean of two
-medians, of the passes that are looked at (those of `all details`) and of the others. Errors are standard errors of medians.
-CPU time of the process is what our code costs, whatever else the machine does; wall clock is shown beside it. Rows are logged
+medians, of the passes that are looked at (those of `all details`) and of the others. Where a model lies in memory is worth half a
+percent of a step, so all this is done once for each variant, which are made in another order each time: told are means, and
+their standard errors. CPU time of the process is what our code costs, whatever else the machine does; wall clock is shown beside it. Rows are logged
 as a job logs them: into one run of all ranks, with the operations by key.
 """
 
@@ -29,7 +30,7 @@ VARIANTS = {"plain": None, "plain again": None, "watched": EVERY, "no details": 
 WARM_UP = 20
 
 
-def rank(steps: int, directory: str) -> None:
+def rank(steps: int, directory: str, turn: int) -> None:
     import msgspec
     import torch
     import torch.distributed as dist
@@ -69,7 +70,8 @@ def rank(steps: int, directory: str) -> None:
             )
         return model
 
-    models = {name: made(name, detail_every) for name, detail_every in VARIANTS.items()}
+    turned = list(VARIANTS)[turn:] + list(VARIANTS)[:turn]
+    models = {name: made(name, VARIANTS[name]) for name in turned}
     optimizers = {name: torch.optim.SGD(model.parameters(), lr=1e-3) for name, model in models.items()}
     xs = torch.randn(160, 384)
     wall: dict[str, list[float]] = {name: [] for name in VARIANTS}
@@ -97,65 +99,66 @@ def rank(steps: int, directory: str) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--ranks", default="1,2")
     parser.add_argument("--rank", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--directory", help=argparse.SUPPRESS)
+    parser.add_argument("--turn", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.rank:
-        rank(args.steps, args.directory)
+        rank(args.steps, args.directory, args.turn)
         return
     for size in map(int, args.ranks.split(",")):
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        where = {
-            **os.environ,
-            "WORLD_SIZE": str(size),
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port),
-            "OMP_NUM_THREADS": "1",
-        }
-        with tempfile.TemporaryDirectory() as directory:
-            command = [sys.executable, __file__, "--rank", "--steps", str(args.steps), "--directory", directory]
-            processes = [
-                subprocess.Popen(command, env={**where, "RANK": str(number)}, stdout=subprocess.PIPE, text=True)
-                for number in range(size)
-            ]
-            outputs = [process.communicate()[0] for process in processes]
-        found = json.loads(outputs[0].strip().splitlines()[-1])
-        print(f"{size} rank{'s' if size > 1 else ''}; load {os.getloadavg()[0]:.1f}; {args.steps} rounds")
+        turns = [run(size, args.steps, turn) for turn in range(len(VARIANTS))]
+        plural = "s" if size > 1 else ""
+        print(f"{size} rank{plural}; load {os.getloadavg()[0]:.1f}; {len(turns)} times {args.steps} rounds")
         for clock in ("cpu", "wall"):
-            show(clock, found[clock])
+            show(clock, [each[clock] for each in turns])
 
 
-def show(clock: str, times: dict[str, list[float]]) -> None:
-    plain, again = times["plain"], times["plain again"]
-    step = statistics.median(plain)
-    looked_at = median_of([mine - (a + b) / 2 for mine, a, b in zip(times["all details"], plain, again, strict=True)])
-    for name, taken in times.items():
-        if name == "plain":
-            print(f"  {clock:4} {name:12} a step of {step * 1e3:.2f} ms")
-            continue
-        if name == "plain again":
-            differences = [second - first for first, second in zip(plain, again, strict=True)]
-        else:
-            differences = [mine - (a + b) / 2 for mine, a, b in zip(taken, plain, again, strict=True)]
-        middle, error = median_of(differences)
-        if name == "watched":
-            others = [each for number, each in enumerate(differences, WARM_UP) if number % EVERY]
-            (near, error_near), (far, error_far) = looked_at, median_of(others)
-            middle = (near + (EVERY - 1) * far) / EVERY
-            error = math.hypot(error_near, (EVERY - 1) * error_far) / EVERY
+def run(size: int, steps: int, turn: int) -> dict[str, dict[str, list[float]]]:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    where = {
+        **os.environ,
+        "WORLD_SIZE": str(size),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "OMP_NUM_THREADS": "1",
+    }
+    with tempfile.TemporaryDirectory() as directory:
+        command = [sys.executable, __file__, "--rank", "--steps", str(steps), "--turn", str(turn), "--directory", directory]
+        processes = [
+            subprocess.Popen(command, env={**where, "RANK": str(number)}, stdout=subprocess.PIPE, text=True)
+            for number in range(size)
+        ]
+        outputs = [process.communicate()[0] for process in processes]
+    found: dict[str, dict[str, list[float]]] = json.loads(outputs[0].strip().splitlines()[-1])
+    return found
+
+
+def show(clock: str, turns: list[dict[str, list[float]]]) -> None:
+    step = statistics.mean(statistics.median(times["plain"]) for times in turns)
+    print(f"  {clock:4} {'plain':12} a step of {step * 1e3:.2f} ms")
+    for name in list(VARIANTS)[1:]:
+        added = [added_by(name, times) for times in turns]
+        middle, error = statistics.mean(added), statistics.stdev(added) / math.sqrt(len(added))
         told = f"{middle * 1e6:+7.0f} +- {error * 1e6:.0f} us ({middle / step * 100:+.2f} +- {error / step * 100:.2f} %)"
         print(f"  {clock:4} {name:12} added {told}")
 
 
-def median_of(values: list[float]) -> tuple[float, float]:
-    """And its standard error, from the median deviation."""
-    middle = statistics.median(values)
-    spread = statistics.median(abs(each - middle) for each in values)
-    return middle, 1.4826 * 1.2533 * spread / math.sqrt(len(values))
+def added_by(name: str, times: dict[str, list[float]]) -> float:
+    """Seconds a step."""
+    plain, again = times["plain"], times["plain again"]
+    if name == "plain again":
+        return statistics.median(second - first for first, second in zip(plain, again, strict=True))
+    added = [mine - (a + b) / 2 for mine, a, b in zip(times[name], plain, again, strict=True)]
+    if name != "watched":
+        return statistics.median(added)
+    near = added_by("all details", times)
+    far = statistics.median(each for number, each in enumerate(added, WARM_UP) if number % EVERY)
+    return (near + (EVERY - 1) * far) / EVERY
 
 
 if __name__ == "__main__":

@@ -41,10 +41,13 @@ class OwnRun(RankRun):
         self._cursor: RunCut | None = None
         self._lock = threading.Lock()
         self._tail = tail_of(run, earlier)
+        self._checked: object = DEFAULT
+        """What was asked for last: a script asks by the same mapping at each step, and nothing comes of it here."""
 
     def log(self, data: Mapping[str, Any], step: int | None = None, reduce: str | Mapping[str, str] = DEFAULT) -> None:
-        if reduce is not DEFAULT:
+        if reduce is not self._checked and reduce is not DEFAULT:
             check_reduce(reduce)
+            self._checked = reduce
         self.run.log(data, step=step)
 
     def commit_row(self) -> None:

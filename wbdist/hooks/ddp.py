@@ -117,6 +117,7 @@ class DdpWatch:
         self._waited = waited
         self._detail_every = detail_every
         self._clock = clock_of(model.device)
+        self._at_end_of_backward = torch.autograd.Variable._execution_engine.queue_callback  # noqa: SLF001
         self._passes = 0
         self._pass: _Pass | None = None
         self._unread: deque[_Pass] = deque(maxlen=UNREAD)
@@ -144,7 +145,8 @@ class DdpWatch:
     # A pass, in the order in which it happens ---------------------------------------------------------
 
     def _on_enter(self, _model: torch.nn.Module, _inputs: Any) -> None:
-        self._swap_back()  # if there was no backward pass
+        if self._swapped or self._hook is not None:
+            self._swap_back()  # if there was no backward pass
         self._entered = self._clock.mark() if torch.is_grad_enabled() else None
 
     def _on_forward(self, _module: torch.nn.Module, _inputs: Any) -> None:
@@ -158,9 +160,9 @@ class DdpWatch:
     def _on_forwarded(self, model: torch.nn.Module, _inputs: Any, returned: Any) -> None:
         if not (torch.is_grad_enabled() and model.require_backward_grad_sync):
             return
-        for tensor in _tensors(returned):
-            if tensor.grad_fn is not None:
-                tensor.grad_fn.register_prehook(self._on_backward)
+        for tensor in (returned,) if isinstance(returned, Tensor) else _tensors(returned):
+            if (node := tensor.grad_fn) is not None:
+                node.register_prehook(self._on_backward)
         self._pass = _Pass(self._forward)
         self._pass.uneven = self._model._join_config.enable  # noqa: SLF001  (Join cannot be asked)
         if self._detail_every and self._passes % self._detail_every == 0:
@@ -184,13 +186,13 @@ class DdpWatch:
         if self._pass is None or self._pass.began is not None:
             return
         self._pass.began = self._clock.mark()
-        torch.autograd.Variable._execution_engine.queue_callback(self._on_computed)  # noqa: SLF001
+        self._at_end_of_backward(self._on_computed)
 
     def _on_computed(self) -> None:
         if self._pass is not None:
             self._pass.computed = self._clock.mark()
             # DDP's own callback, which waits for the buckets, was queued in between.
-            torch.autograd.Variable._execution_engine.queue_callback(self._on_all_reduced)  # noqa: SLF001
+            self._at_end_of_backward(self._on_all_reduced)
 
     def _on_all_reduced(self) -> None:
         done = self._pass
@@ -202,7 +204,8 @@ class DdpWatch:
             done.began = None
             return
         self._pass, self._forward = None, []
-        self._swap_back()
+        if done.buckets is not None:
+            self._swap_back()
         self._passes += 1
         done.over = done.reduced = self._clock.mark()
         if done.buckets is not None:
@@ -223,7 +226,9 @@ class DdpWatch:
 
     def _read(self, done: _Pass) -> None:
         exposed = self._clock.milliseconds(done.computed, done.reduced)
-        forward = sum(self._clock.milliseconds(*marks) for marks in done.forward)
+        forward = 0.0
+        for marks in done.forward:
+            forward += self._clock.milliseconds(*marks)
         row: dict[str, Any] = {"ddp/exposed_ms": exposed}
         if done.buckets:
             row |= self._of_buckets(done, done.buckets, exposed, forward)
