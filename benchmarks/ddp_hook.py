@@ -5,10 +5,12 @@
 In each round every variant takes one step, in turning order, and is compared with the two plain steps of that round. `plain
 again` is the control: plain against plain, by the same reckoning; what is not far outside its error is not known. `no
 details` looks closely at no pass, `all details` at each, `watched` (the default) at one in 50: its number is the mean of two
-medians, of the passes that are looked at (those of `all details`) and of the others. Where a model lies in memory is worth half a
-percent of a step, so all this is done once for each variant, which are made in another order each time: told are means, and
-their standard errors. CPU time of the process is what our code costs, whatever else the machine does; wall clock is shown beside it. Rows are logged
-as a job logs them: into one run of all ranks, with the operations by key.
+medians, of the passes that are looked at (those of `all details`) and of the others. Where a model lies in memory is worth
+half a percent of a step, so all this is done once for each variant, which are made in another order each time: told are
+means, and their standard errors. CPU time of the process is what our code costs, whatever else the machine does; wall clock
+is shown beside it.
+
+Each step ends with the row that a job writes then, and what the watching found is part of that row, as it is in a job.
 """
 
 from __future__ import annotations
@@ -53,8 +55,10 @@ def rank(steps: int, directory: str, turn: int) -> None:
     settings = resolve({"mode": "offline", "root_dir": directory, "project": "bench", "run_id": "bench", "silent": True})
     runs = strategies.open_runs("auto", me, peers, msgspec.structs.replace(make_spec(settings), nonce="bench"))
     slow = [stragglers.StragglerWatch(peers, name, "here", print) for name in VARIANTS] if me.world_size > 1 else []
-    reduce = {**ddp.REDUCE, **stragglers.REDUCE}
+    ledger = {"_samples": "sum53", "epoch": "first", "_consumed": "first", "_batch": "first"}
+    reduce = {**ledger, **ddp.REDUCE, **stragglers.REDUCE}
     steps_of_run = itertools.count()
+    found: dict[str, object] = {}
 
     def made(name: str, detail_every: int | None) -> DistributedDataParallel:
         torch.manual_seed(0)
@@ -64,7 +68,7 @@ def rank(steps: int, directory: str, turn: int) -> None:
             waited = slow[list(VARIANTS).index(name)].waited if slow else None
             ddp.DdpWatch(
                 model,
-                lambda row: runs.log(row, step=next(steps_of_run), reduce=reduce),
+                found.update,
                 detail_every=detail_every,
                 waited=waited,
             )
@@ -84,6 +88,10 @@ def rank(steps: int, directory: str, turn: int) -> None:
             models[name](xs).pow(2).mean().backward()
             optimizers[name].step()
             optimizers[name].zero_grad()
+            number_of_step = next(steps_of_run)
+            runs.log({"_samples": number, "epoch": 0, "_consumed": number, "_batch": 160} | found, number_of_step, reduce)
+            runs.commit_row()
+            found.clear()
             if number >= WARM_UP:
                 wall[name].append(time.perf_counter() - began)
                 cpu[name].append(time.process_time() - spent)

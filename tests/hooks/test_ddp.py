@@ -101,6 +101,16 @@ def test_a_job_tells_of_its_reduction(strategy: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_the_step_that_fails_keeps_its_numbers(tmp_path: Path) -> None:
+    """Proves that what was found in a step that an error ends is in its row: it may say why."""
+    said = torchrun(2, PROGRAMS / "ddp_job.py", "per_rank", 3, cwd=tmp_path, exit_code=1)
+    assert "ValueError: as asked" in said
+    for rows in runs_of(tmp_path).values():
+        assert [row["_step"] for row in rows] == [0, 1, 2, 3]
+        assert all(row["ddp/grad_norm"] == pytest.approx(row["norm"], rel=1e-5) for row in rows)
+
+
+@pytest.mark.slow
 def test_with_one_rank_there_is_nothing_to_watch(tmp_path: Path) -> None:
     """Proves that the script needs no case distinction for a single process."""
     done = subprocess.run(

@@ -6,6 +6,7 @@ import math
 import shutil
 import sys
 import sysconfig
+import tempfile
 from collections import OrderedDict, defaultdict
 from collections.abc import Mapping
 from pathlib import Path
@@ -162,6 +163,28 @@ def test_rows_of_every_kind_of_mapping(tmp_path: Path, monkeypatch: pytest.Monke
         rows = [record.data for record in reader.read() if record.kind is Kind.ROW]
     expected = [{"a": 1.0, "b": 2}, {"b": 2, "a": 1.0}, {"a": 3.0, "b": 4}, {"a": 5.0, "b": 6}, {"a": 1.0, "b": 1 << 40}]
     assert rows == [*expected, {"a": 7.0, "b": 8}] * 2 + [{"a": -1.0, "b": 4}]
+
+
+SHAPES = [{"a": 0.0}, {"a": 0.0, "b": 0}, {"b": 0, "c": False}, {"c": "text"}, {"a": 0}, {"b": None, "c": 1.5}]
+
+
+@given(st.lists(st.tuples(st.integers(0, len(SHAPES) - 1) | st.just("set"), st.integers(1, 9), st.booleans()), max_size=30))
+def test_the_summary_of_rows_of_many_shapes(calls: list[tuple[Any, int, bool]]) -> None:
+    """Proves that the summary is that of all rows in their order, whenever it is asked for, though most are never looked at."""
+    expected: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as folder, JournalWriter.create(Path(folder, "w.a1.wbdj"), HEADER) as writer:
+        for which, value, asked in calls:
+            if which == "set":
+                writer.append(Kind.SUMMARY, {"set": {"b": -value}, "delete": ["a"]})
+                expected = {key: each for key, each in expected.items() if key != "a"} | {"b": -value}
+            else:
+                row = {key: each if each is None else type(each)(value) for key, each in SHAPES[which].items()}
+                writer.log(row)
+                expected |= {key: each for key, each in row.items() if each is not None}
+            if asked:
+                assert writer.summary() == expected
+        assert writer.summary() == expected
+    assert writer.summary() == expected
 
 
 @needs_compiled

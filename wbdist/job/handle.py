@@ -6,7 +6,7 @@ import logging
 import os
 import socket
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, NoReturn, Self
@@ -23,7 +23,7 @@ from wbdist.core.position import RunPosition
 from wbdist.distributed import bootstrap, coordination, strategies
 from wbdist.distributed.identity import detect
 from wbdist.distributed.lateness import LatePolicy
-from wbdist.errors import EXIT_FAILED_FOR_GOOD, EXIT_PREEMPTED, EnvironmentFault, FencedError, UsageError
+from wbdist.errors import EXIT_FAILED_FOR_GOOD, EXIT_PREEMPTED, EnvironmentFault, Error, FencedError, UsageError
 from wbdist.job import slots
 from wbdist.job.accumulation import Group
 from wbdist.job.best import BestWatch
@@ -93,6 +93,9 @@ class Job:
         self._chosen: Manifest | None = None
         self._in_steps = False
         self._open_step: ResumableLoader | None = None
+        self._step_row: dict[str, Any] = {}
+        """What the row that closes the step has beside the ledger."""
+        self._step_reduce: Mapping[str, str] = _LEDGER_REDUCE
         """The loader of a step whose body was entered and which is not counted yet."""
         self._own_group = False
         self._requests = 0
@@ -377,6 +380,17 @@ class Job:
             self._saves.hear(data)
         self._runs.log(data, step=self._step if step is None else step, reduce=reduce)
 
+    def log_at_close(self, data: Mapping[str, Any], reduce: Mapping[str, str]) -> None:
+        """As `log`, but part of the row that closes the step that is open: for what comes with each step, and is worth no write
+        of its own. Not durable before. A key's `reduce` is always the same."""
+        if not self._in_steps or self._open_step is None:
+            self.log(data, reduce=reduce)
+            return
+        self._saves.hear(data)
+        if not self._step_reduce.keys() >= reduce.keys():
+            self._step_reduce = {**self._step_reduce, **reduce}
+        self._step_row.update(data)
+
     @property
     def notice(self) -> Notice | None:
         """What this rank has been told, None while it is to go on. Any thread, not in step: for work that one rank does alone
@@ -474,7 +488,8 @@ class Job:
         data, self._open_step = self._open_step, None
         if data is None:
             return
-        self._runs.log(data.ledger(), step=self._step, reduce=_LEDGER_REDUCE)
+        more, self._step_row = self._step_row, {}
+        self._runs.log({**data.ledger(), **more}, step=self._step, reduce=self._step_reduce)
         self._runs.commit_row()
         self._step += 1
         self._saves.after_step(self._step)
@@ -559,6 +574,10 @@ class Job:
 
     def _leave_failed(self, error: BaseException) -> None:
         self._open_step = None
+        more, self._step_row = self._step_row, {}
+        if more:
+            with suppress(Error):  # a disk that is full may be why the job fails
+                self._runs.log(more, step=self._step, reduce=self._step_reduce)
         self._stopping.close(failed=True)  # first: peers that were told to stop learn at once that there is no common stop
         self._saves.abandon(error)
         self._finish(exit_code_of(error))

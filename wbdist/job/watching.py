@@ -30,7 +30,7 @@ def watch(job: Job, peers: Coordinator, model: Any, *, hook: Any, state: Any, de
     try:
         DdpWatch(
             model,
-            lambda row: job.log(row, reduce=_REDUCE),
+            lambda row: job.log_at_close(row, _REDUCE),
             hook=hook,
             state=state,
             detail_every=detail_every,

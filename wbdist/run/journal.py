@@ -94,8 +94,10 @@ class JournalWriter:
         self._shape = NO_SHAPE
         """Of the last row packed in place."""
         self._summary = SummaryTracker(header.summary)
+        self._frames: dict[Shape, bytes] = {}
+        """The last row of each shape that `_summary` does not know yet, by age: it says all that those before it said."""
         self._folded = 0
-        """Seq up to which `_summary` knows the rows, but for `_row`. Then come rows of `_shape`: the last one says it all."""
+        """Seq up to which `_summary` and `_frames` know the rows, but for `_row`. Then come rows of `_shape`."""
         self._row: Mapping[str, Any] | None = None
         """The row that was written last the long way, when the summary does not know it yet."""
         self._storage = storage_for(fd, storage)
@@ -166,6 +168,7 @@ class JournalWriter:
         """The run's summary so far, as a copy: the header's, rows, and SUMMARY records."""
         with self.lock:
             self._fold()
+            self._tell_summary()
             return dict(self._summary.values)
 
     def log(self, data: Mapping[str, Any], step: int | None = None, commit: bool | None = None) -> bool:
@@ -273,6 +276,7 @@ class JournalWriter:
         with self.lock:
             seq = self._put(kind, (now() if time is None else time, kept))
             if kind is Kind.SUMMARY:
+                self._tell_summary()
                 self._summary.change(kept.get("set", {}), kept.get("delete", ()))
             return seq
 
@@ -439,8 +443,12 @@ class JournalWriter:
         self._write(head)
 
     def _fold(self) -> None:
-        """Lets the summary know the rows that were packed in place: the last one is still in its shape's frame."""
+        """Keeps what the summary has to know of the rows that were packed in place: the last one is still in its shape's frame.
+
+        It is not read here: a script that logs rows of two shapes in each step comes here twice in each step.
+        """
         if (row := self._row) is not None:
+            self._tell_summary()
             self._summary.add_row(row)
             if self._row is row:
                 self._row = None
@@ -452,8 +460,14 @@ class JournalWriter:
         if not shape.holds(frame, last):  # but a row that did not make it to the journal
             frame = os.pread(self._fd, shape.length, self._window.tell() - shape.length)
         if shape.holds(frame, last):
-            self._summary.add_row(shape.row_in(frame))
+            self._frames.pop(shape, None)
+            self._frames[shape] = bytes(frame)
         self._folded = last + 1
+
+    def _tell_summary(self) -> None:
+        frames, self._frames = self._frames, {}
+        for shape, frame in frames.items():
+            self._summary.add_row(shape.row_in(frame))
 
     def _refuse(self) -> NoReturn:
         kind = ShutdownError if self._gone is None else type(self._gone)

@@ -25,7 +25,7 @@ MAX_SCHEMAS: Final = 1024
 
 _HEAD: Final = FRAME_HEAD.size
 _head_into: Final = FRAME_HEAD.pack_into
-_PACKED: Final = (Kind.ROW_PACKED, Kind.ROW_PACKED_COMMIT)
+_PACKED: Final = (int(Kind.ROW_PACKED), int(Kind.ROW_PACKED_COMMIT))
 
 
 class Fill(Protocol):
@@ -109,7 +109,7 @@ class Shapes:
 
     def find(self, data: object) -> Shape | None:
         """The known shape whose rows are packed in place that `data` has as it is. None also for what is no mapping."""
-        if not isinstance(data, Mapping):
+        if type(data) is not dict and not isinstance(data, Mapping):
             return None
         shape = self._last.get(tuple(data))
         return shape if shape is not None and shape.in_place and shape.types == tuple(map(type, data.values())) else None

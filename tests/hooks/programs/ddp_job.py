@@ -1,6 +1,6 @@
 """Under any launcher: a job whose DDP model and whose rank's own model are watched; one rank's loss is NaN in step 5.
 
-`ddp_job.py STRATEGY`: prints a line of what it saw.
+`ddp_job.py STRATEGY [STEP]`: prints a line of what it saw; fails in that step, behind its backward pass.
 """
 
 from __future__ import annotations
@@ -35,3 +35,5 @@ with wbdist.job(project="hooks", mode="offline", strategy=sys.argv[1]) as job:
         net.zero_grad()
         loss.backward()
         job.log({"loss": loss.detach(), "norm": torch.stack([p.grad.norm() for p in net.parameters()]).norm()}, reduce="first")
+        if sys.argv[2:] == [str(job.step)]:
+            raise ValueError("as asked")
