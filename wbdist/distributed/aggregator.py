@@ -151,7 +151,8 @@ class Aggregator:
         while True:
             try:
                 connection = self._listener.accept()
-            except OSError:  # one client's fault, such as a reset before it was accepted
+            except OSError:  # one client's fault, such as a reset before it was accepted; or no descriptor is left
+                time.sleep(TICK / 10)
                 continue
             threading.Thread(target=self._read, args=(connection,), name="read", daemon=True).start()
 

@@ -70,7 +70,7 @@ class Feeder:
         self._done = threading.Event()
         self._wake_read, self._wake_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         self._offset = self._reader.first
-        self._thread = threading.Thread(target=self._run, name="wbdist-feeder", daemon=True)
+        self._thread = threading.Thread(target=self._work, name="wbdist-feeder", daemon=True)
         self._thread.start()
         if meeting is not None:
             # Known from the start: whose journal the aggregator has never heard of, nobody can miss when it dies.
@@ -84,6 +84,8 @@ class Feeder:
         aggregator cannot be had.
         """
         with self._lock:
+            if self._fault:
+                raise EnvironmentFault(self._fault)
             asked = self._drains.setdefault(step, _Drain(step))
         self._wake()
         answered = asked.event.wait(timeout)
@@ -123,6 +125,28 @@ class Feeder:
 
     # The thread -----------------------------------------------------------------------------------------
 
+    def _work(self) -> None:
+        try:
+            self._run()
+        except EnvironmentFault as error:
+            log.error("rank %d: %s", self.rank, error)
+            self._give_up(str(error))
+        except Exception as error:  # whoever waits must learn of it, whatever it is
+            if self._abandoned:
+                return
+            log.exception("rank %d: feeding the aggregator has failed", self.rank)
+            self._give_up(
+                f"feeding the aggregator has failed: {type(error).__name__}: {error}. Rows are kept on this rank's disk."
+            )
+
+    def _give_up(self, why: str) -> None:
+        with self._lock:
+            self._fault = why
+            for asked in self._drains.values():
+                asked.event.set()
+        self._ready.set()
+        self._done.set()
+
     def _run(self) -> None:
         while self._meeting is None:
             if not self._find_next():
@@ -146,16 +170,7 @@ class Feeder:
     def _find_next(self) -> bool:
         """A meeting with the next aggregator; False when there will be none."""
         while not self._abandoned:
-            try:
-                found = self._next_meeting(0 if self._meeting is None else self._meeting.generation + 1)
-            except EnvironmentFault as error:
-                log.error("rank %d: %s", self.rank, error)
-                self._fault = str(error)
-                with self._lock:
-                    for asked in self._drains.values():
-                        asked.event.set()
-                self._done.set()
-                return False
+            found = self._next_meeting(0 if self._meeting is None else self._meeting.generation + 1)
             if found is not None:
                 self._meeting = found
                 return True
