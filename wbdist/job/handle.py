@@ -93,10 +93,10 @@ class Job:
         self._chosen: Manifest | None = None
         self._in_steps = False
         self._open_step: ResumableLoader | None = None
+        """The loader of a step whose body was entered and which is not counted yet."""
         self._step_row: dict[str, Any] = {}
         """What the row that closes the step has beside the ledger."""
         self._step_reduce: Mapping[str, str] = _LEDGER_REDUCE
-        """The loader of a step whose body was entered and which is not counted yet."""
         self._own_group = False
         self._requests = 0
         self._loops = 0
