@@ -7,6 +7,7 @@ import os
 import shutil
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 
@@ -19,6 +20,8 @@ def hook(tmp_path: Path) -> ModuleType:
     shutil.copytree(ROOT / "ui", tmp_path / "ui", ignore=shutil.ignore_patterns("node_modules"))
     shutil.copy(ROOT / "hatch_build.py", tmp_path)
     (tmp_path / "wbdist" / "server" / "ui").mkdir(parents=True)
+    (tmp_path / "wbdist" / "run").mkdir()
+    shutil.copy(ROOT / "wbdist" / "run" / "_packing.c", tmp_path / "wbdist" / "run")
     spec = importlib.util.spec_from_file_location("hatch_build_copy", tmp_path / "hatch_build.py")
     assert spec is not None
     assert spec.loader is not None
@@ -27,10 +30,12 @@ def hook(tmp_path: Path) -> ModuleType:
     return module
 
 
-def initialize(hook: ModuleType) -> None:
-    """As hatchling calls it."""
-    instance = hook.UiBuildHook(str(hook.ROOT), {}, None, None, str(hook.ROOT), "wheel")
-    instance.initialize("editable", {})
+def initialize(hook: ModuleType) -> dict[str, Any]:
+    """As hatchling calls it; what it tells hatchling."""
+    instance = hook.Hook(str(hook.ROOT), {}, None, None, str(hook.ROOT), "wheel")
+    told: dict[str, Any] = {"artifacts": []}
+    instance.initialize("editable", told)
+    return told
 
 
 def test_it_builds_once_and_again_after_a_change(hook: ModuleType) -> None:
@@ -79,3 +84,26 @@ def test_it_says_what_to_do_when_it_cannot_build(hook: ModuleType, monkeypatch: 
     shutil.rmtree(hook.UI)
     with pytest.raises(hook.UiBuildError, match=r"build from a checkout"):
         initialize(hook)
+
+
+def test_it_compiles_what_it_can(hook: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Proves that the wheel of a machine with a compiler has the compiled part, and its tag; that it is compiled again when its
+    source is newer; and that a machine without a compiler gets a wheel of Python alone, and none that is out of date."""
+    monkeypatch.setenv("WBDIST_SKIP_UI", "1")
+    monkeypatch.setenv("CC", "/bin/false")
+    assert initialize(hook) == {"artifacts": []}
+    monkeypatch.delenv("CC")
+    if not initialize(hook)["artifacts"]:
+        pytest.skip("no compiler, or no header files of Python")
+    told = {"artifacts": [f"wbdist/run/{hook.COMPILED.name}"], "pure_python": False, "infer_tag": True}
+    first = hook.COMPILED.stat()
+    assert initialize(hook) == told
+    assert hook.COMPILED.stat().st_ino == first.st_ino
+    os.utime(hook.SOURCE, (first.st_mtime + 1, first.st_mtime + 1))
+    assert initialize(hook) == told
+    assert hook.COMPILED.stat().st_ino != first.st_ino
+    os.utime(hook.SOURCE, (first.st_mtime + 9e6, first.st_mtime + 9e6))
+    monkeypatch.setenv("CC", "/bin/false")
+    assert initialize(hook) == {"artifacts": []}
+    assert not hook.COMPILED.exists()
+    assert {path.name for path in hook.ROOT.iterdir()} <= {"hatch_build.py", "ui", "wbdist", "__pycache__"}

@@ -340,3 +340,21 @@ def test_how_a_process_came_to_be() -> None:
     assert times.start_of_process(told).last_ended == pytest.approx(own - 6, abs=1e-5)
     assert times.start_of_process({**told, times.BEGAN: f"{own + 60}"}) == Start(own)
     assert times.start_of_process({**told, times.BEGAN: "noon"}) == Start(own)
+
+
+def test_a_phase_that_began_before_it_was_known() -> None:
+    """Proves that what passed between a save and the stop at the same boundary is the stop's, and no training."""
+    now = [0.0]
+    phases = Phases(Start(0.0), clock=lambda: now[0], wall=lambda: EPOCH + now[0])
+    marks: list[Mark | None] = []
+    phases.record(lambda row: marks.append(read_mark(row, EPOCH + now[0])), lambda: 5)
+    for phase, moment in (("train", 1.0), ("save", 3.0), ("train", 4.0)):
+        now[0] = moment
+        phases.enter(phase)
+    now[0] = 4.5
+    phases.enter("stop", began_before=True)
+    now[0] = 6.0
+    phases.end()
+    last = marks[-1]
+    assert last is not None
+    assert (last.spent["train"], last.spent["save"], last.spent["stop"]) == (2.0, 1.0, 2.0)

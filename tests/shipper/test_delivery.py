@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support import waiting
 
 from wbdist.core.position import HISTORY, PHASES, Watermark
 from wbdist.run.journal import JournalWriter, Kind
@@ -49,7 +50,7 @@ def run(delivery: Delivery, wandb: Any, *, until: Callable[[], Any] | None = Non
                 return True
         return False
 
-    until(reached, "the delivery")
+    waiting.until(reached, "the delivery")
     return delivery
 
 

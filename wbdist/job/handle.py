@@ -433,6 +433,8 @@ class Job:
         while (begun := self._stopping.begin_unit()) is None:
             self._heed_advice(batches)
         if not begun:
+            # Behind a save of this very step nothing was trained: agreeing to stop is all that has passed since.
+            self._phases.enter("stop", began_before=self._saves.saved_step == self._step)
             self._stop()
 
     def _heed_advice(self, batches: LookAhead) -> None:

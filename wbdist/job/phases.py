@@ -57,11 +57,14 @@ class Phases:
             self._count(now)
             self._mark(now, last=True)
 
-    def enter(self, phase: str) -> None:
-        """`phase` begins now. Nothing when it is the current one, or after `end`."""
+    def enter(self, phase: str, *, began_before: bool = False) -> None:
+        """`phase` begins now, or, `began_before`, has begun where the current one did. Nothing when it is the current one, or
+        after `end`."""
         with self._lock:
             if self.current not in {phase, END}:
                 now = self._clock()
+                if began_before:
+                    self.current = phase
                 self._count(now)
                 self.current = phase
                 self._mark(now)

@@ -61,7 +61,7 @@ class Saves:
         self.tracked = False
         self.committed_step = -1
         """Of the newest checkpoint that stands, as this rank knows."""
-        self._saved_step = -1
+        self.saved_step = -1
         self._began = 0.0
         self._pending: PendingSave | None = None
         """The newest save, until its commit was reported."""
@@ -95,7 +95,7 @@ class Saves:
             return None
         for note in restored.notes:
             log.warning("%s", note)
-        self._saved_step = self.committed_step = restored.manifest.step
+        self.saved_step = self.committed_step = restored.manifest.step
         return restored.manifest.step
 
     def copy_to(
@@ -154,7 +154,7 @@ class Saves:
         if self.group.open:
             self._refuse_half_a_group(step, reason)
             return
-        if step == self._saved_step and not block:
+        if step == self.saved_step and not block:
             return
         timeout = STATE_TIMEOUT if timeout is None else timeout
         with self._phases.during("save"):
@@ -171,7 +171,7 @@ class Saves:
         self._began = time.monotonic() - pending.stall_s + pending.waited_s
         self.report()  # of the save before: that one is done when the next has begun
         self._pending = pending
-        self._saved_step = step
+        self.saved_step = step
         self.report()
 
     def _refuse_half_a_group(self, step: int, reason: str) -> None:
@@ -184,7 +184,7 @@ class Saves:
         if reason != "end":
             raise UsageError(problem)
         if self._rank == 0:
-            stands = f"the last save was of step {self._saved_step}" if self._saved_step >= 0 else "nothing was saved"
+            stands = f"the last save was of step {self.saved_step}" if self.saved_step >= 0 else "nothing was saved"
             self._runs.run.settings.say(f"{problem}; {stands}", warning=True)
 
     def report(self) -> None:
