@@ -54,7 +54,7 @@ class Log(Protocol):
 class _Pass:
     """One forward pass and the backward pass that reduces."""
 
-    __slots__ = ("began", "buckets", "computed", "forward", "norms", "over", "reduced", "uneven")
+    __slots__ = ("began", "buckets", "computed", "forward", "norms", "over", "parts", "reduced", "uneven")
 
     def __init__(self, forward: list[tuple[Mark, Mark]]) -> None:
         self.forward = forward
@@ -66,6 +66,8 @@ class _Pass:
         """Then all of this can be read."""
         self.buckets: list[Bucket] | None = None
         """None in a pass that is not looked at closely."""
+        self.parts = 0
+        """Tensors that the forward pass returned: of several, each may have a backward pass of its own."""
         self.uneven = False
         """Under torch's Join, or after it: ranks' passes are not each other's any more."""
         self.norms: Tensor | None = None
@@ -160,10 +162,11 @@ class DdpWatch:
     def _on_forwarded(self, model: torch.nn.Module, _inputs: Any, returned: Any) -> None:
         if not (torch.is_grad_enabled() and model.require_backward_grad_sync):
             return
+        self._pass = _Pass(self._forward)
         for tensor in (returned,) if isinstance(returned, Tensor) else _tensors(returned):
             if (node := tensor.grad_fn) is not None:
                 node.register_prehook(self._on_backward)
-        self._pass = _Pass(self._forward)
+                self._pass.parts += 1
         self._pass.uneven = self._model._join_config.enable  # noqa: SLF001  (Join cannot be asked)
         if self._detail_every and self._passes % self._detail_every == 0:
             self._pass.buckets = []
@@ -198,11 +201,12 @@ class DdpWatch:
         done = self._pass
         if done is None:
             return
-        try:
-            self._model.reducer._check_reducer_finalized()  # noqa: SLF001
-        except RuntimeError:  # a backward pass over a part of what was returned: the others are to come
-            done.began = None
-            return
+        if done.parts > 1:
+            try:
+                self._model.reducer._check_reducer_finalized()  # noqa: SLF001
+            except RuntimeError:  # a backward pass over a part of what was returned: the others are to come
+                done.began = None
+                return
         self._pass, self._forward = None, []
         if done.buckets is not None:
             self._swap_back()

@@ -102,7 +102,8 @@ packer_init(Packer *self, PyObject *args, PyObject *options)
         return -1;
     }
     if (self->frame.len != size) {
-        PyErr_Format(PyExc_ValueError, "a frame of %zd bytes where %zd are needed", self->frame.len, size);
+        PyBuffer_Release(&self->frame);
+        PyErr_Format(PyExc_ValueError, "a frame of another size than %zd bytes", size);
         return -1;
     }
     self->codes = PyMem_Malloc(count + 1);
