@@ -82,13 +82,13 @@ def embedded_url(data_dir: Path, timeout: float) -> str:
 def running(data_dir: Path) -> str | None:
     """URL of the server that serves `data_dir` now, None when there is none. At most about 2 s."""
     found = _server_file(data_dir)
-    return found.url.rstrip("/") if found is not None and healthy(found.url.rstrip("/"), found.pid) else None
+    return found.url if found is not None and healthy(found.url, found.pid) else None
 
 
 def last_url(data_dir: Path) -> str | None:
     """URL that the data directory's server said last; it may not run any more. Asks nobody."""
     found = _server_file(data_dir)
-    return None if found is None else found.url.rstrip("/")
+    return None if found is None else found.url
 
 
 def alive(data_dir: Path) -> bool:
@@ -109,9 +109,11 @@ def alive(data_dir: Path) -> bool:
 
 def _server_file(data_dir: Path) -> _ServerFile | None:
     try:
-        return msgspec.json.decode((data_dir / SERVER_FILE).read_bytes(), type=_ServerFile)
+        found = msgspec.json.decode((data_dir / SERVER_FILE).read_bytes(), type=_ServerFile)
     except (OSError, msgspec.DecodeError):
         return None
+    found.url = found.url.rstrip("/")
+    return found
 
 
 def healthy(url: str, pid: int = 0) -> bool:
