@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import signal
 import textwrap
@@ -11,10 +12,15 @@ from typing import Any
 
 import pytest
 import torch
+from support.lingering import kill_all, processes_of
 
 import wbdist
 from wbdist.errors import CommError
+from wbdist.protocol import files, operations
+from wbdist.protocol.operations import Operation
 from wbdist.run import backend
+from wbdist.run.connection import Connection
+from wbdist.settings import Mode
 
 
 def test_restored_files_are_files_and_paths(embedded: Path, own_directory: Path) -> None:
@@ -122,6 +128,44 @@ def test_without_the_server(embedded: Path, own_directory: Path, monkeypatch: py
     with pytest.raises(CommError):
         wbdist.restore("g", "me/p/off", root="elsewhere")
     assert backend.last_url(embedded) is None
+
+
+def test_a_server_that_dies_between_two_answers(
+    embedded: Path, own_directory: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Proves that a server that says it has another version, and is killed before it can say whether another machine has gone
+    on with the run, is no word for this machine's: its version is taken with a line that tells of the other one. A server that
+    answers to the end decides: the other machine's is the newer one here."""
+
+    def save(text: str, mode: Mode, directory: Path) -> None:
+        (own_directory / "f").write_text(text)
+        with wbdist.init(project="p", id="x", resume="allow", mode=mode, dir=directory) as run:
+            run.save("f")
+
+    other = own_directory / "other"
+    other.mkdir()
+    save("first", "online", own_directory)
+    save("never sent", "offline", own_directory)
+    for text in ("second", "third"):
+        save(text, "online", other)
+    assert wbdist.restore("f", "p/x", root="asked").read() == b"third"  # type: ignore[union-attr]
+    execute, asked = Connection.execute, []
+
+    def killed_after_the_files(self: Connection, operation: Operation, **options: Any) -> dict[str, Any]:
+        asked.append(operation.name)
+        answer = execute(self, operation, **options)
+        if operation.name == files.run_files("", "", "").name:
+            kill_all(processes_of(embedded))
+        return answer
+
+    monkeypatch.setattr(Connection, "execute", killed_after_the_files)
+    capsys.readouterr()
+    assert wbdist.restore("f", "p/x", root="broken").read() == b"never sent"  # type: ignore[union-attr]
+    assert asked[-2:] == [files.run_files("", "", "").name, operations.run_position("", "", "").name]
+    [said] = capsys.readouterr().err.splitlines()
+    assert re.search(
+        r"restore\('f'\).* taking what is on this machine, though the server has another version, of 20\d\d-", said
+    )
 
 
 @pytest.mark.slow

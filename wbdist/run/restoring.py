@@ -13,6 +13,7 @@ from wbdist.errors import CommError, UsageError
 from wbdist.protocol import files, operations
 from wbdist.protocol.files import RemoteFile
 from wbdist.run import lifecycle, local_files
+from wbdist.run.connection import RefusedError
 from wbdist.run.downloads import digest, download
 from wbdist.run.local_files import LocalVersion
 from wbdist.run.local_history import LocalRun
@@ -49,8 +50,9 @@ def restore(
     Takes what this machine's run directories hold when that is the newest, so it works offline, and downloads otherwise. A file
     that lies in `root` already is kept when it is the same, or is newer and `replace` is not given. Blocks for the download.
 
-    Raises ValueError for a name that leaves the run's files or when no run is named, CommError when the server does not
-    answer and no version is here.
+    A server that is away, or that goes away before it has told which version is the newest, is said in one line, and the
+    newest on this machine is taken. Raises ValueError for a name that leaves the run's files or when no run is named,
+    CommError when the server does not answer and no version is here, or breaks off the download of a newer one.
     """
     return restore_for(lifecycle.current_run(), name, run_path, replace, root)
 
@@ -112,9 +114,11 @@ def _address(run_path: str | None, run: Run | None, settings: Settings) -> tuple
 def _remote(
     settings: Settings, address: tuple[str, str, str], name: str, local: LocalRun, here: LocalVersion | None
 ) -> RemoteFile | None:
-    """The server's version, when that is the newest. A server that does not answer is an error only when nothing is here."""
+    """The server's version, when that is the newest. A server that does not answer, or not to the end, is an error only when
+    nothing is here; else what is here is taken, and that is said, with what the server did say."""
     from wbdist.run.reader import Api
 
+    there = None
     try:
         api = Api(settings=settings)
         address = (address[0] or api.default_entity, *address[1:])
@@ -126,14 +130,16 @@ def _remote(
     except (CommError, UsageError) as error:
         if here is None:
             raise
-        settings.say(f"restore({name!r}): {error}; taking what is on this machine", warning=True)
+        other = "" if there is None else f", though the server has another version, of {there.updated_at}, which may be newer"
+        settings.say(f"restore({name!r}): {error}; taking what is on this machine{other}", warning=True)
         return None
 
 
 def _is_newest(here: LocalVersion, there: RemoteFile, local: LocalRun, api: Api, address: tuple[str, str, str]) -> bool:
     """Whether this machine's is the very same, or not sent yet.
 
-    Not by time: of versions on their way, an older one arrives after a newer one was saved.
+    Not by time: of versions on their way, an older one arrives after a newer one was saved. Raises CommError when the server
+    does not tell: that it is away now says nothing about who has gone on with the run.
     """
     if digest(here.path) == there.md5:
         return True
@@ -141,7 +147,7 @@ def _is_newest(here: LocalVersion, there: RemoteFile, local: LocalRun, api: Api,
         return False
     try:
         known = operations.read_position(api.execute(operations.run_position(*address)))
-    except CommError:
+    except RefusedError:
         return True  # W&B's server knows no attempts: nobody else is expected to go on with this machine's run
     return known is None or known[0] <= local.attempt
 
