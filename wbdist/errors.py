@@ -109,7 +109,7 @@ class DiskFullError(JournalError):
 
 
 class JournalCorruptError(EnvironmentFault):
-    """A journal's header or an inner record does not verify."""
+    """A journal's header or an inner record does not verify, or it cannot be read and what it may hold is needed."""
 
 
 class CheckpointError(EnvironmentFault):

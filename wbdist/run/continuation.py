@@ -23,7 +23,7 @@ from wbdist.errors import CommError, DeadlineError, JobAlreadyRunningError, Usag
 from wbdist.protocol import operations, reads
 from wbdist.protocol.attempts import FEATURE
 from wbdist.protocol.operations import FRESH
-from wbdist.run import process_end
+from wbdist.run import process_end, unreadable
 from wbdist.run.connection import RefusedError
 from wbdist.run.journal_format import begin_request
 from wbdist.run.local_history import LocalRun, Standing
@@ -117,7 +117,8 @@ def _lock(path: Path, spec: RunSpec) -> int:
 
 
 def with_server(connection: Connection, spec: RunSpec, local: LocalRun | None) -> RunSpec:
-    """The spec of the next attempt, as server and local journals together know the run. Raises UsageError, CommError."""
+    """The spec of the next attempt, as server and local journals together know the run. Raises UsageError, CommError,
+    JournalCorruptError when what came last may lie in a journal that cannot be read."""
     if not _knows_attempts(connection):
         from wbdist.run import foreign
 
@@ -127,6 +128,7 @@ def with_server(connection: Connection, spec: RunSpec, local: LocalRun | None) -
     if not spec.resume:
         return spec
     known = ask(connection, spec.entity, spec.project, spec.run_id)
+    _refuse_unreadable(spec, local, known)
     if known is None and not local:
         return _missing(spec, f"project {spec.project!r} of {connection.base_url}")
     if local and (known is None or _local_is_newer(connection, spec, local, known)):
@@ -146,6 +148,7 @@ def _knows_attempts(connection: Connection) -> bool:
 
 def without_server(spec: RunSpec, local: LocalRun | None, problem: str = "") -> RunSpec:
     """As `with_server`, from this machine's journals alone. `problem`: why there is no server; '' offline."""
+    _refuse_unreadable(spec, local, None)
     if spec.branch is not None:
         return _branched_locally(spec, local, problem)
     if not spec.resume:
@@ -163,6 +166,11 @@ def without_server(spec: RunSpec, local: LocalRun | None, problem: str = "") -> 
     found = _missing(spec, f"{spec.settings.root_dir}/wandb, which is all that is known {'offline' if not problem else 'here'}")
     # Some server may have it: what is logged now then goes behind that.
     return msgspec.structs.replace(found, behind=0) if spec.resume == "allow" else found
+
+
+def _refuse_unreadable(spec: RunSpec, local: LocalRun | None, known: ServerRun | None) -> None:
+    if local is not None:
+        unreadable.refuse(spec.settings, spec.run_id, local.unreadable, local.attempt, 0 if known is None else known.attempt)
 
 
 def must_be_new_refusal(spec: RunSpec, where: str) -> str:
@@ -274,6 +282,7 @@ def _branched(connection: Connection, spec: RunSpec, local: LocalRun | None) -> 
     branch = _branch(spec)
     where = f"project {spec.project!r} of {connection.base_url}"
     known = ask(connection, spec.entity, spec.project, branch.source)
+    _refuse_unreadable(spec, local, None if spec.is_fork else known)
     source = _local_source(spec, local)
     if source and (known is None or _local_is_newer(connection, _as_source(spec), source, known)):
         return _branched_locally(spec, local, "")
@@ -360,7 +369,9 @@ def _local_source(spec: RunSpec, local: LocalRun | None) -> LocalRun | None:
     if local is not None and local.run_id == source:
         return local or None
     root = local.root if local is not None else Path(spec.settings.root_dir) / "wandb"
-    return LocalRun(root, spec.project, spec.entity, source) or None
+    found = LocalRun(root, spec.project, spec.entity, source)
+    unreadable.tell(spec.settings, found.unreadable)  # a fork leaves its source as it is
+    return found or None
 
 
 def _check_step(spec: RunSpec, last: int, where: str) -> None:

@@ -10,6 +10,7 @@ from wbdist.core.position import RunPosition, Watermark
 from wbdist.errors import UsageError
 from wbdist.protocol import operations
 from wbdist.protocol.operations import ResumeStatus
+from wbdist.run import unreadable
 from wbdist.run.connection import RefusedError
 
 if TYPE_CHECKING:
@@ -23,6 +24,8 @@ def with_server(connection: Connection, spec: RunSpec, local: LocalRun | None) -
     if spec.branch is not None and spec.is_fork:
         return _forked(connection, spec)
     known = _status(connection, spec, spec.run_id)
+    if local is not None:
+        unreadable.tell(spec.settings, local.unreadable)
     where = f"project {spec.project!r} of {connection.base_url}"
     if spec.branch is not None:
         if known is None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from wbdist.core.rows import StepRule
 from wbdist.errors import JournalCorruptError
 from wbdist.run.journal import SUFFIX, JournalHeader, JournalReader, Kind, writer_alive
 from wbdist.run.shipper.lines import Translator
+from wbdist.run.unreadable import Unreadable, look
 
 _ALL = 1 << 62
 
@@ -45,7 +45,28 @@ class LocalRun:
         self.project = project
         self.entity = entity
         self.run_id = run_id
-        self.journals = sorted(_find(root, project, entity, run_id), key=lambda found: (found.header.attempt, found.path))
+        self.journals: list[LocalJournal] = []
+        self.unreadable: list[Unreadable] = []
+        """Journals that are probably this run's, and in none of the answers: whoever builds upon these says so, or refuses."""
+        self._find()
+        self.journals.sort(key=lambda found: (found.header.attempt, found.path))
+
+    def _find(self) -> None:
+        others: set[Path] = set()
+        unreadable = []
+        for path in self.root.glob(f"*run-*-{self.run_id}*/*{SUFFIX}"):
+            try:
+                with JournalReader.open(path) as reader:
+                    header = reader.header
+            except (JournalCorruptError, OSError) as error:
+                unreadable.append(look(path, error, self.run_id))
+                continue
+            same_entity = not self.entity or not header.entity or self.entity == header.entity
+            if not (header.run_id == self.run_id and header.project == self.project and same_entity):
+                others.add(path.parent)
+            elif header.role == "run":
+                self.journals.append(LocalJournal(path, header))
+        self.unreadable = [one for one in unreadable if one is not None and one.path.parent not in others]
 
     def __bool__(self) -> bool:
         return bool(self.journals)
@@ -85,18 +106,6 @@ class LocalRun:
             return RunPosition(source, self.project, header.entity, header.base, header.summary, header.runtime)
         below = self if source == self.run_id else LocalRun(self.root, self.project, self.entity, split_immutable(source)[0])
         return below.position_at(step, header.base.attempt)
-
-
-def _find(root: Path, project: str, entity: str, run_id: str) -> Iterable[LocalJournal]:
-    for path in root.glob(f"*run-*-{run_id}*/*{SUFFIX}"):
-        try:
-            with JournalReader.open(path) as reader:
-                header = reader.header
-        except (JournalCorruptError, OSError):
-            continue  # `wbdist sync` names it; a run that goes on cannot build upon it
-        same_entity = not entity or not header.entity or entity == header.entity
-        if header.run_id == run_id and header.project == project and same_entity and header.role == "run":
-            yield LocalJournal(path, header)
 
 
 class _Followed(msgspec.Struct, frozen=True):

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from wbdist.errors import CommError, UsageError
 from wbdist.protocol import files, operations
 from wbdist.protocol.files import RemoteFile
-from wbdist.run import lifecycle, local_files
+from wbdist.run import lifecycle, local_files, unreadable
 from wbdist.run.connection import RefusedError
 from wbdist.run.downloads import digest, download
 from wbdist.run.local_files import LocalVersion
@@ -76,6 +76,7 @@ def restore_for(
     place = Path(root) if root is not None else Path(run.dir) if run is not None and run.dir else Path.cwd()
     journals = Path(run.dir).parents[1] if run is not None and run.dir else Path(settings.root_dir) / "wandb"
     local = LocalRun(journals, project, entity, run_id)
+    unreadable.tell(settings, local.unreadable)
     here = local_files.newest(local, plain)
     there = None if settings.mode in {"offline", "disabled"} else _remote(settings, address, plain, local, here)
     target = place.absolute() / plain
