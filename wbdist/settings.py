@@ -55,6 +55,11 @@ class Settings(WithoutEffect, frozen=True, kw_only=True, forbid_unknown_fields=T
     resume_from: str | None = None
     allow_val_change: bool = False
     """Config keys may be set to other values later. Notebooks always may."""
+    sweep_id: str | None = None
+    """The sweep that this run is a trial of. `id` is then the agent's, and so are `project` and `entity` when it says them:
+    the script's are ignored with a word."""
+    sweep_param_path: str | None = None
+    """YAML file with the trial's parameters, which its agent wrote: they win over `config` and cannot be changed."""
     force: bool = False
     """Raise instead of going on with the journal alone when the server is away."""
     config_paths: tuple[str, ...] = ()
@@ -144,6 +149,9 @@ SPECIAL_NAMES = {
     "job_type": "run_job_type",
 }
 """`WANDB_<key>` -> setting, where W&B's variable is not called as its setting."""
+
+OF_THE_TRIAL = {"project": "project", "entity": "entity", "run_id": "id"}
+"""Settings that a sweep's agent decides -> what they are called as arguments."""
 
 NOT_FROM_WANDB = frozenset({"data_dir"})
 """W&B's variable of this name means another directory."""
@@ -270,12 +278,19 @@ def resolve(
 ) -> Settings:
     """All sources folded into one frozen value; `arguments` win over `settings`. Raises UsageError.
 
-    Reads at most four small files and the environment, nothing else.
+    Reads at most four small files and the environment, nothing else. In a sweep's trial (`sweep_id`) rank 0 says what of the
+    caller's is ignored for the agent's.
     """
     env = os.environ if environ is None else environ
     of_environment = from_environment(env)
     of_caller = from_arguments(given_fields(settings)) | from_arguments(arguments or {}, "init()")
-    above = {**_process_wide, **of_environment, **of_caller}
+    below = {**_process_wide, **of_environment}
+    ignored: list[str] = []
+    if (sweep_id := {**below, **of_caller}.get("sweep_id")) is not None:
+        # All trials under an id of the script's would be one run.
+        given = [name for name in OF_THE_TRIAL if name in of_caller and (name in below or name == "run_id")]
+        ignored = [f"{OF_THE_TRIAL[name]}={of_caller.pop(name)!r}" for name in given]
+    above = {**below, **of_caller}
     root_dir = Path(above.get("root_dir") or ".").expanduser().absolute()
     values = {**from_files(root_dir, env), **above}
     values["root_dir"] = str(root_dir)
@@ -283,7 +298,10 @@ def resolve(
     values["data_dir"] = str(Path(data_dir).expanduser().absolute() if data_dir else default_data_dir(env))
     if values.get("base_url"):
         values["base_url"] = str(values["base_url"]).rstrip("/")
-    return Settings(**values)
+    resolved = Settings(**values)
+    if ignored and env.get("RANK", "0") == "0":
+        resolved.say(f"a trial of sweep {sweep_id} is what its agent says: {', '.join(ignored)} ignored", warning=True)
+    return resolved
 
 
 def _convert(name: str, value: Any, source: str) -> Any:

@@ -21,7 +21,7 @@ from support.training import position
 import wbdist
 from wbdist.checkpoint.manifest import Manifest
 from wbdist.errors import CheckpointError
-from wbdist.job.plan import Plan, position_of
+from wbdist.job.plan import position_of
 from wbdist.job.slots import FILE, Slot, assign, take
 from wbdist.run.journal import JournalReader, find_journals
 
@@ -71,8 +71,7 @@ def test_a_run_that_comes_back_goes_on_where_it_left(tmp_path: Path) -> None:
     assert [slot.number for slot in world(["a/0", "c/0"], manifest(5, 0, 1, 2))] == [0, 2]
     back = world(["a/0", "c/0", "b/0"], later := manifest(9, 0, 2))
     assert [slot.number for slot in back] == [0, 2, 1]
-    plan = Plan("r1", 3, "n", "restart")
-    found = [position_of(later, plan, slot.number, slot.parked, per_rank=True) for slot in back]
+    found = [position_of(later, f"r1-r{slot.number}", slot.number, slot.parked) for slot in back]
     assert [each.watermark.step + 1 for each in found if each is not None] == [9, 9, 5]
     (tmp_path / FILE).write_text("{")
     assert all(isinstance(outcome, CheckpointError) for outcome in run_ranks(2, refused(tmp_path)))

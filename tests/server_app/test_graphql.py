@@ -206,7 +206,7 @@ def test_console(server: Any) -> None:
         ('mutation { upsertBucket(input: {name: "a/b"}) { inserted } }', 400, "not a run id"),
         ('mutation { upsertBucket(input: {name: "a", modelName: ".."}) { inserted } }', 400, "cannot be a name"),
         ('mutation { upsertBucket(input: {name: "a", config: "[]"}) { inserted } }', 400, "config must be a JSON object"),
-        ('mutation { upsertBucket(input: {name: "a", sweep: "s"}) { inserted } }', 400, "sweeps are not built"),
+        ('mutation { upsertBucket(input: {name: "a", description: "d"}) { inserted } }', 400, "use `notes`"),
         ('{ project(name: "gql") { runs(filters: "{\\"$near\\": 1}") { edges { cursor } } } }', 400, "$near"),
         ('{ project(name: "gql") { runs(after: "x") { edges { cursor } } } }', 400, "cursor"),
         ('{ project(name: "gql") { runs(first: -1) { edges { cursor } } } }', 400, "first"),

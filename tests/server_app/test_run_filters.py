@@ -14,7 +14,7 @@ from wbdist.server.store.interface import RunRow
 
 
 def run(pk: int, **fields: Any) -> RunRow:
-    texts = ("group", "job_type", "notes", "host", "program", "commit", "repo")
+    texts = ("group", "job_type", "notes", "host", "program", "commit", "repo", "sweep")
     base: dict[str, Any] = {
         "pk": pk, "storage_id": str(pk), "entity": "local", "project": "p", "run_id": f"r{pk}", "display_name": f"run {pk}",
         "state": RunState.FINISHED, "config": {}, "summary": {}, "tags": [], "created_at": 1000.0 + pk, "heartbeat_at": 2000.0,

@@ -11,6 +11,7 @@ export interface Run {
   state: State;
   group: string;
   job_type: string;
+  sweep: string;
   rank: number | null;
   tags: string[];
   attempt: number;

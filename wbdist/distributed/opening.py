@@ -30,7 +30,7 @@ class Opened(msgspec.Struct):
     meeting: Meeting | None = None
     """Where the aggregator is, under rank0; None when it is not up (yet)."""
     config: dict[str, Any] = {}
-    """Rank 0's, with what only it may know: a sweep's parameters, a file of defaults on its disk."""
+    """Rank 0's, with what only it may know: a file of defaults on its disk."""
     entity: str = ""
     project: str = ""
     name: str | None = None

@@ -120,17 +120,23 @@ class OnlyRank0(OwnRun):
         self._peers.close()
 
 
+def per_rank_id(run_id: str, slot: int, *, in_sweep: bool) -> str:
+    """The id of a slot's run in the job `run_id`. A sweep knows its trial by the id that it gave: slot 0's run has that one."""
+    return run_id if in_sweep and slot == 0 else f"{run_id}-r{slot}"
+
+
 def per_rank_spec(spec: RunSpec, identity: RankIdentity) -> RunSpec:
     """The spec of this rank's own run, of the job's."""
     slot = identity.rank if identity.slot < 0 else identity.slot
     try:
-        run_id = names.run_id(f"{spec.run_id}-r{slot}")
+        run_id = names.run_id(per_rank_id(spec.run_id, slot, in_sweep=bool(spec.sweep)))
     except UsageError as error:
         raise UsageError(f"strategy per_rank adds -r{slot} to the run id: {error}") from error
     return msgspec.structs.replace(
         spec,
         run_id=run_id,
         name=f"{spec.name}-rank{slot}" if spec.name else None,
+        sweep=spec.sweep if slot == 0 else "",
         group=spec.group or spec.run_id,
         job_type=spec.job_type or ("main" if slot == 0 else "worker"),
         config={

@@ -22,7 +22,7 @@ import msgspec
 
 from wbdist.distributed.pool_steps import SharedSteps, SteppedRows
 from wbdist.errors import UsageError
-from wbdist.run import lifecycle
+from wbdist.run import lifecycle, trial
 from wbdist.run.handle import Run
 from wbdist.run.init import SETTING_OF, make_spec
 from wbdist.run.lifecycle import RunSpec
@@ -119,7 +119,8 @@ class Runs:
 def _own(kind: str, run: Run | None, init: Mapping[str, Any] | None) -> RunSpec:
     if init is not None:
         given = {SETTING_OF.get(name, name): value for name, value in init.items() if name not in {"config", "settings"}}
-        spec = make_spec(resolve(init.get("settings"), given), config=init.get("config"))
+        settings = resolve(init.get("settings"), given)
+        spec = trial.as_trial(make_spec(settings, config=init.get("config")), trial.read(settings))
         if spec.resume or spec.branch is not None:
             raise UsageError("init= of a pool cannot resume or fork: each of its runs is new")
     elif run is not None:
@@ -138,7 +139,8 @@ def _own(kind: str, run: Run | None, init: Mapping[str, Any] | None) -> RunSpec:
         )
     else:
         raise UsageError(f'runs="{kind}" needs an open run to group with, or init={{"project": ...}}')
-    return msgspec.structs.replace(spec, group=spec.group or spec.run_id, job_type=spec.job_type or kind, sample="process")
+    facts = {"group": spec.group or spec.run_id, "job_type": spec.job_type or kind}
+    return msgspec.structs.replace(spec, **facts, sweep="", sample="process")  # of a trial's runs the sweep counts one
 
 
 class WorkerRuns:

@@ -13,6 +13,7 @@ import msgspec
 from wbdist.distributed import coordination, strategies
 from wbdist.distributed.identity import detect
 from wbdist.distributed.lateness import LatePolicy
+from wbdist.distributed.trials import as_shared_trial
 from wbdist.errors import UsageError
 from wbdist.run import lifecycle, process_end
 from wbdist.run.handle import Run
@@ -43,7 +44,8 @@ def init_ranks(
 
     Which ranks there are is found as `wbdist.job` finds it, and `strategy` and `late` are its; under rank0 a value is the mean
     over the ranks, unless `run.define_reduction({"tokens": "sum"})` said otherwise before. `arguments` are those of `init`:
-    entity, id, name, notes, tags, group, job_type, dir, mode, force. Rank 0's config is every rank's. Nothing is saved, no
+    entity, id, name, notes, tags, group, job_type, dir, mode, force. Rank 0's config is every rank's, and so are the parameters
+    of the sweep's trial that it is (docs/sweeps.md). Nothing is saved, no
     signal is watched, no process group made: that is `wbdist.job`. An open run of this process is finished first.
 
     Blocks until all ranks are here, at most PEER_TIMEOUT seconds, and then as `strategies.open_runs`. Finishing is `finish`, on
@@ -66,8 +68,10 @@ def init_ranks(
     peers = coordination.connect(identity, os.environ.get("WBDIST_INCARNATION"), timeout=PEER_TIMEOUT)
     try:
         own = msgspec.msgpack.encode((spec.run_id, secrets.token_hex(8)))
-        told = peers.agree(f"ranks/{next(_opened)}", own if peers.rank == 0 else None, PEER_TIMEOUT)
+        place = f"ranks/{next(_opened)}"
+        told = peers.agree(place, own if peers.rank == 0 else None, PEER_TIMEOUT)
         run_id, nonce = msgspec.msgpack.decode(told, type=tuple[str, str])
+        spec = as_shared_trial(peers, f"{place}/trial", spec, PEER_TIMEOUT)
         spec = msgspec.structs.replace(spec, run_id=run_id, nonce=nonce, must_be_new=spec.id_is_given)
         run = strategies.open_runs(strategy, identity, peers, spec, late).run
     except BaseException:

@@ -23,6 +23,8 @@ from wbdist.core.position import RunPosition
 from wbdist.distributed import bootstrap, coordination, strategies
 from wbdist.distributed.identity import detect
 from wbdist.distributed.lateness import LatePolicy
+from wbdist.distributed.own_runs import per_rank_id
+from wbdist.distributed.trials import as_shared_trial
 from wbdist.errors import EXIT_FAILED_FOR_GOOD, EXIT_PREEMPTED, EnvironmentFault, Error, FencedError, UsageError
 from wbdist.job import slots
 from wbdist.job.accumulation import Group
@@ -163,6 +165,7 @@ class Job:
         self._peers = coordination.connect(self._identity, os.environ.get("WBDIST_INCARNATION"), timeout=PEER_TIMEOUT)
         self._stack.callback(self._peers.close)
         self._plan = agree_on_plan(self._peers, self._decide, PEER_TIMEOUT if self._copies is None else COPY_TIMEOUT)
+        self._spec = as_shared_trial(self._peers, "job/trial", self._spec, PEER_TIMEOUT)
         # All ranks are here (they agreed on the plan), so forming takes no time; what counts is how long a collective may last.
         self._own_group = coordination.init_process_group(
             self._identity, incarnation=self._plan.nonce, timeout=COLLECTIVE_TIMEOUT
@@ -179,8 +182,7 @@ class Job:
                 known = None if self._chosen is None else self._chosen.best
                 best = BestWatch(self._save_best, self._peers, known)
             slot = self._take_slot(self._directory)
-            per_rank = self._strategy == "per_rank"
-            position = position_of(self._chosen, self._plan, slot.number, slot.parked, per_rank=per_rank)
+            position = position_of(self._chosen, self._run_id(slot.number), slot.number, slot.parked)
 
         # Signals are watched before the run is announced: whoever sees the run may preempt the job.
         for_host = self._identity.local_rank == 0
@@ -588,6 +590,10 @@ class Job:
         if self.rank == 0 and not intent.supervised():
             self._runs.run.settings.say(str(error), warning=True)
         raise Fenced(str(error)) from error
+
+    def _run_id(self, slot: int) -> str:
+        run_id = self._plan.run_id
+        return per_rank_id(run_id, slot, in_sweep=bool(self._spec.sweep)) if self._strategy == "per_rank" else run_id
 
     def _run_spec(self, position: RunPosition | None) -> RunSpec:
         return msgspec.structs.replace(

@@ -88,17 +88,14 @@ def agree_on_plan(peers: Coordinator, decide_here: Callable[[], Plan], timeout: 
     return msgspec.convert(answer["plan"], Plan)
 
 
-def position_of(
-    chosen: Manifest | None, plan: Plan, slot: int, parked: Mapping[str, RunPosition], *, per_rank: bool
-) -> RunPosition | None:
-    """Where this rank's run continues, None when it starts from nothing: no checkpoint, a slot that there never was, or a
-    checkpoint made under another strategy, whose history lies in other runs.
+def position_of(chosen: Manifest | None, wanted: str, slot: int, parked: Mapping[str, RunPosition]) -> RunPosition | None:
+    """Where this rank's run `wanted` continues, None when it starts from nothing: no checkpoint, a slot that there never was,
+    or a checkpoint made under another strategy, whose history lies in other runs.
 
     `parked`: where runs stood that are not in this checkpoint, since it was made by fewer ranks.
     """
     if chosen is None:
         return None
-    wanted = f"{plan.run_id}-r{slot}" if per_rank else plan.run_id
     for position in chosen.runs:
         if position.run_id == wanted:
             return position

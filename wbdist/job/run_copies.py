@@ -49,7 +49,8 @@ class RunCopies:
         """Touches nothing. `run_id`: the id asked for; without one, an empty directory is a new job's."""
         self._spec = spec
         self._asked = run_id
-        self._suffix = "-r0" if per_rank else ""
+        # Slot 0's run has them; `own_runs.per_rank_id` says how it is called.
+        self._suffix = "-r0" if per_rank and not spec.settings.sweep_id else ""
         self._run: Run | None = None
         self._run_id = ""
         self._kept: dict[str, Manifest] = {}

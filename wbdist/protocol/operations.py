@@ -94,10 +94,10 @@ UPSERT_NAME = "UpsertAttemptedRun"
 _UPSERT = """
 mutation UpsertAttemptedRun($id: String, $name: String, $project: String, $entity: String, $groupName: String,
     $displayName: String, $notes: String, $commit: String, $config: JSONString, $host: String, $program: String,
-    $repo: String, $jobType: String, $tags: [String!], $summaryMetrics: JSONString) {
+    $repo: String, $jobType: String, $tags: [String!], $summaryMetrics: JSONString, $sweep: String) {
   upsertBucket(input: {id: $id, name: $name, modelName: $project, entityName: $entity, groupName: $groupName,
       displayName: $displayName, notes: $notes, commit: $commit, config: $config, host: $host, jobProgram: $program,
-      jobRepo: $repo, jobType: $jobType, tags: $tags, summaryMetrics: $summaryMetrics}) {
+      jobRepo: $repo, jobType: $jobType, tags: $tags, summaryMetrics: $summaryMetrics, sweep: $sweep}) {
     bucket { id name displayName historyLineCount project { id name entity { id name } } }
     inserted
   }
@@ -122,6 +122,7 @@ def upsert_run(
     program: str | None = None,
     commit: str | None = None,
     repo: str | None = None,
+    sweep: str | None = None,
 ) -> Operation:
     """Creates or updates. `config` is in W&B's form {key: {"value": v}}, always the whole of it. None leaves a field unchanged.
 
@@ -147,6 +148,7 @@ def upsert_run(
             "jobType": job_type,
             "tags": None if tags is None else list(tags),
             "summaryMetrics": None if summary is None else jsonvalues.dumps(summary),
+            "sweep": sweep,
         },
     )
 

@@ -13,7 +13,7 @@ from wbdist.protocol.operations import Operation
 
 _RUN_FIELDS = """
 fragment RunFields on Run {
-  id name displayName state group jobType tags notes commit createdAt heartbeatAt historyLineCount
+  id name displayName state group jobType sweepName tags notes commit createdAt heartbeatAt historyLineCount
   config summaryMetrics systemMetrics historyKeys user { username }
 }
 """
@@ -106,6 +106,8 @@ class RemoteRun(msgspec.Struct, frozen=True, kw_only=True):
     state: str
     group: str
     job_type: str
+    sweep: str
+    """Empty: no trial of one."""
     tags: list[str]
     notes: str
     commit: str
@@ -342,6 +344,7 @@ def _remote_run(node: Mapping[str, Any]) -> RemoteRun:
         state=node.get("state") or "",
         group=node.get("group") or "",
         job_type=node.get("jobType") or "",
+        sweep=node.get("sweepName") or "",
         tags=list(node.get("tags") or ()),
         notes=node.get("notes") or "",
         commit=node.get("commit") or "",

@@ -11,7 +11,10 @@ class MissingNameError(UsageError, AttributeError):
     """W&B has this name and wbdist has not; the message says what to use instead."""
 
 
-_SWEEPS = "sweeps are not built; start the trials as runs of one `group` and read them with `Api().runs(filters=...)`"
+_SWEEPS = (
+    "no sweeps are made here; W&B's agent starts scripts that use wbdist (docs/sweeps.md), and trials of your own are runs of "
+    "one `group`, read with `Api().runs(filters=...)`"
+)
 _INTEGRATION = "integrations with it are out of scope of this toolkit for PyTorch; call `run.log` from a callback"
 _MEDIA = "this kind of media is not built; keep it as a file, and its numbers as metrics"
 _CHARTS = "charts are made on the run's page from what is logged; log the numbers themselves"
@@ -95,10 +98,6 @@ def absent(name: str) -> MissingNameError | None:
 
 class AbsentNames:
     """Mixin of `Run`: W&B's names that it has not are refused with what to do instead, as the module's are."""
-
-    sweep_id: None = None
-    """No run is a sweep's."""
-    sweep_url: None = None
 
     if not TYPE_CHECKING:  # a type checker is to find misspelt names
 

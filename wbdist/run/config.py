@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import types
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from copy import deepcopy
 from typing import Any
 
@@ -19,13 +19,20 @@ class Config:
 
     Changing a key to another value raises ConfigError unless allowed; setting it to the same value again changes
     nothing. Nested dicts come back as copies: assigning to a key of one changes nothing here and warns; assign the whole.
-    Each accepted change is journaled before the call returns.
+    Each accepted change is journaled before the call returns. Keys that a sweep decided stay: that they are not changed is
+    said, once a key, and is no error.
     """
 
     def __init__(self, on_change: Callable[[dict[str, Any]], None], *, allow_val_change: bool = False) -> None:
         object.__setattr__(self, "_values", {})
         object.__setattr__(self, "_on_change", on_change)
         object.__setattr__(self, "_allow", allow_val_change)
+        object.__setattr__(self, "_locked", {})
+
+    def lock(self, keys: Iterable[str], refused: Callable[[str, Any, Any], None]) -> None:
+        """From now on these keys stay as they are. `refused` is called with the key, its value and the one that it will not
+        have, the first time for each key."""
+        object.__setattr__(self, "_locked", dict.fromkeys(keys, refused))
 
     def update(self, values: Any, allow_val_change: bool | None = None) -> None:
         """Sets several keys at once, all or none. `values`: a mapping, or an object with attributes (argparse.Namespace).
@@ -39,6 +46,9 @@ class Config:
                 old = self._values[key]
                 if _same(old, value):
                     continue
+                if key in self._locked:
+                    self._refuse(key, old, value)
+                    continue
                 if not allowed:
                     raise ConfigError(
                         f'config key "{key}" is {old!r} and would become {value!r}; pass allow_val_change=True to '
@@ -48,6 +58,10 @@ class Config:
         if changed:
             self._on_change(changed)
             self._values.update(changed)
+
+    def _refuse(self, key: str, old: Any, value: Any) -> None:
+        refused, self._locked[key] = self._locked[key], _nothing
+        refused(key, old, value)
 
     def setdefaults(self, values: Any) -> None:
         """Sets the keys that are not set yet."""
@@ -136,6 +150,19 @@ def checked(values: Any) -> dict[str, Any]:
             raise UsageError(f"config key {raw!r} must be a non-empty string")
         found[raw.strip("-")] = config_value(value, f'config key "{raw}"')
     return found
+
+
+def merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    """`below` with `above` laid over it, dicts inside key by key, as W&B lays a sweep's parameters over the config."""
+    both = dict(below)
+    for key, value in above.items():
+        old = both.get(key)
+        both[key] = merged(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
+    return both
+
+
+def _nothing(*_: Any) -> None:
+    """Said already."""
 
 
 def _same(old: Any, new: Any) -> bool:

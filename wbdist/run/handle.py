@@ -11,6 +11,7 @@ from pathlib import Path
 from time import monotonic, time
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, Self
+from urllib.parse import quote
 
 from msgspec.structs import replace
 
@@ -337,6 +338,17 @@ class Run(ArtifactMethods, AbsentNames):
     @property
     def project_url(self) -> str | None:
         return self.url.rpartition("/runs/")[0] if self.url else None
+
+    @property
+    def sweep_id(self) -> str | None:
+        """The sweep that this run is a trial of, by its agent's word; None of any other run."""
+        return self._spec.sweep or None
+
+    @property
+    def sweep_url(self) -> str | None:
+        """The sweep's page on W&B's server; None without it, and on the embedded server, which makes no sweeps."""
+        there_is_one = self._spec.sweep and self._spec.settings.base_url and self.project_url
+        return f"{self.project_url}/sweeps/{quote(self._spec.sweep)}" if there_is_one else None
 
     @property
     def start_time(self) -> float:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from wbdist.core.wandb_settings import WithoutEffect
 from wbdist.errors import UsageError
 from wbdist.protocol import names
-from wbdist.run import config_files, lifecycle, machine
+from wbdist.run import config_files, lifecycle, machine, trial
 from wbdist.run.choosing import choose
 from wbdist.run.config import checked
 from wbdist.run.handle import Run
@@ -145,6 +145,7 @@ def init(  # noqa: PLR0917  (W&B's order, but for `project` first, as its docume
         config_exclude_keys=config_exclude_keys,
         config_include_keys=config_include_keys,
     )
+    spec = trial.as_trial(spec, trial.read(resolved))
     if policy == "finish_previous":
         lifecycle.finish_previous()
     run = lifecycle.open_run(spec)
@@ -173,7 +174,8 @@ def make_spec(
     config_exclude_keys: Iterable[str] | None = None,
     config_include_keys: Iterable[str] | None = None,
 ) -> RunSpec:
-    """The spec of attempt 1 of a run, from resolved settings; for others to vary with `msgspec.structs.replace`.
+    """The spec of attempt 1 of a run, from resolved settings; for others to vary with `msgspec.structs.replace`. Of a sweep's
+    trial it knows nothing yet: that is `trial.as_trial`'s, which of several ranks one does for all.
 
     Raises UsageError for ids, names, tags and config that cannot be used. Reads the git checkout's name when no project is set.
     """

@@ -48,7 +48,7 @@ class Kind(IntEnum):
     """What a record is. Numbers are for ever; readers skip kinds they do not know."""
 
     RUN = 1
-    """Facts for the server: display_name, group, job_type, notes, tags, host, program, commit, repo.
+    """Facts for the server: display_name, group, job_type, notes, tags, host, program, commit, repo, sweep.
     Later ones update earlier ones."""
     CONFIG = 2
     """{"set": {key: value}, "delete": [key]}: changes to the config."""

@@ -77,6 +77,10 @@ class RunSpec(msgspec.Struct, frozen=True, kw_only=True):
     group: str | None = None
     job_type: str | None = None
     config: dict[str, Any] = {}
+    sweep: str = ""
+    """The sweep that the run is a trial of."""
+    locked: dict[str, Any] = {}
+    """What the sweep decided of the config."""
     metrics: tuple[dict[str, Any], ...] = ()
     """Definitions of metrics that the run has already: W&B's list, the config's `_wandb.m`."""
     allow_val_change: bool = False
@@ -142,7 +146,7 @@ def open_run(spec: RunSpec) -> Run:
         base = spec.base
         nothing = NoJournal(base.watermark.step + 1 if base else 0, base.summary if base else {})
         silent = Run(quiet, journal=nothing, shipping=None, directory=None, opened_at=opened_at)
-        silent.config.update(spec.config)
+        _set_config(silent, spec)
         return enlist(silent)
 
     online = spec.settings.mode in {"online", "shared"} and spec.role == "run"
@@ -171,7 +175,7 @@ def open_run(spec: RunSpec) -> Run:
         journal.append(Kind.CONFIG, {"set": {"_wandb": {"e": {spec.writer: machine.environment()}}}}, time=opened_at)
         for arguments in from_wandb(list(spec.metrics)):
             run._define(arguments)  # noqa: SLF001
-        run.config.update(spec.config)
+        _set_config(run, spec)
         if not (spec.nonce or spec.resume or spec.branch or spec.auto_resume or spec.role == "feed"):
             autoresume.forget(root)
         if spec.auto_resume:
@@ -193,6 +197,19 @@ def open_run(spec: RunSpec) -> Run:
     if spec.sample != "nothing" and not spec.settings.x_disable_stats:
         run.sample_system()
     return enlist(run)
+
+
+def _set_config(run: Run, spec: RunSpec) -> None:
+    run.config.update(spec.config)
+    who = f"sweep {spec.sweep}" if spec.sweep else "the file of WANDB_SWEEP_PARAM_PATH"
+
+    def refused(key: str, value: Any, other: Any) -> None:
+        if spec.rank == 0:  # of several ranks, which do the same, one says it
+            spec.settings.say(
+                f'run {run.id}: config key "{key}" stays {value!r}, as {who} decided; {other!r} is ignored', warning=True
+            )
+
+    run.config.lock(spec.locked, refused)
 
 
 def _header(spec: RunSpec, placed: _Placed, opened_at: float) -> JournalHeader:
@@ -324,6 +341,7 @@ def _facts(spec: RunSpec) -> dict[str, Any]:
         "program": spec.settings.program or machine.program(),
         "commit": git.commit if git else None,
         "repo": git.remote if git else None,
+        "sweep": spec.sweep,
     }
     return {name: value for name, value in facts.items() if value not in (None, "")}
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from wbdist.run.artifacts_api import UsedArtifact
 
 _NOT_HERE = {
-    **dict.fromkeys(("sweep", "agent"), "sweeps are not built"),
+    **dict.fromkeys(("sweep", "agent"), "sweeps are not read here; the trials of one are runs(filters={'sweep': id})"),
     **dict.fromkeys(("reports", "create_custom_chart"), "reports are not built; charts are on the run's page"),
     **dict.fromkeys(
         ("run_queue", "queued_run", "create_run_queue", "upsert_run_queue", "job", "list_jobs"), "there is no launch queue"

@@ -43,6 +43,7 @@ def register(server: Server, spec: RunSpec, local: LocalRun | None, timeout: flo
                     job_type=spec.job_type,
                     notes=spec.notes,
                     tags=spec.tags,
+                    sweep=spec.sweep or None,
                     **_first_word(spec),
                 )
             )
@@ -70,9 +71,10 @@ def _first_word(spec: RunSpec) -> dict[str, Any]:
 
 
 def _exists(connection: Connection, spec: RunSpec) -> bool:
-    status = operations.run_resume_status(spec.entity or None, spec.project, spec.run_id)
-    model = connection.execute(status).get("model")
-    return bool(model and model.get("bucket"))
+    answer = connection.execute(operations.run_resume_status(spec.entity or None, spec.project, spec.run_id))
+    if spec.sweep:  # the agent's server has the run of a trial before its process has begun
+        return operations.read_resume_status(answer) is not None
+    return bool(operations.read_run_names(answer)[1])
 
 
 def page(base_url: str, run: UpsertedRun) -> str:

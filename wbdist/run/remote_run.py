@@ -151,11 +151,12 @@ class RunRecord:
 
     @property
     def sweep(self) -> None:
-        """None: no run is a sweep's."""
+        """None: sweeps themselves are W&B's; `sweep_name` is the id of this run's."""
 
     @property
-    def sweep_name(self) -> None:
-        """None: no run is a sweep's."""
+    def sweep_name(self) -> str | None:
+        """The sweep that the run is a trial of; None of any other run."""
+        return self._found.sweep or None
 
     @property
     def lastHistoryStep(self) -> int:  # noqa: N802  (W&B's name)

@@ -33,6 +33,7 @@ _FIELDS: dict[str, Callable[[RunRow], Any]] = {
     "notes": lambda run: run.notes,
     "host": lambda run: run.host,
     "commit": lambda run: run.commit,
+    "sweep": lambda run: run.sweep or None,
     "created_at": lambda run: run.created_at,
     "heartbeat_at": lambda run: run.heartbeat_at,
     "duration": lambda run: max(0.0, run.heartbeat_at - run.created_at),

@@ -104,7 +104,7 @@ function useLooks(selected: ReadonlySet<string>): Map<string, Look> {
 }
 
 function matches(run: Run, filter: string): boolean {
-  const text = [run.name, run.id, run.group, run.job_type, run.state, ...run.tags].join(" ").toLowerCase();
+  const text = [run.name, run.id, run.group, run.job_type, run.sweep, run.state, ...run.tags].join(" ").toLowerCase();
   return filter
     .toLowerCase()
     .split(/\s+/)

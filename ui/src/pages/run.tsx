@@ -83,6 +83,7 @@ function Facts({ run }: { run: RunDetail }): JSX.Element {
     ["Rows", number(run.rows)],
     ["Rank", run.rank === null ? "" : number(run.rank)],
     ["Job type", run.job_type],
+    ["Sweep", run.sweep],
     ["Host", run.host],
     ["Program", run.program],
     ["Commit", run.commit.slice(0, 12)],

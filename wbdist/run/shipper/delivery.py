@@ -303,7 +303,9 @@ class Delivery:
         status = operations.run_resume_status(self._entity or None, self._project, header.run_id)
         names = self._ask_for(status, operations.read_run_names, unknown=("", ""))
         if not names[1]:
-            facts = {key: value for key, value in self._facts().items() if key in {"display_name", "group", "job_type"}}
+            facts = {
+                key: value for key, value in self._facts().items() if key in {"display_name", "group", "job_type", "sweep"}
+            }
             upserted = self._ask_for(operations.upsert_run(**self._names(), **facts), operations.read_upserted)
             names = upserted.entity, upserted.project
         self._entity, self._project = names
@@ -362,7 +364,7 @@ class Delivery:
         return {"project": self._project, "run_id": self.header.run_id, "entity": self._entity or None}
 
     def _facts(self) -> dict[str, Any]:
-        known = {"display_name", "group", "job_type", "notes", "tags", "host", "program", "commit", "repo"}
+        known = {"display_name", "group", "job_type", "notes", "tags", "host", "program", "commit", "repo", "sweep"}
         facts = {key: value for key, value in self._translator.facts.items() if key in known}
         if self._tags and facts.get("tags"):
             facts["tags"] = list(dict.fromkeys(self._tags.get(tag, tag) for tag in facts["tags"]))

@@ -39,6 +39,7 @@ _UPSERT_FIELDS = {
     "jobProgram": "program",
     "jobRepo": "repo",
     "commit": "commit",
+    "sweep": "sweep",
 }
 """Input field -> field of the store. Null and absent both leave a field as it is; an empty list of tags is a value."""
 
@@ -46,9 +47,8 @@ _UPSERT_FIELDS = {
 def _upsert_bucket(_source: Any, info: Info, input: dict[str, Any]) -> dict[str, Any]:
     call = call_of(info)
     store = call.app.store
-    for unknown, advice in (("sweep", "sweeps are not built yet"), ("description", "use `notes`")):
-        if input.get(unknown):
-            raise refuse(400, f"this server keeps no `{unknown}` of a run: {advice}")
+    if input.get("description"):
+        raise refuse(400, "this server keeps no `description` of a run: use `notes`")
     state = input.get("state")
     if state not in {None, "running", "pending"}:
         raise refuse(400, f"a run is created running or pending, not {state[:20]!r}")
@@ -223,7 +223,7 @@ RESOLVERS: dict[str, dict[str, Resolver]] = {
         "jobType": lambda run, _info: run.job_type,
         "jobProgram": lambda run, _info: run.program,
         "jobRepo": lambda run, _info: run.repo,
-        "sweepName": lambda _run, _info: None,
+        "sweepName": lambda run, _info: run.sweep or None,
         "readOnly": lambda _run, _info: False,
         "createdAt": lambda run, _info: run.created_at,
         "heartbeatAt": lambda run, _info: run.heartbeat_at,

@@ -44,6 +44,7 @@ class RunFields(msgspec.Struct, kw_only=True):
     program: str | msgspec.UnsetType = msgspec.UNSET
     commit: str | msgspec.UnsetType = msgspec.UNSET
     repo: str | msgspec.UnsetType = msgspec.UNSET
+    sweep: str | msgspec.UnsetType = msgspec.UNSET
 
 
 class Opening(msgspec.Struct, frozen=True):
@@ -77,6 +78,8 @@ class RunRow(msgspec.Struct, kw_only=True):
     program: str
     commit: str
     repo: str
+    sweep: str
+    """The sweep, of whatever server, that the run is a trial of; ''."""
     created_at: float
     heartbeat_at: float
     attempt: int

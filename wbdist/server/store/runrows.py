@@ -24,10 +24,10 @@ _COLUMN = {"group": "run_group", "commit": "git_commit"}
 
 
 def new_run(entity: str, project: str, run_id: str, now: float) -> dict[str, Any]:
-    texts = dict.fromkeys(("display_name", "run_group", "job_type", "notes", "host", "program", "git_commit", "repo"), "")
+    texts = ("display_name", "run_group", "job_type", "notes", "host", "program", "git_commit", "repo", "sweep")
     state = next_state(RunState.PENDING, RunEvent.START)
     return {
-        **texts,
+        **dict.fromkeys(texts, ""),
         "entity": entity,
         "project": project,
         "run_id": run_id,
@@ -95,6 +95,7 @@ def run_row(row: Mapping[Any, Any]) -> RunRow:
         program=row["program"],
         commit=row["git_commit"],
         repo=row["repo"],
+        sweep=row["sweep"],
         created_at=row["created_at"],
         heartbeat_at=row["heartbeat_at"],
         attempt=row["attempt"],

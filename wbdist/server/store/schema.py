@@ -48,6 +48,7 @@ runs = sa.Table(
     sa.Column("summary_given", sa.Boolean, nullable=False, server_default=sa.false()),  # by a client, in the current attempt
     sa.Column("deleted_at", sa.Double),  # its id stays taken
     sa.Column("stopping", sa.Boolean, nullable=False, server_default=sa.false()),  # somebody asked its process to stop
+    sa.Column("sweep", AnyText, nullable=False, server_default=""),
     sa.UniqueConstraint("entity", "project", "run_id"),
     sa.Index("runs_by_group", "entity", "project", "run_group"),
     sa.Index("runs_by_beat", "state", "heartbeat_at"),

@@ -33,6 +33,7 @@ def table_row(run: RunRow) -> dict[str, Any]:
         "state": run.state.value,
         "group": run.group,
         "job_type": run.job_type,
+        "sweep": run.sweep,
         "rank": plain(rank) if isinstance(rank, int) and not isinstance(rank, bool) else None,
         "tags": run.tags,
         "attempt": run.attempt,
