@@ -23,7 +23,7 @@ from wbdist.core.position import CONSOLE, HISTORY, RunPosition
 from wbdist.errors import DiskFullError
 from wbdist.run.handle import Run
 from wbdist.run.init import make_spec
-from wbdist.run.journal import JournalReader, JournalWriter
+from wbdist.run.journal import JournalReader, JournalWriter, Kind
 from wbdist.run.journal_storage import refuse
 from wbdist.run.lifecycle import open_run
 from wbdist.settings import resolve
@@ -418,3 +418,53 @@ def test_the_summary_knows_the_last_row_that_was_kept(monkeypatch: pytest.Monkey
 
 def _no_space(_need: int) -> None:
     raise DiskFullError("no space")
+
+
+def test_what_no_row_can_hold_is_refused_by_name_and_the_next_row_is_kept() -> None:
+    """Proves that a dict that holds itself, an int beyond the floats, a tensor without values and a step beyond JSON's integers
+    are errors that say what was given, and change nothing; they were a RecursionError, or rows that no server kept."""
+    own: dict[str, Any] = {}
+    own["a"] = own
+    run = wbdist.init(project="p", settings={"quiet": True})
+    for wrong, told in (
+        (own, "holds itself"),
+        ({"list": [own]}, '"list": it holds itself'),
+        ({"big": 10**400}, '"big": an int of 1329 bits'),
+        ({"meta": torch.tensor(1.0, device="meta")}, '"meta": '),
+    ):
+        with pytest.raises(TypeError, match=told):
+            run.log(wrong)
+    for step in (2**53, 2**70, np.uint64(2**63)):
+        with pytest.raises(ValueError, match=rf"step={step} .* 9007199254740991"):
+            run.log({"a": 1}, step=step)
+    run.log({"a": np.longdouble(1.5)}, step=2**53 - 1)
+    run.finish()
+    assert without_times(rows(run)) == [{"_step": 2**53 - 1, "a": 1.5}]
+
+
+def test_text_that_is_no_utf8(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Proves that bytes which Python could not read (a file's name in EUC-KR among the arguments) reach keys, values, config,
+    summary and the run's own files as text; `init` failed with them."""
+    monkeypatch.setattr("sys.argv", ["train.py", "\udcc7\udcd1.csv"])
+    run = wbdist.init(project="p", config={"file": "\udcff"}, settings={"quiet": True})
+    run.log({"\udcfe": "\udcff", "한글": "값 💥"})
+    run.summary["best"] = {"\udcff": "\udcff"}
+    run.finish()
+    assert without_times(rows(run)) == [{"_step": 0, "\\udcfe": "\\udcff", "한글": "값 💥"}]
+    assert run.config.as_dict() == {"file": "\\udcff"}
+    assert run.summary["best"] == {"\\udcff": "\\udcff"}
+    assert "udcc7" in (Path(run.dir) / "wandb-metadata.json").read_text()
+
+
+@pytest.mark.parametrize("wrong", [{"tokens": "avg"}, {"tokens": "p101"}, {"tokens": None}, {1: "sum"}, "sum", None])
+def test_a_reduction_is_checked_where_it_is_asked_for(wrong: Any) -> None:
+    """Proves that a word that no aggregator knows is refused, with those that are known, and not journalled: each aggregator
+    that read it died of it, and with it the history of all ranks."""
+    run = wbdist.init(project="p", settings={"quiet": True})
+    with pytest.raises(wbdist.UsageError, match="sum"):
+        run.define_reduction(wrong)
+    run.log({"tokens": 1})
+    run.finish()
+    assert without_times(rows(run)) == [{"_step": 0, "tokens": 1}]
+    with JournalReader.open(Path(str(run.journal_path))) as reader:
+        assert not [record for record in reader.read() if record.kind is Kind.DEFINE]

@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from typing import Any, Protocol
 
 from wbdist.core.position import RunPosition
-from wbdist.core.reducers import DEFAULT, NAMES, is_known
+from wbdist.core.reducers import DEFAULT
 from wbdist.core.tails import JournalPrefix
-from wbdist.errors import UsageError
 from wbdist.run.handle import Run
+from wbdist.run.reductions import check_operation
 from wbdist.run.shipper.client import Standing
 
 
@@ -65,6 +65,4 @@ class RankRun(Protocol):
 
 def check_reduce(reduce: str | Mapping[str, str]) -> None:
     for key, op in reduce.items() if isinstance(reduce, Mapping) else [("", reduce)]:
-        if not is_known(op):
-            where = f" for {key!r}" if key else ""
-            raise UsageError(f"reduce={op!r}{where} is not known; choose one of: {', '.join(NAMES)}")
+        check_operation(op, f"reduce={op!r}" + (f" for {key!r}" if key else ""))

@@ -157,9 +157,12 @@ class Run(ArtifactMethods, AbsentNames):
     def define_reduction(self, operations: Mapping[str, str]) -> None:
         """Journals how ranks' values of these keys become one (`core/reducers.py`), for the aggregator that reads a feed.
 
-        Holds for rows logged after it. Raises as `log`.
+        Holds for rows logged after it. Raises UsageError for what is no mapping of keys to operations, and as `log`.
         """
-        self._record(Kind.DEFINE, {"reduce": dict(operations)}, "log()")
+        from wbdist.run.reductions import check_operations
+
+        check_operations(operations)
+        self._record(Kind.DEFINE, {"reduce": dict(operations)}, "define_reduction()")
 
     def position(self) -> RunPosition:
         """Where the run stands now: everything logged so far, the pending row excluded (so `commit_row()` first). No I/O.

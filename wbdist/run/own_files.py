@@ -19,6 +19,7 @@ import msgspec
 
 from wbdist.protocol import jsonvalues
 from wbdist.run import machine
+from wbdist.run.values import plain
 
 DIFF_SECONDS = 10.0
 """How long git may take for what is not committed."""
@@ -29,7 +30,7 @@ def write(directory: Path, config: Mapping[str, Any], summary: Mapping[str, Any]
     contents = {
         "config.yaml": _config(config),
         "wandb-summary.json": jsonvalues.dumps(dict(summary)),
-        "wandb-metadata.json": msgspec.json.format(msgspec.json.encode(_metadata(began, git=git))).decode(),
+        "wandb-metadata.json": msgspec.json.format(msgspec.json.encode(plain(_metadata(began, git=git)))).decode(),
         "requirements.txt": "".join(f"{line}\n" for line in sorted(installed(), key=str.lower)),
     }
     for name, text in contents.items():

@@ -6,7 +6,7 @@ import operator
 from collections.abc import Mapping
 from typing import Any, Final
 
-from wbdist.errors import UsageError
+from wbdist.errors import InvalidArgumentError, UsageError
 
 MAX_ARRAY: Final = 32
 """Elements of an array in a row; of larger ones a histogram is kept, as in W&B."""
@@ -14,8 +14,11 @@ MAX_ARRAY: Final = 32
 RESERVED: Final = frozenset({"_step", "_timestamp", "_runtime"})
 """Columns that the journal makes itself; a user's are dropped, as in W&B."""
 
-_EXACT: Final = frozenset({float, bool, str, type(None)})
-"""Types that are kept as they are; so are ints of up to 64 bits."""
+MAX_STEP: Final = 2**53 - 1
+"""JSON's numbers are exact up to here, and what reads a history goes by them."""
+
+_EXACT: Final = frozenset({float, bool, type(None)})
+"""Types that are kept as they are; so are ints of up to 64 bits, and text."""
 _INT_MIN: Final = -(1 << 63)
 _INT_MAX: Final = (1 << 64) - 1
 
@@ -36,13 +39,13 @@ def plain(value: Any) -> Any:
         return value
     if kind is int or (isinstance(value, int) and not isinstance(value, bool)):
         value = int(value)
-        return value if _INT_MIN <= value <= _INT_MAX else float(value)
+        return value if _INT_MIN <= value <= _INT_MAX else _float(value)
     if isinstance(value, float):
         return float(value)
     if isinstance(value, str):
-        return str.__str__(value)
+        return text(value)
     if isinstance(value, Mapping):
-        return {key if type(key) is str else str(key): plain(item) for key, item in value.items()}
+        return {text(key) if isinstance(key, str) else str(key): plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [plain(item) for item in value]
     if isinstance(value, (set, frozenset)):
@@ -56,8 +59,18 @@ def plain_at(where: str, value: Any) -> Any:
     """As `plain`; the TypeError names `where`."""
     try:
         return plain(value)
-    except (TypeError, ValueError) as error:
+    except RecursionError:
+        raise TypeError(f"{where}: it holds itself, or is nested too deep; convert it first") from None
+    except (TypeError, ValueError, RuntimeError) as error:  # RuntimeError: torch's, of a tensor that has no values
         raise TypeError(f"{where}: {error}") from error
+
+
+def text(value: str) -> str:
+    r"""As UTF-8 can hold it. A file's name or an argument in another encoding reaches Python with lone surrogates for the bytes
+    that it could not read; they become `\udcff`."""
+    if value.isascii():
+        return str.__str__(value)
+    return str.__str__(value).encode("utf-8", "backslashreplace").decode()
 
 
 def summary_values(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -94,18 +107,27 @@ def flat_row(data: Mapping[Any, Any]) -> dict[str, Any]:
     if not isinstance(data, Mapping):
         raise TypeError(f"log() takes a dict of str -> value, not {type(data).__name__}")
     row: dict[str, Any] = {}
-    _flatten("", data, row)
+    try:
+        _flatten("", data, row)
+    except RecursionError:
+        raise TypeError("log(): a dict holds itself, or is nested too deep; take it apart first") from None
     return row
 
 
 def as_step(step: object) -> int:
-    """Takes numpy's integers; raises TypeError for floats, bools and text."""
+    """Takes numpy's integers; raises TypeError for floats, bools and text, UsageError for what no history can hold."""
     if isinstance(step, bool):
         raise TypeError("step must be an int, not a bool")
     try:
-        return operator.index(step)  # type: ignore[arg-type]
+        taken = operator.index(step)  # type: ignore[arg-type]
     except TypeError:
         raise TypeError(f"step must be an int, not {type(step).__name__} ({step!r})") from None
+    if taken > MAX_STEP:
+        raise InvalidArgumentError(
+            f"step={taken} is more than {MAX_STEP} (2**53 - 1), the largest that a history holds; log such a count (a time in "
+            'nanoseconds?) as a metric, and define_metric("*", step_metric=...) to draw the others over it'
+        )
+    return taken
 
 
 def _flatten(prefix: str, data: Mapping[Any, Any], row: dict[str, Any]) -> None:
@@ -123,14 +145,15 @@ def _flatten(prefix: str, data: Mapping[Any, Any], row: dict[str, Any]) -> None:
 
 def _key(key: Any, where: str) -> str:
     if isinstance(key, str):
-        return str(key)
+        return text(key)
     raise TypeError(f"{where}: key {key!r} is {type(key).__name__}; keys must be strings")
 
 
 def _foreign(value: Any) -> Any:
     """Scalars and arrays of numpy, torch and their like."""
     if callable(item := getattr(value, "item", None)) and _size(value) == 1:
-        return plain(item())
+        inner = item()
+        return float(value) if type(inner) is type(value) else plain(inner)  # numpy's longdouble stays one
     if callable(tolist := getattr(value, "tolist", None)):
         return plain(tolist())
     if type(value).__module__ == "wbdist.run.media.histogram":
@@ -150,6 +173,15 @@ def is_foreign_media(value: Any) -> bool:
     if library == "pandas":
         return hasattr(value, "itertuples")
     return library == "PIL" or getattr(value, "__name__", "") == "matplotlib.pyplot"
+
+
+def _float(value: int) -> float:
+    try:
+        return float(value)
+    except OverflowError:
+        raise TypeError(
+            f"an int of {value.bit_length()} bits is larger than any float; log its logarithm or its text"
+        ) from None
 
 
 def _is_large(value: Any) -> bool:
