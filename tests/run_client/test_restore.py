@@ -23,6 +23,11 @@ from wbdist.run.connection import Connection
 from wbdist.settings import Mode
 
 
+def on_another_machine(directory: Path) -> None:
+    """As if no run had been here. By a rename: a shipper that is just leaving may still put its mark beside a journal."""
+    (directory / "wandb").rename(directory / "of-the-first")
+
+
 def test_restored_files_are_files_and_paths(embedded: Path, own_directory: Path) -> None:
     """Proves W&B's uses of the result (torch.load, .name, read, with), in a fresh directory, by every form of run_path."""
     torch.save({"weights": torch.arange(5)}, own_directory / "model.pt")
@@ -32,7 +37,7 @@ def test_restored_files_are_files_and_paths(embedded: Path, own_directory: Path)
         run.save("./model.pt")
         run.save("sub/bytes", policy="now")
         address = run.path
-    shutil.rmtree(own_directory / "wandb")  # another machine
+    on_another_machine(own_directory)
     for path in (address, address.partition("/")[2]):
         found = wbdist.restore("./model.pt", run_path=path, root=own_directory / "here")
         assert found is not None
@@ -58,7 +63,7 @@ def test_stale_copies_and_replace(embedded: Path, own_directory: Path) -> None:
     (own_directory / "f").write_text("first")
     with wbdist.init(project="p") as run:
         run.save("f")
-    shutil.rmtree(own_directory / "wandb")
+    on_another_machine(own_directory)
     root = own_directory / "root"
     root.mkdir()
     (root / "f").write_text("stale")
@@ -137,17 +142,16 @@ def test_a_server_that_dies_between_two_answers(
     on with the run, is no word for this machine's: its version is taken with a line that tells of the other one. A server that
     answers to the end decides: the other machine's is the newer one here."""
 
-    def save(text: str, mode: Mode, directory: Path) -> None:
+    def save(text: str, mode: Mode, directory: Path, resume: str = "") -> None:
         (own_directory / "f").write_text(text)
-        with wbdist.init(project="p", id="x", resume="allow", mode=mode, dir=directory) as run:
+        with wbdist.init(project="p", id="x", resume=resume, mode=mode, dir=directory) as run:
             run.save("f")
 
     other = own_directory / "other"
     other.mkdir()
-    save("first", "online", own_directory)
     save("never sent", "offline", own_directory)
     for text in ("second", "third"):
-        save(text, "online", other)
+        save(text, "online", other, resume="allow")
     assert wbdist.restore("f", "p/x", root="asked").read() == b"third"  # type: ignore[union-attr]
     execute, asked = Connection.execute, []
 
@@ -183,7 +187,7 @@ def test_a_checkpoint_kept_with_the_run(embedded: Path, own_directory: Path) -> 
                     kept = saved.save(step, block=True).name
                     for pattern in ("*", "*/*"):
                         run.save(f"ckpt/{kept}/{pattern}", policy="now")
-    shutil.rmtree(own_directory / "wandb")
+    on_another_machine(own_directory)
     names = [file.name for file in wbdist.Api().run(run.path).files(pattern="ckpt/%")]
     found = []
     for lost in (None, "ckpt/step-4.a2/rank-0/state.json"):
