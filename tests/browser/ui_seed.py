@@ -186,3 +186,16 @@ def long_run(store: Store, now: float, project: str, rows: int = 20_000) -> Seed
         run.log(values[start : start + 5000], 2500)
     run.end(RunEvent.EXIT_ZERO, exit_code=0)
     return run
+
+
+def often_begun(store: Store, now: float, project: str, begins: Iterable[int], rows: int) -> SeededRun:
+    """A run of `rows` steps, of which an attempt after the first begins at each of `begins`."""
+    run = SeededRun(store, project, "often", now, name="often")
+    run.begin()
+    first = 0
+    for start in [*begins, rows]:
+        run.log([row(i) for i in range(first, start + 1)], 1)
+        if start < rows:
+            run.begin(keep_rows=start - first, last_step=start - 1, cause="lost")
+            first = start
+    return run

@@ -4,7 +4,7 @@ import type { Attempt, Place } from "../api";
 import { duration, number, plural } from "../format";
 import { incarnation, Link, runPath } from "../router";
 import { Moment, useNow } from "./frame";
-import type { Marker } from "./plot";
+import type { Marker } from "./markers";
 import { Timeline } from "./timeline";
 
 const FEW = 8;
@@ -20,7 +20,7 @@ const BEGAN: Record<string, string> = {
 
 /** Attempts that go on where an earlier one stood, as vertical lines of the charts. */
 export function markersOf(attempts: Attempt[]): Marker[] {
-  return attempts.filter((a) => a.live && a.base_step >= 0).map((a) => ({ step: a.base_step + 0.5, label: `attempt ${a.attempt}` }));
+  return attempts.filter((a) => a.live && a.base_step >= 0).map((a) => ({ step: a.base_step + 0.5, attempt: a.attempt }));
 }
 
 function ending({ end, ended_at }: Attempt): { word: string; kind: string } {

@@ -6,10 +6,12 @@ import type { Place, Run, Series } from "../api";
 import type { Look } from "../colours";
 import { number, plural } from "../format";
 import { useSeries } from "../live";
-import { align, hasBand, type Line, type Marker, options, type Reading, readings } from "./plot";
+import { type Marker, near } from "./markers";
+import { align, hasBand, type Line, options, type Reading, readings } from "./plot";
 
 const HEIGHT = 210;
 const MOST_READINGS = 12;
+const MOST_BEGINNINGS = 4;
 const dark = matchMedia("(prefers-color-scheme: dark)");
 
 export interface ChartRun {
@@ -71,7 +73,7 @@ function lastValue({ series }: Line): number | string | null | undefined {
 
 function describe(metric: string, lines: Line[], points: number, markers: Marker[]): string {
   const parts = lines.slice(0, 8).map((line) => `${line.label}: last ${number(lastValue(line)) || "none"}`);
-  return `Line chart of ${metric}, ${plural(points, "value")}. ${[...parts, ...markers.map(({ step, label }) => `${label} from step ${step + 0.5}`)].join("; ")}`;
+  return `Line chart of ${metric}, ${plural(points, "value")}. ${[...parts, ...markers.map(({ attempt, step }) => `attempt ${attempt} from step ${step + 0.5}`)].join("; ")}`;
 }
 
 interface Hover {
@@ -79,9 +81,10 @@ interface Hover {
   left: number;
   width: number;
   readings: Reading[];
+  markers: Marker[];
 }
 
-function Tip({ left, width, readings: all, single }: Hover & { single: boolean }): JSX.Element {
+function Tip({ left, width, readings: all, markers, single }: Hover & { single: boolean }): JSX.Element {
   const sorted = [...all].sort((a, b) => b.value - a.value);
   const rest = sorted.length - MOST_READINGS;
   return (
@@ -100,6 +103,12 @@ function Tip({ left, width, readings: all, single }: Hover & { single: boolean }
         </div>
       ))}
       {rest > 0 && <div class="tip-step">and {plural(rest, "more line")}</div>}
+      {markers.slice(0, MOST_BEGINNINGS).map(({ attempt, step }) => (
+        <div key={attempt} class="tip-marker">
+          attempt {attempt} from {step + 0.5}
+        </div>
+      ))}
+      {markers.length > MOST_BEGINNINGS && <div class="tip-marker">and {plural(markers.length - MOST_BEGINNINGS, "more attempt")}</div>}
     </div>
   );
 }
@@ -134,7 +143,8 @@ function Plot({ lines, markers, log, onHover }: PlotProps): JSX.Element {
       if (left === undefined || left === null || left < 0) return onHover(null);
       const x = u.posToVal(left, "x");
       const reach = 12 * Math.abs(u.posToVal(1, "x") - u.posToVal(0, "x")) + 0.5;
-      onHover({ inside: element.matches(":hover"), left, width: u.over.clientWidth, readings: readings(now.current.lines, x, reach) });
+      const { lines: drawn, markers: begun } = now.current;
+      onHover({ inside: element.matches(":hover"), left, width: u.over.clientWidth, readings: readings(drawn, x, reach), markers: near(u, begun, left) });
     };
     const u = new uPlot(
       options(now.current.lines, log, { width: element.clientWidth, height: HEIGHT }, location.pathname, { onCursor, markers: () => now.current.markers }),

@@ -3,7 +3,7 @@ import { useState } from "preact/hooks";
 import type { Place } from "../api";
 import { plural } from "../format";
 import { Chart, type ChartRun } from "./chart";
-import type { Marker } from "./plot";
+import type { Marker } from "./markers";
 
 const FILTER_FROM = 7;
 

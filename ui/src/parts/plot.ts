@@ -1,9 +1,10 @@
-// The uPlot side of a chart: data alignment, options, drawing of attempt boundaries.
+// The uPlot side of a chart: data alignment, options, what stands near the cursor.
 
 import uPlot from "uplot";
 import type { Series } from "../api";
 import type { Look } from "../colours";
 import { compact } from "../format";
+import { drawMarkers, type Marker } from "./markers";
 
 export interface Line extends Look {
   id: string;
@@ -11,15 +12,8 @@ export interface Line extends Look {
   series: Series | undefined;
 }
 
-/** A vertical line: where an attempt of the run begins. */
-export interface Marker {
-  step: number;
-  label: string;
-}
-
 /** Bands of more lines than this hide the lines. */
 export const MOST_BANDS = 6;
-const MOST_LABELS = 12;
 
 export const isBucketed = (line: Line): boolean => line.series?.hi !== undefined;
 export const hasBand = (lines: Line[]): boolean => lines.length <= MOST_BANDS && lines.some(isBucketed);
@@ -95,29 +89,6 @@ export function options(lines: Line[], log: boolean, size: { width: number; heig
 }
 
 const STEPS = Array.from({ length: 13 }, (_, i) => [1, 2, 5].map((m) => m * 10 ** i)).flat();
-
-function drawMarkers(u: uPlot, markers: Marker[], colour: string, font: string): void {
-  const { ctx } = u;
-  const ratio = devicePixelRatio;
-  ctx.save();
-  ctx.strokeStyle = ctx.fillStyle = colour;
-  ctx.lineWidth = ratio;
-  ctx.font = font.replace(/^\d+/, String(10 * ratio));
-  ctx.setLineDash([4 * ratio, 4 * ratio]);
-  ctx.textAlign = "left";
-  ctx.textBaseline = "top";
-  const { left, top, width, height } = u.bbox;
-  for (const { step, label } of markers) {
-    const x = Math.round(u.valToPos(step, "x", true)) + 0.5;
-    if (!(x >= left && x <= left + width)) continue;
-    ctx.beginPath();
-    ctx.moveTo(x, top);
-    ctx.lineTo(x, top + height);
-    ctx.stroke();
-    if (markers.length <= MOST_LABELS) ctx.fillText(label, x + 3 * ratio, top + ratio);
-  }
-  ctx.restore();
-}
 
 export interface Reading {
   line: Line;
