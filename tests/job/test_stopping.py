@@ -171,6 +171,7 @@ def test_azure_is_told_to_go_ahead_after_the_commit() -> None:
             service.schedule("Preempt", 100)
             until(lambda: job.notice, "the notice")
 
-        with pytest.raises(Preempted, match=""):
+        with pytest.raises(Preempted) as left:
             train(3, act, notices="azure")
+        assert left.value.code == 75
         assert at_approval == [[(4, "preemption")]]
