@@ -264,3 +264,19 @@ def test_names_that_are_not_here_say_so(api: wbdist.Api) -> None:
         api.runs("read", per_page=0)
     with pytest.raises(wbdist.UsageError, match="samples"):
         run.history(samples=0)
+
+
+def test_steps_that_lie_far_apart_are_read_in_few_pages(world: Seeds, api: wbdist.Api, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Proves that a history whose steps count tokens is read whole, dense stretches included, with requests in the order of its
+    rows: a page a thousand steps would take a million of them. An archived attempt's, whose end nobody tells, too."""
+    steps = [*range(10**9, 10**9 + 2500), *range(2 * 10**9, 10**12, 10**9 * 7), 10**12]
+    script = f"run = wandb.init(project='read', id='far')\nfor step in {steps}: run.log({{'a': step}}, step=step)\nrun.finish()"
+    world.run("wbdist", f"import wandb\n{script}", world.place("far"))
+    asked: list[str] = []
+    execute = api.execute
+    monkeypatch.setattr(api, "execute", lambda operation: asked.append(operation.name) or execute(operation))
+    run = api.run("read/far")
+    assert [row["a"] for row in run.scan_history()] == steps
+    assert [row["a"] for row in run.scan_history(attempt=1)] == steps
+    assert [row["a"] for row in run.scan_history(min_step=10**9 + 2499, max_step=10**12)] == steps[2499:-1]
+    assert len(asked) < 500, len(asked)

@@ -219,9 +219,10 @@ def read_runs(data: Mapping[str, Any]) -> Page | None:
 
 
 def history_page(
-    entity: str, project: str, run_id: str, min_step: int, max_step: int, *, attempt: int | None = None
+    entity: str, project: str, run_id: str, min_step: int, max_step: int, *, rows: int, attempt: int | None = None
 ) -> Operation:
-    """Every live row with min_step <= `_step` < max_step. Ask for at most a thousand steps at a time.
+    """Every live row with min_step <= `_step` < max_step, if these are less than `rows` (at most a thousand) or there are no
+    more steps than that; a W&B server may leave some out of others.
 
     `attempt` (only with `attempts.FEATURE`) reads the history as that attempt saw it, archived or not.
     """
@@ -231,7 +232,7 @@ def history_page(
         "run": run_id,
         "minStep": min_step,
         "maxStep": max_step,
-        "pageSize": max(1, max_step - min_step),
+        "pageSize": max(1, rows),
     }
     if attempt is None:
         return Operation("HistoryPage", _HISTORY_PAGE, variables)

@@ -18,6 +18,7 @@ from wbdist.protocol import edits, reads
 from wbdist.protocol.operations import Operation
 from wbdist.protocol.reads import RemoteAlert, RemoteAttempt, RemoteRun
 from wbdist.run.absent import MissingNameError
+from wbdist.run.connection import RefusedError
 
 if TYPE_CHECKING:
     from wbdist.run.files_api import File, Files
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
 
 PAGE_STEPS = 1000
 """Steps asked for at a time: what W&B's server answers at most."""
+END_OF_STEPS = 2**53
+"""No history goes beyond."""
 POLL_SECONDS = 1.0
 
 _NOT_HERE = {
@@ -299,20 +302,30 @@ class RunRecord:
     def _scan(
         self, keys: tuple[str, ...], page_size: int, first: int, last: int | None, attempt: int | None
     ) -> Iterator[dict[str, Any]]:
-        # An archived attempt may reach beyond the live history; then the end is where pages run dry.
-        end = last if last is not None else (self.lastHistoryStep + 1 if attempt is None else None)
-        while end is None or first < end:
-            stop = first + page_size if end is None else min(first + page_size, end)
-            page = reads.history_page(*self._address, first, stop, attempt=attempt)
-            rows = reads.read_history_page(self._api.execute(page))
-            if end is None and not rows:
-                return
+        # An archived attempt may reach beyond the live history.
+        end = last if last is not None else self.lastHistoryStep + 1 if attempt is None else END_OF_STEPS
+        width = page_size
+        while first < end:
+            stop = min(first + width, end)
+            page = reads.history_page(*self._address, first, stop, rows=page_size, attempt=attempt)
+            try:
+                rows = reads.read_history_page(self._api.execute(page))
+                whole = width <= page_size or len(rows) < page_size  # else W&B's server may have left some out
+            except RefusedError:
+                if width <= page_size:
+                    raise
+                whole = False  # more than ours gives at once
+            if not whole:
+                width = max(width // 8, page_size)
+                continue
             for row in rows:
                 if not keys:
                     yield row
                 elif all(key in row for key in keys):
                     yield {key: row[key] for key in keys}
             first = stop
+            if len(rows) < page_size // 8:  # steps that count samples or tokens lie far apart
+                width *= 2
 
     def console_logs(self, *, per_page: int = 1000, last: int | None = None) -> Iterator[reads.ConsoleLine]:
         """What the run printed, line by line, oldest first, a page at a time; with `last` the newest lines only."""
