@@ -174,14 +174,13 @@ def _describe_keys(ctx: AppContext, run: RunRow) -> dict[str, Any] | None:
     if tail is None:
         return None
     keys: dict[str, Any] = {}
-    for name in (*run.metrics, "_step", "_timestamp", "_runtime"):
-        buckets = ctx.store.series(run.pk, name, buckets=_KEY_BUCKETS, attempt=run.view)
-        if buckets:
-            keys[name] = {
-                "typeCounts": [{"type": "number", "count": sum(bucket.count for bucket in buckets)}],
-                "monotonic": all(before.max <= after.min for before, after in pairwise(buckets)),
-                "previousValue": buckets[-1].last,
-            }
+    names = list(dict.fromkeys((*run.metrics, "_step", "_timestamp", "_runtime")))
+    for name, buckets in ctx.store.many_series(run.pk, names, buckets=_KEY_BUCKETS, attempt=run.view).items():
+        keys[name] = {
+            "typeCounts": [{"type": "number", "count": sum(bucket.count for bucket in buckets)}],
+            "monotonic": all(before.max <= after.min for before, after in pairwise(buckets)),
+            "previousValue": buckets[-1].last,
+        }
     for name, value in _flat(tail):
         if name not in keys:
             keys[name] = {"typeCounts": [{"type": _type_name(value), "count": 1}], "monotonic": False, "previousValue": value}

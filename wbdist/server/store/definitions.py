@@ -33,12 +33,12 @@ def apply(db: sa.Connection, view: View, config: Mapping[str, Any], summary: Map
     to go on with means (`core.summary.SummaryTracker.state`)."""
     out = dict(summary)
     sums: dict[str, Any] = {}
-    for metric, rule in defined(config, summary).items():
+    rules = defined(config, summary)
+    values = reading.series(db, view, [metric for metric, rule in rules.items() if "none" not in rule.summary], 1)
+    for metric, rule in rules.items():
         if "none" in rule.summary:
             del out[metric]
-            continue
-        found = reading.series(db, view, metric, 1)
-        if found:
+        elif found := values.get(metric):
             first = reading.first_value(db, view, metric) if "first" in rule.summary else None
             out[metric] = _reduced(rule, found[0], summary[metric], first)
             if "mean" in rule.summary:

@@ -277,6 +277,12 @@ class Store(Protocol):
         """One metric of the live view, downsampled; one bucket a value when there are at most `buckets` values."""
         ...
 
+    def many_series(
+        self, pk: int, keys: Sequence[str], *, buckets: int = 1000, attempt: int | None = None
+    ) -> dict[str, list[Bucket]]:
+        """The same of many, in a fraction of the time; without those that have no numbers."""
+        ...
+
     def console(self, pk: int, *, first: int = 0, limit: int = 1000, attempt: int | None = None) -> list[str]: ...
 
     def history_tail(self, pk: int, stream: str, *, attempt: int | None = None) -> dict[str, Any] | None:

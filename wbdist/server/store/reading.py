@@ -22,6 +22,8 @@ from wbdist.server.store.views import View, chunks_of
 
 _PAGE = 512
 """Rows made at a time: a caller that wants one row of a chunk of 32,768 does not wait for all."""
+_TOGETHER = 1000
+"""Metrics whose charts are made together."""
 _RAW = 2 * WIDTH
 """Values a bucket above which rollups are fine enough for a chart."""
 
@@ -88,44 +90,71 @@ def _rows(
                 yield step, rows[at]
 
 
-def series(db: sa.Connection, view: View, key: str, buckets: int) -> list[Bucket]:
-    """One metric, downsampled: from rollups when they are fine enough, else from its values."""
+def series(db: sa.Connection, view: View, keys: Sequence[str], buckets: int) -> dict[str, list[Bucket]]:
+    """Metrics, downsampled: from rollups when they are fine enough, else from their values. Without those that have none.
+
+    Many are read together: to look a chunk over for each would take a time in the square of their number.
+    """
     found: list[Chunk] = []
     for segment in view.segments:
         for part in chunks_of(db, view, segment, HISTORY).values():
             found += part
-    ready = _rollups(db, [chunk.pk for chunk in found if not chunk.whole and chunk.visible == chunk.rows], key)
-    if sum(part.total for part in ready.values()) > _RAW * buckets:
-        rest = _values(db, [chunk for chunk in found if chunk.pk not in ready], key)
-        ready |= {pk: Blocks.of_values(*part) for pk, part in rest.items()}
-        ordered, apart = Blocks.join([ready[chunk.pk] for chunk in found if chunk.pk in ready]).in_order()
-        if apart:
-            return bucketed(ordered, buckets)
-        # Steps run back within or across blocks: buckets of blocks would overlap.
-    parts = list(_values(db, found, key).values())
-    if not parts:
-        return []
-    steps, values = (np.concatenate(part) for part in zip(*parts, strict=True))
-    return bucketed(Blocks.of_values(steps, values).in_order()[0], buckets)
-
-
-def _rollups(db: sa.Connection, pks: Sequence[int], key: str) -> dict[int, Blocks]:
-    out: dict[int, Blocks] = {}
-    select = sa.select(columns.c.chunk_pk, columns.c.rollup).where((columns.c.key == key) & columns.c.rollup.is_not(None))
-    for at in range(0, len(pks), MANY):
-        for pk, blob in db.execute(select.where(columns.c.chunk_pk.in_(pks[at : at + MANY]))):
-            out[pk] = Blocks.unpack(blob)
+    out: dict[str, list[Bucket]] = {}
+    for at in range(0, len(keys), _TOGETHER):
+        made = _series(db, found, keys[at : at + _TOGETHER], buckets)
+        out |= {key: shown for key, shown in made.items() if shown}
     return out
 
 
-def _values(db: sa.Connection, found: Sequence[Chunk], key: str) -> dict[int, tuple[Ints, Floats]]:
-    """chunk pk -> steps and values of what is visible, in order; without the chunks that lack the key."""
-    loaded = load_many(db, [chunk.pk for chunk in found], [key, "_step"])
-    out = {}
+def _series(db: sa.Connection, found: Sequence[Chunk], keys: Sequence[str], buckets: int) -> dict[str, list[Bucket]]:
+    out: dict[str, list[Bucket]] = {}
+    whole = {chunk.pk for chunk in found if not chunk.whole and chunk.visible == chunk.rows}
+    ready, odd = _rollups(db, list(whole), keys)
+    fine = [key for key in keys if sum(part.total for part in ready[key].values()) > _RAW * buckets]
+    rest = _values(db, [chunk for chunk in found if chunk.pk not in whole], fine) if fine else {}
+    for key in fine:
+        values = rest[key]
+        if odd[key]:
+            values |= _values(db, [chunk for chunk in found if chunk.pk in odd[key]], [key])[key]
+        blocks = ready[key] | {pk: Blocks.of_values(*part) for pk, part in values.items()}
+        ordered, apart = Blocks.join([blocks[chunk.pk] for chunk in found if chunk.pk in blocks]).in_order()
+        if apart:
+            out[key] = bucketed(ordered, buckets)
+        # Else steps run back within or across blocks: buckets of blocks would overlap.
+    coarse = [key for key in keys if key not in out]
+    for key, held in (_values(db, found, coarse) if coarse else {}).items():
+        if held:
+            steps, numbers = (np.concatenate(part) for part in zip(*held.values(), strict=True))
+            out[key] = bucketed(Blocks.of_values(steps, numbers).in_order()[0], buckets)
+    return out
+
+
+def _rollups(
+    db: sa.Connection, pks: Sequence[int], keys: Sequence[str]
+) -> tuple[dict[str, dict[int, Blocks]], dict[str, set[int]]]:
+    """key -> chunk pk -> its rollup, and key -> chunks where it has none: not all of its values are numbers."""
+    ready: dict[str, dict[int, Blocks]] = {key: {} for key in keys}
+    odd: dict[str, set[int]] = {key: set() for key in keys}
+    select = sa.select(columns.c.chunk_pk, columns.c.key, columns.c.rollup).where(columns.c.key.in_(keys))
+    for at in range(0, len(pks), MANY):
+        for pk, key, blob in db.execute(select.where(columns.c.chunk_pk.in_(pks[at : at + MANY]))):
+            if blob is None:
+                odd[key].add(pk)
+            else:
+                ready[key][pk] = Blocks.unpack(blob)
+    return ready, odd
+
+
+def _values(db: sa.Connection, found: Sequence[Chunk], keys: Sequence[str]) -> dict[str, dict[int, tuple[Ints, Floats]]]:
+    """key -> chunk pk -> steps and values of what is visible, in order; without the chunks that lack the key."""
+    loaded = load_many(db, [chunk.pk for chunk in found], [*keys, "_step"])
+    out: dict[str, dict[int, tuple[Ints, Floats]]] = {key: {} for key in keys}
     for chunk in found:
         held = loaded.pop(chunk.pk)
-        if key in held:
-            out[chunk.pk] = points(held[key], steps_of(held, chunk.rows), chunk.visible)
+        steps = steps_of(held, chunk.rows)
+        for key in keys:
+            if key in held:
+                out[key][chunk.pk] = points(held[key], steps, chunk.visible)
     return out
 
 
@@ -135,7 +164,7 @@ def first_value(db: sa.Connection, view: View, key: str) -> Any:
     for segment in view.segments:
         for found in chunks_of(db, view, segment, HISTORY).values():
             for chunk in found:
-                values = _values(db, [chunk], key)
+                values = _values(db, [chunk], [key])[key]
                 if chunk.pk in values and len(values[chunk.pk][0]):
                     steps, numbers = values[chunk.pk]
                     first = min((int(steps[0]), float(numbers[0])), first or (int(steps[0]), float(numbers[0])))

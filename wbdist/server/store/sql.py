@@ -302,11 +302,16 @@ class SqlStore:
             )
 
     def series(self, pk: int, key: str, *, buckets: int = 1000, attempt: int | None = None) -> list[Bucket]:
+        return self.many_series(pk, [key], buckets=buckets, attempt=attempt).get(key, [])
+
+    def many_series(
+        self, pk: int, keys: Sequence[str], *, buckets: int = 1000, attempt: int | None = None
+    ) -> dict[str, list[Bucket]]:
         if buckets < 1:
             raise UsageError(f"a chart needs at least 1 bucket, not {buckets}")
         with self._db.read() as db:
             view = self._view(db, pk, attempt)
-            return [] if view is None else reading.series(db, view, key, buckets)
+            return {} if view is None else reading.series(db, view, keys, buckets)
 
     def history_tail(self, pk: int, stream: str, *, attempt: int | None = None) -> dict[str, Any] | None:
         with self._db.read() as db:
