@@ -78,7 +78,7 @@ segments = st.lists(
 def _no_files_of_its_own() -> Iterator[None]:
     """Lines are what is proven here; config.yaml and the like would only be uploaded, again and again."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Run, "_keep_own_files", lambda _: None)
+        patch.setattr(Run, "_keep_own_files", lambda *_: None)
         yield
 
 

@@ -11,38 +11,34 @@ from pathlib import Path
 from time import monotonic, time
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, Self
-from urllib.parse import quote
 
 from msgspec.structs import replace
 
 from wbdist.core.position import ALERTS, ARTIFACTS, CONSOLE, EVENTS, FILES, HISTORY, RunPosition, Watermark
 from wbdist.core.summary import INTERNAL
-from wbdist.errors import FencedError, JournalError, ShutdownError, UsageError
-from wbdist.protocol import names
+from wbdist.errors import FencedError, JournalError, ShutdownError
 from wbdist.run import console, process_end
 from wbdist.run.absent import AbsentNames
 from wbdist.run.artifact_methods import ArtifactMethods
 from wbdist.run.config import Config
+from wbdist.run.file_methods import FileMethods
 from wbdist.run.journal import Kind
+from wbdist.run.own_output import OwnOutput
 from wbdist.run.summary import Summary
 from wbdist.run.system import sampler
 from wbdist.run.values import NeedsFilesError, summary_values
 
 if TYPE_CHECKING:
-    import os
     from datetime import timedelta
 
     from wbdist.run.alerts import AlertLevel, Alerts
     from wbdist.run.artifacts import Artifact
     from wbdist.run.disabled import NoJournal
-    from wbdist.run.files import SavedFiles
     from wbdist.run.journal import JournalWriter
     from wbdist.run.lifecycle import RunSpec
     from wbdist.run.metrics import JournaledSummary, Metric
-    from wbdist.run.restoring import RestoredFile
     from wbdist.run.shipping import Shipping
     from wbdist.run.watching import Watched
-    from wbdist.settings import Settings
 
 logger = logging.getLogger("wbdist.run")
 
@@ -50,7 +46,7 @@ WARN_SECONDS = 10.0
 """Dropped rows are warned of at once, then at most this often, with a count."""
 
 
-class Run(ArtifactMethods, AbsentNames):
+class Run(FileMethods, OwnOutput, ArtifactMethods, AbsentNames):
     """One run as this process writes it. Thread-safe; belongs to the process that opened it. Make it with `init` or `open_run`.
 
     Every row is in the journal, durable against SIGKILL, when `log` returns. Nothing here waits for the network but
@@ -67,44 +63,17 @@ class Run(ArtifactMethods, AbsentNames):
         opened_at: float,
     ) -> None:
         """Use `init` or `open_run`. `shipping` None: nothing leaves this machine by itself."""
-        self.id = spec.run_id
-        self.project = spec.project
-        self.entity = spec.entity
-        self.group = spec.group or ""
-        self.job_type = spec.job_type or ""
-        self.attempt = spec.attempt
-        self.writer = spec.writer
-        self.settings: Settings = spec.settings
-        self.opened_at = opened_at
-        """Unix seconds at which this attempt began."""
-        self.url: str | None = spec.url
-        """The run's page; None offline."""
+        super().__init__(spec, journal=journal, shipping=shipping, directory=directory, opened_at=opened_at)
         self.dropped_rows = 0
         """`log` calls that were dropped because their step lay behind the run's."""
-        self._spec = spec
-        self._name = spec.name
-        self._notes = spec.notes or ""
-        self._tags = tuple(spec.tags or ())
-        self._journal = journal
-        self._shipping = shipping
-        self._run_directory = directory
-        self._lock = journal.lock
-        self._state: Literal["open", "finished", "foreign"] = "open"
         self._warned_at = 0.0
-        self.starting_step = journal.rule.step
-        self.exit_code: int | None = None
-        """Known when the run has finished."""
-        self._lines = 0
-        self._files: SavedFiles | None = None
-        self._artifacts = 0
-        self._on_finish: list[Callable[[], None]] = []
         self._log_row: Callable[[Mapping[str, Any], int | None, bool | None], bool] = journal.log
-        self._sampling: sampler.Subscription | None = None
-        self._samples = 0
         self._fenced = ""
         """Why another attempt has the run, once that is known."""
         self._said_fenced = False
         self._is_scripts = False
+        self._artifacts = 0
+        self._on_finish: list[Callable[[], None]] = []
         self._alerts: Alerts | None = None
         self._watched: list[Watched] = []
         self._defined: JournaledSummary | None = None
@@ -270,40 +239,7 @@ class Run(ArtifactMethods, AbsentNames):
 
         unwatch(self._watched, models)
 
-    # Facts --------------------------------------------------------------------------------------------
-
-    @property
-    def step(self) -> int:
-        """The step that the next `log` without a step goes to."""
-        return self._journal.rule.step
-
-    @property
-    def name(self) -> str | None:
-        """Display name; None while no server has given one. Assigning renames the run."""
-        return self._name
-
-    @name.setter
-    def name(self, value: str) -> None:
-        self._name = str(value)
-        self._record(Kind.RUN, {"display_name": self._name}, "name=")
-
-    @property
-    def notes(self) -> str:
-        return self._notes
-
-    @notes.setter
-    def notes(self, value: str) -> None:
-        self._notes = str(value)
-        self._record(Kind.RUN, {"notes": self._notes}, "notes=")
-
-    @property
-    def tags(self) -> tuple[str, ...]:
-        return self._tags
-
-    @tags.setter
-    def tags(self, value: Sequence[str]) -> None:
-        self._tags = names.tags(value)
-        self._record(Kind.RUN, {"tags": list(self._tags)}, "tags=")
+    # Config and summary -------------------------------------------------------------------------------
 
     @property
     def config(self) -> Config:
@@ -313,100 +249,6 @@ class Run(ArtifactMethods, AbsentNames):
     def summary(self) -> Summary:
         """The last value of each logged key, and what was set by hand."""
         return self._summary
-
-    @property
-    def dir(self) -> str:
-        """Directory of the run's own files; '' for a disabled run."""
-        return str(self._run_directory / "files") if self._run_directory is not None else ""
-
-    @property
-    def sync_dir(self) -> str:
-        """Directory for `wbdist sync`; '' for a disabled run."""
-        return str(self._run_directory) if self._run_directory is not None else ""
-
-    @property
-    def journal(self) -> JournalWriter | NoJournal:
-        """What the run's rows and records go into; for who stamps them with other times, as the aggregator."""
-        return self._journal
-
-    @property
-    def journal_path(self) -> Path | None:
-        return self._journal.path
-
-    @property
-    def path(self) -> str:
-        """`entity/project/id`, what `Api().run` takes; without the entity while it is not known."""
-        return "/".join(part for part in (self.entity, self.project, self.id) if part)
-
-    @property
-    def project_url(self) -> str | None:
-        return self.url.rpartition("/runs/")[0] if self.url else None
-
-    @property
-    def sweep_id(self) -> str | None:
-        """The sweep that this run is a trial of, by its agent's word; None of any other run."""
-        return self._spec.sweep or None
-
-    @property
-    def sweep_url(self) -> str | None:
-        """The sweep's page on W&B's server; None without it, and on the embedded server, which makes no sweeps."""
-        there_is_one = self._spec.sweep and self._spec.settings.base_url and self.project_url
-        return f"{self.project_url}/sweeps/{quote(self._spec.sweep)}" if there_is_one else None
-
-    @property
-    def start_time(self) -> float:
-        return self.opened_at
-
-    @property
-    def resumed(self) -> bool:
-        """Whether this attempt continues an earlier one; a fork and a rewind begin something else."""
-        return self._spec.base is not None and not self._spec.fresh
-
-    @property
-    def disabled(self) -> bool:
-        return self._spec.settings.mode == "disabled"
-
-    @property
-    def offline(self) -> bool:
-        return self._spec.settings.mode == "offline"
-
-    @property
-    def finished(self) -> bool:
-        return self._state == "finished"
-
-    def save(
-        self,
-        glob_str: str | bytes | os.PathLike[str] | None = None,
-        base_path: str | os.PathLike[str] | None = None,
-        policy: str = "live",
-        glob: bool = True,
-    ) -> list[str] | bool:
-        """Keeps the files that match now with the run; returns their places in `dir`. Waits for no server.
-
-        `policy`: "live" uploads now, again when a file changes, and at the end; "now" once, as it is now; "end" at the
-        end. What a call saves is set aside before it returns, so the file may be written again at once (a live one
-        above 64 MiB, on a file system that cannot share blocks, is read in the background instead). Names keep the
-        directories below the working directory or `base_path`; of an absolute path the last one. `glob=False` takes the
-        path literally. A file that cannot be read is said, and fails nothing else.
-
-        Without arguments, as after renaming a run: what was set is durable already; True. A disabled run: False.
-        Raises ValueError for a policy, a pattern or a base_path that cannot be; ShutdownError, UsageError as `log`.
-        """
-        self._check_usable("save()")
-        if glob_str is None:
-            return True
-        if self.disabled:
-            return False
-        return self._saved_files().save(glob_str, base_path, policy, glob)
-
-    def restore(
-        self, name: str | os.PathLike[str], run_path: str | None = None, replace: bool = False, root: str | None = None
-    ) -> RestoredFile | None:
-        """The newest version of a file of this run (or of `run_path`), open for reading bytes, and usable as a path; its
-        `name` is where it lies. See `restoring.restore`."""
-        from wbdist.run.restoring import restore_for
-
-        return restore_for(self, name, run_path, replace, root)
 
     # Ending -------------------------------------------------------------------------------------------
 
@@ -480,7 +322,7 @@ class Run(ArtifactMethods, AbsentNames):
             self._log_row = self._refuse_row
         process_end.forget(self)
         try:
-            self._keep_own_files()
+            self._keep_own_files(self._config.as_dict(), self._summary_values())
             if self._files is not None:
                 self._files.at_finish()
         finally:
@@ -546,32 +388,6 @@ class Run(ArtifactMethods, AbsentNames):
     def __repr__(self) -> str:
         return f"<wbdist.Run {self.path} attempt {self.attempt} step {self._journal.rule.step} {self._state}>"
 
-    def capture_console(self) -> None:
-        """From now on, what this process prints is kept with the run."""
-        console.attach(self._keep_line)
-
-    def sample_system(self) -> None:
-        """From now on, system metrics of this process, and of the machine as the spec says, are kept with the run."""
-        settings, spec = self.settings, self._spec
-        self._sampling = sampler.Subscription(
-            self._keep_sample,
-            settings.x_stats_sampling_interval,
-            host=spec.sample == "all",
-            label=self._system_label(),
-            disk_paths=settings.x_stats_disk_paths,
-            gpus=settings.x_stats_gpu_device_ids,
-        )
-        sampler.subscribe(self._sampling)
-
-    def log_system(self, metrics: Mapping[str, float]) -> None:
-        """Keeps numbers among the system metrics, as `system.<name>`: told by time and not by step, and so the place for what
-        two runs of the same computation need not have alike. Any thread; one small write. Nothing where system metrics are
-        switched off, or the run has ended."""
-        suffix = f"/l:{label}" if (label := self._system_label()) else ""
-        with self._lock:
-            if self._state == "open" and not self.settings.x_disable_stats:
-                self._keep_sample({f"system.{name}{suffix}": value for name, value in metrics.items()})
-
     def belongs_to_script(self) -> None:
         """Says that no job looks after this run.
 
@@ -619,49 +435,6 @@ class Run(ArtifactMethods, AbsentNames):
             artifact_logging.record(self, self._journal, artifact, staged, aliases)
             self._artifacts += 1
 
-    def keep_code(self) -> None:
-        """Keeps the running script with the run, below `code/` (nothing in an interactive session), and what its checkout has
-        changed since its commit, where git is allowed. Blocks for git, at most 10 s. Raises as `save`."""
-        from wbdist.run import own_files
-
-        if self._run_directory is None:
-            return
-        names = [own_files.keep_main_script(Path(self.dir))]
-        if not self.settings.disable_git:
-            names.append(own_files.keep_diff(Path(self.dir)))
-        for name in filter(None, names):
-            self._saved_files().add(name)
-
-    def _keep_own_files(self) -> None:
-        """config.yaml and the like. That they cannot be written is said; nothing that was logged is lost by it."""
-        if self._run_directory is None or self._spec.role != "run" or not self.settings.x_primary:
-            return
-        from wbdist.run import own_files
-
-        git = not self.settings.disable_git
-        try:
-            names = own_files.write(Path(self.dir), self._config.as_dict(), self._summary_values(), self.opened_at, git=git)
-        except (OSError, TypeError) as error:
-            self._say(f"run {self.id}: config.yaml and the like cannot be kept: {error}", warning=True)
-            return
-        for name in names:
-            self._saved_files().add(name)
-
-    def _saved_files(self) -> SavedFiles:
-        if self._files is None:
-            from wbdist.run.files import SavedFiles
-            from wbdist.run.journal import JournalWriter
-
-            assert isinstance(self._journal, JournalWriter)
-            assert self._run_directory is not None
-            self._files = SavedFiles(
-                self._journal,
-                self._run_directory.absolute(),
-                lambda text: self._say(text, warning=True),
-                self.settings.ignore_globs,
-            )
-        return self._files
-
     def _set_config(self, changed: dict[str, Any]) -> None:
         self._record(Kind.CONFIG, {"set": changed}, "config")
 
@@ -674,25 +447,6 @@ class Run(ArtifactMethods, AbsentNames):
         change = {"set": kept, "delete": list(deleted)}
         self._journal.append(Kind.SUMMARY, {what: names for what, names in change.items() if names})
 
-    def _with_files(self, data: Mapping[Any, Any], step: int | str) -> dict[Any, Any]:
-        """`data` with its media written to the run's files, and records of them in their places."""
-        from wbdist.run.media.rows import converted
-
-        assert self._run_directory is not None, "a disabled run keeps no values"
-        try:
-            made, written = converted(data, step, self._run_directory.absolute() / "files")
-        except OSError as error:
-            raise JournalError(f"run {self.id}: a file of {', '.join(map(str, data))} cannot be written: {error}") from error
-        summary_values(made)  # what cannot be kept is to be said before anything is journaled
-        for name in written:
-            self._saved_files().add(name)
-        return made
-
-    def _say_and_keep(self, text: str) -> None:
-        self._say(text, warning=True)
-        if self.settings.silent or not self._spec.capture_console:  # else it was kept as everything that is printed
-            self._keep_line(text, "stderr")
-
     def _summary_state(self) -> dict[str, Any]:
         """The summary, with what the next attempt needs to go on with it."""
         return self._journal.summary() if self._defined is None else self._defined.state()
@@ -702,45 +456,9 @@ class Run(ArtifactMethods, AbsentNames):
         values.pop(INTERNAL, None)
         return values
 
-    def _record(self, kind: Kind, payload: dict[str, Any], what: str) -> None:
-        self._check_usable(what)
-        self._journal.append(kind, payload)
-
-    def _keep_line(self, text: str, stream: str) -> None:
-        """One printed line -> the journal. A failing journal must not break `print`: it is said once, and rows raise it."""
-        label = self.settings.x_label
-        try:
-            self._journal.append(Kind.CONSOLE, {"text": f"[{label}] {text}" if label else text, "stream": stream})
-            self._lines += 1
-        except (JournalError, TypeError) as error:
-            console.detach(self._keep_line)
-            logger.warning("run %s: console output is not kept any more: %s", self.id, error)
-
-    def _system_label(self) -> str:
-        return self.settings.x_label or (f"rank{self._spec.rank}" if self._spec.role == "feed" else "")
-
-    def _keep_sample(self, metrics: dict[str, float]) -> None:
-        try:
-            with self._lock:
-                self._journal.append(Kind.STATS, metrics)
-                self._samples += 1
-        except JournalError as error:  # rows raise it, where somebody can act on it
-            logger.warning("run %s: a sample of the system metrics is lost: %s", self.id, error)
-
     def _refuse_row(self, *_: Any, **__: Any) -> NoReturn:
         self._check_usable("log()")
         raise AssertionError("an open run refused a row")
-
-    def _check_usable(self, what: str) -> None:
-        if self._state == "finished":
-            raise ShutdownError(
-                f"run {self.id} ({self._name or 'unnamed'}) is finished: {what} comes too late; open a new run with init()"
-            )
-        if self._state == "foreign":
-            raise UsageError(
-                f"run {self.id} belongs to the parent process: {what} cannot be used in a forked child; open a run of "
-                "the child's own with init(), or send the values to the parent"
-            )
 
     def _disown(self) -> None:
         """In a forked child: the run stays the parent's. The lock may be held by a thread that does not exist here."""
@@ -750,6 +468,3 @@ class Run(ArtifactMethods, AbsentNames):
         if self._defined is not None:
             self._defined.lock = threading.Lock()
         self._log_row = self._refuse_row
-
-    def _say(self, text: str, *, warning: bool = False) -> None:
-        self.settings.say(text, warning=warning)
