@@ -123,15 +123,19 @@ def test_what_cannot_be_sent_is_said(tmp_path: Path) -> None:
 
 
 def test_bad_arguments_are_refused(tmp_path: Path) -> None:
-    """Proves that a bad nprocs and something that is no function are refused with what was given."""
-    text = "from wbdist.errors import UsageError\nfor bad in ((print, 0), (print, True), (print, 1.5), ('x', 2)):\n"
+    """Proves that a bad nprocs, something that is no function and arguments that are none are refused with what was given."""
+    text = "from wbdist.errors import UsageError\n"
+    text += (
+        "for bad in ((print, 0), (print, True), (print, 1.5), ('x', 2), (print, 2, 5), (print, 2, 'a'), (print, 2, (), [1])):\n"
+    )
     text += "    try: launch(*bad)\n    except UsageError as error: print(error)\n"
     code, out, _ = run(tmp_path, text)
     assert code == 0
-    assert len(out.splitlines()) == 4
+    assert len(out.splitlines()) == 7
     assert "nprocs=0" in out
     assert "nprocs=1.5" in out
     assert "str" in out.splitlines()[3]
+    assert [line.partition(" must")[0] for line in out.splitlines()[4:]] == ["args=5", "args='a'", "kwargs=[1]"]
 
 
 SLEEPER = """
@@ -172,7 +176,6 @@ def test_values_and_errors_come_back(tmp_path: Path) -> None:
         tmp_path,
         """
 import wbdist
-from wbdist.distributed.outcomes import JobFailedError
 class Odd(wbdist.UsageError):
     def __init__(self, a, b): super().__init__(f"{a} {b}")
 def good(base):
@@ -188,7 +191,7 @@ if __name__ == "__main__":
     for call in ((wbdist.UsageError, "no such column"), (Odd, 1, 2)):
         try:
             launch(bad, 2, args=call, start_method="fork")
-        except JobFailedError as error:
+        except wbdist.JobFailedError as error:
             assert isinstance(error, wbdist.Error)
             print(error.code, error.rank, type(error.__cause__).__name__, "in bad" in error.traceback, end=" ")
             print(str(error).splitlines()[0])

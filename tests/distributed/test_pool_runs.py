@@ -19,7 +19,6 @@ from support.waiting import until
 
 import wbdist
 from wbdist.distributed.pool import Pool
-from wbdist.distributed.pool_keeper import WorkerLostError
 from wbdist.run import lifecycle
 from wbdist.run.journal import JournalReader, find_journals
 from wbdist.run.local_history import LocalRun
@@ -65,7 +64,7 @@ def test_workers_log_into_the_parents_run(tmp_path: Path) -> None:
             try:
                 assert next(results) == n * n
                 run.log({"progress": n})
-            except WorkerLostError as error:
+            except wbdist.WorkerLostError as error:
                 lost.append(error.task)
         with Pool(1, context="fork") as another:
             assert another.apply(log_square, (20,)) == 400
@@ -139,6 +138,40 @@ def nested(n: int) -> list[int]:
     wbdist.log({"outer": n})
     with Pool(2, context="fork") as pool:
         return pool.map(log_square, [n, n + 1])
+
+
+def own_run(n: int) -> None:
+    """Opens a run of its own: an odd one is left open."""
+    run = wbdist.init(project="q", mode="offline", settings={"silent": True})
+    wbdist.log({"own": n})
+    if n % 2 == 0:
+        run.finish()
+
+
+def log_number(n: int) -> str:
+    wbdist.log({"n": n})
+    assert wbdist.run is not None
+    return wbdist.run.id
+
+
+def test_a_run_that_a_task_opens_is_that_tasks_alone() -> None:
+    """Proves that what follows a task that called `init`, left its run open, or called `finish`, logs into the parent's run:
+    its rows went into the run that was left open, or it failed. A run that the initializer opens is the worker's."""
+    with wbdist.init(project="p", mode="offline", settings={"silent": True}) as run:
+        with wbdist.Pool(1, context="fork") as pool:
+            for n, task in enumerate((own_run, log_number, log_number, own_run, log_number)):
+                pool.apply(task, (n,))
+            pool.apply(wbdist.finish)
+            assert pool.apply(log_number, (6,)) == run.id
+        with wbdist.Pool(1, own_run, (1,), context="fork") as pool:
+            (other,) = set(pool.map(log_number, [7, 8]))
+    assert other != run.id
+    found: dict[str, list[dict[str, Any]]] = {}
+    for path in find_journals("wandb"):
+        with JournalReader.open(path) as reader:
+            found.setdefault(reader.header.run_id, []).extend(rows_of(path))
+    assert [row["n"] for row in sorted(found.pop(run.id), key=_step)] == [1, 2, 4, 6]
+    assert sorted([row.get("own", row.get("n")) for row in rows] for rows in found.values()) == [[0], [1, 7, 8], [3]]
 
 
 def test_explicit_steps_and_nested_pools(tmp_path: Path) -> None:

@@ -50,6 +50,12 @@ def launch(
         raise UsageError(f"launch() needs a function to run on every rank; got {type(fn).__name__}")
     if type(nprocs) is not int or nprocs < 1:
         raise UsageError(f"nprocs={nprocs!r} must be a whole number, 1 or more")
+    if isinstance(args, str) or not isinstance(args, Sequence):
+        raise UsageError(
+            f"args={args!r:.80} must be a tuple or list of what the function is called with; of one alone: args=(x,)"
+        )
+    if not isinstance(kwargs, Mapping | None):
+        raise UsageError(f"kwargs={kwargs!r:.80} must be a dict of what the function is called with by name")
     if start_method not in {"spawn", "fork"}:
         raise UsageError(f"start_method={start_method!r} is not known; choose spawn or fork")
     if "RANK" in os.environ or nprocs == 1:

@@ -160,19 +160,32 @@ class WorkerRuns:
         elif self._plan.kind == "parent":
             self._open_part()
 
+    def initialized(self) -> None:
+        """Behind the initializer: a run that it opened is this worker's from here on."""
+        run = lifecycle.current_run()
+        if self._plan.kind in {"parent", "worker"} and run is not self._run:
+            self._run, self._rows = run, None
+
     def begin_task(self, task: int) -> None:
         if self._plan.kind == "task":
             self._open_own(f"t{task}", {"task": task, "worker": self._worker})
         elif self._rows is not None:
-            if self._rows.explicit:  # this task's steps may begin again: it writes a part of its own
-                assert self._run is not None
+            assert self._run is not None
+            # Behind a task that named steps, this one's may begin again: it writes a part of its own. One that called `init` or
+            # `finish` has ended the part.
+            if self._rows.explicit or self._run.finished:
                 self._run.finish(0)
                 self._open_part()
             self._rows.columns = {"pool/task": task, "pool/worker": self._worker}
 
     def end_task(self, error: BaseException | None) -> None:
-        """What the task left in the open row is logged; a run of its own ends."""
+        """What the task left in the open row is logged; a run of its own ends, and so does one that it opened and left open."""
         run = self._run
+        left = lifecycle.current_run()
+        if left is not None and left is not run and self._plan.kind != "none":
+            left.finish(0 if error is None else 1)
+            if run is not None and not run.finished:
+                lifecycle.set_current(run)
         if run is None or run.finished:
             return
         if self._plan.kind == "task":

@@ -138,6 +138,7 @@ def run_worker(start: Start, channel: Any, place: Any, claims: Any, steps: Any) 
         if start.initializer is not None:
             initializer, arguments, _ = unpacked(start.initializer)
             initializer(*arguments)
+            runs.initialized()
     except BaseException as error:  # noqa: BLE001  (everything that ends a worker before it works is told the pool)
         own.sendall(message(Message.BROKEN, failure(error)))
         runs.end(1)
