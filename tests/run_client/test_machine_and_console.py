@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 import wbdist
+from wbdist.errors import DiskFullError
 from wbdist.run import console, machine
 from wbdist.run.journal import JournalReader, Kind, Record
 
@@ -225,3 +226,29 @@ def test_a_bar_of_many_updates_is_one_line() -> None:
     with JournalReader.open(run.journal_path) as reader:
         texts = [record.data["text"] for record in reader.read() if record.kind is Kind.CONSOLE]
     assert texts == ["[rank3] done9|" + "#" * 20]
+
+
+def test_print_goes_on_when_the_disk_is_full(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Proves that lines that no journal can take reach the terminal, without an error, also printed in pieces: `print("a", 1)`
+    in a script that had caught the full disk was a RuntimeError. The console is given back, and another run keeps all."""
+
+    def full(*_: object, **__: object) -> None:
+        raise DiskFullError("no space")
+
+    quiet = {"quiet": True, "reinit": "create_new"}
+    run, other = (wbdist.init(project="p", settings=quiet) for _ in range(2))
+    kept: list[str] = []
+    keep = other.journal.append
+    monkeypatch.setattr(run.journal, "append", full)
+    monkeypatch.setattr(
+        other.journal, "append", lambda kind, data, **more: kept.append(data.get("text")) or keep(kind, data, **more)
+    )
+    print("unfinished", end="", file=sys.stderr)
+    print("step", 1)
+    print("step", 2)
+    monkeypatch.undo()
+    assert capsys.readouterr().out == "step 1\nstep 2\n"
+    other.finish()
+    assert sorted(line for line in kept if line) == ["step 1", "step 2", "unfinished"]
+    assert not isinstance(sys.stdout, console._Tee)
+    run.finish()

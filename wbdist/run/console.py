@@ -49,6 +49,7 @@ class _Tee:
 
     def _keep(self, text: str) -> None:
         *finished, rest = (self._line + text).split("\n")
+        self._line = ""  # a sink may detach itself, which gives the unfinished line
         for line in finished:
             self._give(line)
         if len(rest) > _COLLAPSE and "\r" in rest:  # a bar that was drawn a thousand times is its last state
@@ -123,12 +124,14 @@ def attach(sink: Sink) -> None:
 
 
 def detach(sink: Sink) -> None:
-    """Undoes `attach`; an unfinished line is given to the sinks first. Idempotent."""
+    """Undoes `attach`; an unfinished line is given to the sinks first. Idempotent; a sink may call it."""
     with _lock:
         if sink not in _sinks:
             return
-        for tee in _tees.values():
+        for tee in tuple(_tees.values()):
             tee.finish_line()
+        if sink not in _sinks:
+            return  # it could not take that line, and has detached itself
         _sinks.remove(sink)
         if _sinks:
             return
