@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -12,6 +14,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,7 +23,7 @@ from support.ports import free_port
 from support.torchrun import torchrun
 
 from wbdist.core.coordination import Coordinator
-from wbdist.distributed import coordination
+from wbdist.distributed import asking, coordination
 from wbdist.distributed.coordination import AloneCoordinator, StoreCoordinator, connect, first_host, store_address
 from wbdist.distributed.identity import RankIdentity
 from wbdist.errors import DeadlineError, PeerLostError, UsageError
@@ -212,6 +215,70 @@ def test_a_dead_store_is_a_lost_peer() -> None:
         peers.get("other", 8)
     assert time.monotonic() - began < 10
     peers.close()
+
+
+RELAY = """
+import socket, sys, threading
+def pass_on(a, b):
+    while data := a.recv(65536):
+        b.sendall(data)
+listener = socket.create_server(("127.0.0.1", 0))
+print(listener.getsockname()[1], flush=True)
+here, _ = listener.accept()
+there = socket.create_connection(("127.0.0.1", int(sys.argv[1])))
+threading.Thread(target=pass_on, args=(there, here), daemon=True).start()
+pass_on(here, there)
+"""
+
+
+def test_a_store_that_does_not_answer_is_left_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Proves that whoever waits, with a deadline, on a store that has been stopped (SIGSTOP to what stands for its host) gets a
+    PeerLostError that says so while it is still stopped, other threads and the end too, and that all works again behind it."""
+    from torch.distributed import PrefixStore, TCPStore
+
+    monkeypatch.setattr(asking, "SILENCE", 0.3)
+    server = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=60))
+    host = subprocess.Popen([sys.executable, "-c", RELAY, str(server.port)], stdout=subprocess.PIPE, text=True)
+    thaw = threading.Timer(60, host.send_signal, [signal.SIGCONT])
+    try:
+        assert host.stdout is not None
+        client = TCPStore("127.0.0.1", int(host.stdout.readline()), is_master=False, timeout=timedelta(seconds=60))
+        peers = StoreCoordinator(PrefixStore("x", client), 1, 2, "i")  # type: ignore[arg-type]
+        peers.put("k", b"v")
+        assert peers.get("k", 5) == b"v"
+        thaw.start()
+        host.send_signal(signal.SIGSTOP)
+        with ThreadPoolExecutor(5) as pool:
+            waits = [
+                pool.submit(peers.get, "k", 0.1),
+                pool.submit(peers.agree, "name", None, 0.1),
+                pool.submit(peers.gather, "name", b"", 0.1),
+                pool.submit(peers.clone().barrier, "name", 0.1),
+            ]
+            for wait in waits:
+                with pytest.raises(PeerLostError, match="has not answered"):
+                    wait.result(90)
+            late = pool.submit(peers.peek, "k")
+            assert thaw.is_alive(), "it was still stopped"
+            host.send_signal(signal.SIGCONT)
+            assert late.result(60) == b"v"
+        assert peers.get("k", 30) == b"v"
+        host.send_signal(signal.SIGSTOP)
+        peers.close()
+        assert thaw.is_alive(), "it was still stopped"
+    finally:
+        thaw.cancel()
+        host.kill()
+        host.communicate(timeout=60)
+
+
+def test_the_time_a_job_was_suspended_is_not_the_stores(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Proves that an answer which comes after hours on the clock, most of which this process did not run, is heard."""
+    hours = itertools.count(step=3600.0)
+    monkeypatch.setattr(asking, "time", SimpleNamespace(monotonic=lambda: next(hours)))
+    ask, asked = asking.Asker(), threading.Event()
+    threading.Timer(0.8, asked.set).start()
+    assert ask(lambda: asked.wait(60), 1.0)
 
 
 def test_a_missing_rank_is_named_when_the_incarnation_is_agreed() -> None:

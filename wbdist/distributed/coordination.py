@@ -15,7 +15,6 @@ confirm a nonce that is drawn now; the rank keeps looking until the living one a
 
 from __future__ import annotations
 
-import contextlib
 import ipaddress
 import os
 import re
@@ -32,6 +31,7 @@ from typing import Any, Protocol, Self, TypeVar
 import msgspec
 
 from wbdist.core.coordination import Coordinator
+from wbdist.distributed.asking import Asker, gone
 from wbdist.distributed.identity import RankIdentity
 from wbdist.errors import DeadlineError, PeerLostError, UsageError
 
@@ -42,7 +42,7 @@ MARK = b"="
 LINGER = 2.0
 """Seconds that the rank which hosts the store waits, when it closes, for the others to have closed."""
 STORE_TIMEOUT = timedelta(seconds=30)
-"""For single requests to the store (never for waiting on peers, which always has the caller's deadline)."""
+"""For single requests to the store, where torch's client heeds it (see `asking`); a wait for peers has its own deadline."""
 
 
 class Store(Protocol):
@@ -233,10 +233,10 @@ def _agree_on_incarnation(store: Store, identity: RankIdentity, env: Mapping[str
         _write(place, "announced", name)
         nonces: dict[str, str] = {}
         for rank in range(1, identity.world_size):
-            key = f"{name}/nonce/{rank}"
-            if not _wait(place, [key], deadline - time.monotonic()):
+            given = _wait_for(place, f"{name}/nonce/{rank}", deadline)
+            if not given:
                 raise PeerLostError(f"rank {rank} did not join rank 0 to agree on the incarnation in time; did it start?")
-            nonces[str(rank)] = _read(place, key).decode()
+            nonces[str(rank)] = given.decode()
         _write(place, f"{name}/confirmed", msgspec.json.encode(nonces))
         return name
     nonce, answered = secrets.token_hex(8), ""
@@ -275,7 +275,7 @@ def _asking(store: Store, request: Callable[[], T]) -> T:
     try:
         return request()
     except RuntimeError as error:
-        raise PeerLostError(f"the store that joins the ranks is gone (the process that hosted it ended): {error}") from error
+        raise gone(error) from error
 
 
 def _read(store: Store, key: str) -> bytes:
@@ -287,17 +287,22 @@ def _write(store: Store, key: str, value: bytes | str) -> None:
     _asking(store, lambda: store.set(key, value))
 
 
-def _wait(store: Store, keys: list[str], timeout: float, lock: contextlib.AbstractContextManager[Any] | None = None) -> bool:
-    """Whether all `keys` exist within `timeout` seconds. Raises PeerLostError when the store is gone.
+def _wait_for(store: Store, key: str, deadline: float) -> bytes:
+    """The value when there is one, or empty after the deadline."""
+    _wait(lambda _left: bool(_read(store, key)), deadline - time.monotonic())
+    return _read(store, key)
 
-    Asks again and again (9 us each) after 5 % of the time waited so far, at most 0.1 s. Rejected: the store's own blocking
+
+def _wait(there: Callable[[float], bool], timeout: float) -> bool:
+    """Whether what is waited for is `there` within `timeout` seconds; it is asked with the seconds that are left.
+
+    Asks again and again (0.1 ms each) after 5 % of the time waited so far, at most 0.1 s. Rejected: the store's own blocking
     wait. It keeps signal handlers from running, holds the connection, and prints a C++ warning whenever its time is up.
     """
     began = time.monotonic()
     while True:
-        with lock or contextlib.nullcontext():
-            if _asking(store, lambda: store.check(keys)):
-                return True
+        if there(timeout - (time.monotonic() - began)):
+            return True
         waited = time.monotonic() - began
         if waited >= timeout:
             return False
@@ -315,16 +320,16 @@ class StoreCoordinator(Coordinator):
         incarnation: str,
         *,
         hosting: bool = False,
-        lock: threading.Lock | None = None,
+        asker: Asker | None = None,
     ) -> None:
         self._store = store
         self._rank = rank
         self._world_size = world_size
         self.incarnation = incarnation
         self._hosting = hosting
-        self._primary = lock is None
+        self._primary = asker is None
         self._closed = False
-        self._lock = lock or threading.Lock()
+        self._ask = asker or Asker()
 
     @property
     def rank(self) -> int:
@@ -335,52 +340,48 @@ class StoreCoordinator(Coordinator):
         return self._world_size
 
     def put(self, key: str, value: bytes) -> None:
-        store = self._open()
-        with self._lock:
-            _asking(store, lambda: store.set(f"k/{key}", MARK + value))
+        self._put(key, value, None)
 
     def get(self, key: str, timeout: float) -> bytes:
+        self._open()
         if not self._wait([f"k/{key}"], timeout):
             raise DeadlineError(f"rank {self._rank} waited {timeout:.1f} s for {key!r}, which no rank has put")
-        return self._read(f"k/{key}")
+        return self._read(f"k/{key}", 0.0)
 
     def peek(self, key: str) -> bytes | None:
         store = self._open()
-        with self._lock:
-            found = _asking(store, lambda: store.check([f"k/{key}"]))
-        return self._read(f"k/{key}") if found else None
+        found = self._ask(lambda: store.check([f"k/{key}"]))
+        return self._read(f"k/{key}", None) if found else None
 
     def claim(self, key: str, value: bytes) -> bytes:
         store = self._open()
-        with self._lock:
-            stands = _asking(store, lambda: store.compare_set(f"k/{key}", "", MARK + value))
-        return bytes(stands)[len(MARK) :]
+        return bytes(self._ask(lambda: store.compare_set(f"k/{key}", "", MARK + value)))[len(MARK) :]
 
     def agree(self, name: str, value: bytes | None, timeout: float) -> bytes:
         key = f"agree/{name}"
         if self._rank == 0:
             if value is None:
                 raise UsageError(f"agree({name!r}): rank 0 must give the value")
-            self.put(key, value)
+            self._put(key, value, timeout)
             return value
         if value is not None:
             raise UsageError(f"agree({name!r}): rank {self._rank} gave a value; only rank 0 decides")
+        self._open()
         if not self._wait([f"k/{key}"], timeout):
             raise PeerLostError(f"rank 0 did not decide {name!r} within {timeout:.1f} s (asked by rank {self._rank})")
-        return self._read(f"k/{key}")
+        return self._read(f"k/{key}", 0.0)
 
     def gather(self, name: str, value: bytes, timeout: float) -> list[bytes]:
         keys = self._arrive(name, value, timeout)
         store = self._open()
-        with self._lock:
-            return [bytes(found)[len(MARK) :] for found in _asking(store, lambda: store.multi_get(keys))]
+        return [bytes(found)[len(MARK) :] for found in self._ask(lambda: store.multi_get(keys), 0.0)]
 
     def barrier(self, name: str, timeout: float) -> None:
         self._arrive(name, b"", timeout)
 
     def clone(self) -> StoreCoordinator:
         # On the same connection: no request holds it while it waits for a peer, and one more may take seconds (`_listen`).
-        return StoreCoordinator(self._open(), self._rank, self._world_size, self.incarnation, lock=self._lock)
+        return StoreCoordinator(self._open(), self._rank, self._world_size, self.incarnation, asker=self._ask)
 
     def close(self) -> None:
         """Releases the connection. On the rank that hosts the store, the first connection's close waits up to LINGER seconds
@@ -392,14 +393,14 @@ class StoreCoordinator(Coordinator):
             return
         try:
             if self._hosting:
-                _wait(self._store, [f"closed/{rank}" for rank in range(self._world_size) if rank != self._rank], LINGER)
+                self._wait([f"closed/{rank}" for rank in range(self._world_size) if rank != self._rank], LINGER)
             else:
-                _write(self._store, f"closed/{self._rank}", "1")
+                self._ask(lambda: self._store.set(f"closed/{self._rank}", "1"), LINGER)
         except PeerLostError:
             return  # the host ended first: there is nobody left to tell
 
     def _arrive(self, name: str, value: bytes, timeout: float) -> list[str]:
-        self.put(f"gather/{name}/{self._rank}", value)
+        self._put(f"gather/{name}/{self._rank}", value, timeout)
         keys = [f"k/gather/{name}/{rank}" for rank in range(self._world_size)]
         if not self._wait(keys, timeout):
             missing = [rank for rank, key in enumerate(keys) if not self._has(key)]
@@ -413,16 +414,18 @@ class StoreCoordinator(Coordinator):
             raise UsageError(f"rank {self._rank}: this coordinator is closed")
         return self._store
 
+    def _put(self, key: str, value: bytes, timeout: float | None) -> None:
+        store = self._open()
+        self._ask(lambda: store.set(f"k/{key}", MARK + value), timeout)
+
     def _wait(self, keys: list[str], timeout: float) -> bool:
-        return _wait(self._open(), keys, timeout, self._lock)
+        return _wait(lambda left: self._ask(lambda: self._store.check(keys), left), timeout)
 
     def _has(self, key: str) -> bool:
-        with self._lock:
-            return _asking(self._store, lambda: self._store.check([key]))
+        return self._ask(lambda: self._store.check([key]), 0.0)
 
-    def _read(self, key: str) -> bytes:
-        with self._lock:
-            return bytes(_asking(self._store, lambda: self._store.get(key)))[len(MARK) :]
+    def _read(self, key: str, timeout: float | None) -> bytes:
+        return bytes(self._ask(lambda: self._store.get(key), timeout))[len(MARK) :]
 
 
 class AloneCoordinator(Coordinator):
