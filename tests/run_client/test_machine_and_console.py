@@ -252,3 +252,29 @@ def test_print_goes_on_when_the_disk_is_full(monkeypatch: pytest.MonkeyPatch, ca
     assert sorted(line for line in kept if line) == ["step 1", "step 2", "unfinished"]
     assert not isinstance(sys.stdout, console._Tee)
     run.finish()
+
+
+def test_a_run_that_gives_the_console_back_in_the_middle_of_a_line(
+    script: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Proves that `print`, whose stream is taken away while it prints, ends its line and does not end the process: Python holds
+    that stream without a reference, and went on with freed memory (a segmentation fault on a full disk)."""
+    monkeypatch.setenv("PYTHONMALLOC", "debug")  # freed memory is overwritten at once
+    done = script(
+        """
+        import sys, wbdist
+        from wbdist.errors import DiskFullError
+        def full(*_, **__): raise DiskFullError("no space")
+        for number in range(3):
+            run = wbdist.init(project="p", mode="offline", settings={"quiet": True})
+            run.journal.append, kept = full, run.journal.append
+            for step in range(50):
+                print("line", step, "of", number, *range(20), flush=True)
+            run.journal.append = kept
+            run.finish()
+        print(type(sys.stdout).__name__)
+        """
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[50] == "line 0 of 1 " + " ".join(map(str, range(20)))
+    assert done.stdout.splitlines()[-1] == "TextIOWrapper"

@@ -22,6 +22,9 @@ _TOKEN = re.compile(r"\x1b\[([0-9;?]*)([@-~])|\x1b\][^\x07\x1b]*(?:\x07|\x1b\\)|
 _lock = threading.RLock()
 _sinks: list[Sink] = []
 _tees: dict[str, _Tee] = {}
+_retired: list[_Tee] = []
+"""Never freed: a `print` on another thread, or the very one whose line a sink gave up at, holds its stream without a reference
+(Python up to 3.13), and would go on with freed memory."""
 
 
 class _Tee:
@@ -119,7 +122,10 @@ def attach(sink: Sink) -> None:
         for name in ("stdout", "stderr"):
             stream = getattr(sys, name)
             if stream is not None and not isinstance(stream, _Tee):
-                _tees[name] = _Tee(name, stream)
+                if name in _tees and _tees[name].original is not stream:
+                    _retired.append(_tees.pop(name))
+                if name not in _tees:
+                    _tees[name] = _Tee(name, stream)
                 setattr(sys, name, _tees[name])
 
 
@@ -135,11 +141,10 @@ def detach(sink: Sink) -> None:
         _sinks.remove(sink)
         if _sinks:
             return
-        for name, tee in list(_tees.items()):
+        for name, tee in _tees.items():
             # Somebody may have put their own stream over ours meanwhile; then ours stays below it and only passes on.
             if getattr(sys, name) is tee:
                 setattr(sys, name, tee.original)
-                del _tees[name]
 
 
 def forget_all() -> None:
