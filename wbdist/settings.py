@@ -153,6 +153,9 @@ SPECIAL_NAMES = {
 OF_THE_TRIAL = {"project": "project", "entity": "entity", "run_id": "id"}
 """Settings that a sweep's agent decides -> what they are called as arguments."""
 
+RANKS = ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "SLURM_PROCID")
+"""Variables by which launchers number ranks: who prints what all of them know."""
+
 NOT_FROM_WANDB = frozenset({"data_dir"})
 """W&B's variable of this name means another directory."""
 
@@ -275,21 +278,23 @@ def resolve(
     settings: Settings | Mapping[str, Any] | None = None,
     arguments: Mapping[str, Any] | None = None,
     environ: Mapping[str, str] | None = None,
+    *,
+    as_trial: bool = False,
 ) -> Settings:
     """All sources folded into one frozen value; `arguments` win over `settings`. Raises UsageError.
 
-    Reads at most four small files and the environment, nothing else. In a sweep's trial (`sweep_id`) rank 0 says what of the
-    caller's is ignored for the agent's.
+    Reads at most four small files and the environment, nothing else. With `as_trial`, a sweep's agent wins over the
+    caller in what its trial's run is called and where it is (rank 0 says so).
     """
     env = os.environ if environ is None else environ
     of_environment = from_environment(env)
     of_caller = from_arguments(given_fields(settings)) | from_arguments(arguments or {}, "init()")
     below = {**_process_wide, **of_environment}
     ignored: list[str] = []
-    if (sweep_id := {**below, **of_caller}.get("sweep_id")) is not None:
+    if as_trial and below.get("sweep_id"):
         # All trials under an id of the script's would be one run.
-        given = [name for name in OF_THE_TRIAL if name in of_caller and (name in below or name == "run_id")]
-        ignored = [f"{OF_THE_TRIAL[name]}={of_caller.pop(name)!r}" for name in given]
+        both = [name for name in OF_THE_TRIAL if name in of_caller and name in below]
+        ignored = [f"{OF_THE_TRIAL[name]}={of_caller.pop(name)!r}" for name in both]
     above = {**below, **of_caller}
     root_dir = Path(above.get("root_dir") or ".").expanduser().absolute()
     values = {**from_files(root_dir, env), **above}
@@ -299,8 +304,8 @@ def resolve(
     if values.get("base_url"):
         values["base_url"] = str(values["base_url"]).rstrip("/")
     resolved = Settings(**values)
-    if ignored and env.get("RANK", "0") == "0":
-        resolved.say(f"a trial of sweep {sweep_id} is what its agent says: {', '.join(ignored)} ignored", warning=True)
+    if ignored and all(env.get(name, "0") == "0" for name in RANKS):
+        resolved.say(f"a trial of sweep {resolved.sweep_id} is what its agent says: {', '.join(ignored)} ignored", warning=True)
     return resolved
 
 

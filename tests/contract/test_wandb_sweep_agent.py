@@ -38,9 +38,11 @@ with wbdist.job(checkpoint_dir=f"ckpt/{trial}", save_every=1, config={"lr": 9.0,
 
 
 @pytest.mark.slow
-def test_trials_of_two_ranks_and_one_that_is_requeued(server: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_trials_of_two_ranks_and_one_that_is_requeued(
+    server: Any, sdk: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Proves with W&B's agent and torchrun that every rank of every trial has its parameters, that each trial is one run of the
-    sweep, and that one whose rank was killed, handed out again by the agent's server, goes on where it stood, in that run."""
+    sweep, also for W&B's client, and that one whose rank was killed and which is handed out again goes on where it stood."""
     work = tmp_path / "work"
     work.mkdir()
     (work / "train.py").write_text(TRAIN)
@@ -77,3 +79,5 @@ def test_trials_of_two_ranks_and_one_that_is_requeued(server: Any, tmp_path: Pat
             rows = [(row["_step"], row["lr"], row["ranks"]) for row in run.scan_history()]
             assert rows == [(step, lr, 2) for step in range(8)], (run.id, rows)
             assert (run.state, len(run.attempts())) == ("finished", 2 if run.id == "t1" else 1)
+    read = "[run.sweep_name, run.sweep, [each.id for each in api.runs('local/p', include_sweeps=True)]]"
+    assert sdk.read(f"(lambda run: {read})(api.run('local/p/t1'))") == ["sw1", None, ["t1", "t2"]]

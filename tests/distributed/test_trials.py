@@ -40,7 +40,7 @@ def test_every_rank_of_every_strategy_has_them(tmp_path: Path) -> None:
         )
     said = [process.communicate(timeout=100) for process in started]
     assert [process.returncode for process in started] == [0, 0], said
-    parameters = {"lr": 0.5, "net": {"width": 16, "deep": 2}}
+    parameters = {"lr": 0.5, "net": {"width": 16, "deep": 2}, "rank": 16}
     for rank, (out, _) in enumerate(said):
         found = {line["strategy"]: line for line in map(json.loads, out.splitlines())}
         assert len(found) == 4
@@ -65,45 +65,53 @@ def test_every_rank_of_every_strategy_has_them(tmp_path: Path) -> None:
     }
 
 
-def spec_of(path: Path | str) -> RunSpec:
-    return make_spec(resolve({"sweep_id": "sw1", "sweep_param_path": str(path), "project": "p"}), config={"lr": 1.0, "seed": 1})
+def spec_of(path: Path | str | None, sweep: str | None = "sw1") -> RunSpec:
+    told = {"sweep_id": sweep, "sweep_param_path": None if path is None else str(path)}
+    return make_spec(resolve({"project": "p", **told}), config={"lr": 1.0, "seed": 1})
+
+
+def shared(*specs: RunSpec, timeout: float = 20) -> list[Any]:
+    """What each rank has, or raised."""
+    return run_ranks(len(specs), lambda peers: as_shared_trial(peers, "trial", specs[peers.rank], timeout))
 
 
 def test_the_file_may_be_on_another_ranks_host(tmp_path: Path) -> None:
-    """Proves that when rank 0 came to a host without the agent's file, by a restart, the lowest rank that has it tells all."""
+    """Proves that when rank 0 came to a host without the agent's file, by a restart, the lowest rank that has it tells all; and
+    that a rank which was told less than rank 0 takes its word."""
     for rank in (1, 2):
         (tmp_path / f"{rank}.yaml").write_text(f"lr: {{value: 0.{rank}}}")
-
-    def rank(peers: ThreadCoordinator) -> RunSpec:
-        return as_shared_trial(peers, "trial", spec_of(tmp_path / f"{peers.rank}.yaml"), 20)
-
-    found = run_ranks(3, rank)
-    assert [(spec.config, spec.locked, spec.sweep) for spec in found] == [({"lr": 0.1, "seed": 1}, {"lr": 0.1}, "sw1")] * 3
+    told = [({"lr": 0.1, "seed": 1}, {"lr": 0.1}, "sw1")] * 3
+    here = [spec_of(tmp_path / f"{rank}.yaml") for rank in range(3)]
+    assert [(spec.config, spec.locked, spec.sweep) for spec in shared(*here)] == told
+    here = [spec_of(None), spec_of(tmp_path / "1.yaml", None), spec_of(None, None)]
+    assert [(spec.config, spec.locked, spec.sweep) for spec in shared(*here)] == told
 
 
 def test_without_the_file_no_rank_trains(tmp_path: Path) -> None:
-    """Proves that all ranks raise the same error, which names the file, when none of them has it, and that a job which is no
-    trial's is left as it is."""
-
-    def rank(peers: ThreadCoordinator) -> RunSpec:
-        return as_shared_trial(peers, "trial", spec_of(tmp_path / "gone.yaml"), 20)
-
-    errors = run_ranks(3, rank)
-    assert all(isinstance(error, wbdist.UsageError) for error in errors), errors
-    assert len({str(error) for error in errors}) == 1
-    assert "on no rank" in str(errors[0])
-    assert "gone.yaml" in str(errors[0])
-    plain = make_spec(resolve({"project": "p"}), config={"lr": 1.0})
-    assert run_ranks(2, lambda peers: as_shared_trial(peers, "trial", plain, 20)) == [plain] * 2
+    """Proves that all ranks raise the same error, which names the file, when none of them has it or it holds what no config
+    can, and that a job which is no trial's is left as it is."""
+    (tmp_path / "odd.yaml").write_text("lr: {value: {1: 2}}")
+    for name in ("gone.yaml", "odd.yaml"):
+        errors = shared(*[spec_of(tmp_path / name)] * 3)
+        assert all(isinstance(error, wbdist.UsageError) for error in errors), errors
+        assert len({str(error) for error in errors}) == 1
+        assert "on no rank" in str(errors[0])
+    assert "gone.yaml" in str(shared(spec_of(tmp_path / "gone.yaml"))[0])
+    assert shared(*[plain := spec_of(None, None)] * 2) == [plain] * 2
 
 
-def test_a_rank_that_is_lost_meanwhile_is_named(tmp_path: Path) -> None:
-    """Proves that the ranks do not wait for ever for one that was lost between rank 0's word and its own."""
+def test_a_trial_that_rank_0_does_not_know_is_refused(tmp_path: Path) -> None:
+    """Proves that ranks whose launcher gave rank 0 no environment of the agent's do not train with other parameters unsaid."""
+    (tmp_path / "1.yaml").write_text("lr: {value: 0.5}")
+    errors = shared(spec_of(None, None), spec_of(tmp_path / "1.yaml"))
+    assert all(isinstance(error, wbdist.UsageError) and "rank 1 was started" in str(error) for error in errors), errors
+
+
+def test_a_rank_that_does_not_come_is_named() -> None:
+    """Proves that the ranks do not wait for ever for one that is lost."""
 
     def rank(peers: ThreadCoordinator) -> RunSpec | None:
-        if peers.rank == 2:
-            return None
-        return as_shared_trial(peers, "trial", spec_of(tmp_path / "gone.yaml"), 0.2)
+        return None if peers.rank == 2 else as_shared_trial(peers, "trial", spec_of(None), 0.2)
 
     lost = run_ranks(3, rank)[:2]
     assert all(isinstance(error, PeerLostError) and "2" in str(error) for error in lost), lost

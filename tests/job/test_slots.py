@@ -37,6 +37,8 @@ def test_who_stays_keeps_the_slot() -> None:
     assert assign(known, ["w/0", "x/0", "y/0", "z/0"]) == [0, 1, 2, 3], "a requeue on other machines"
     assert assign(known, [*hosts, "e/0"]) == [0, 1, 2, 3, 4]
     assert assign({0: "a/0", 1: "a/0"}, ["a/0", "a/0"]) == [0, 1], "two agents on one host"
+    assert assign(known, ["d/0", "c/0"], trial=True) == [3, 0], "a sweep sees slot 0's run alone"
+    assert assign(known, ["b/0", "a/0"], trial=True) == [1, 0]
 
 
 @given(st.lists(st.lists(st.integers(0, 5), min_size=1, max_size=6), max_size=8))

@@ -10,6 +10,7 @@ import torch
 from torch.utils.data import TensorDataset
 
 import wbdist
+from wbdist.run import anew
 from wbdist.run.journal import JournalReader, find_journals
 
 
@@ -44,3 +45,43 @@ def test_it_goes_on_as_the_trials_own_run(strategy: Any, tmp_path: Path, monkeyp
         with JournalReader.open(path) as reader:
             found.add(reader.header.run_id)
     assert found == {"t1"}
+
+
+@pytest.mark.parametrize("why", ["trial", "restart", "by hand"])
+def test_a_job_that_saves_nothing_begins_anew_when_it_is_started_again(
+    why: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Proves that a job without checkpoints whose run has an id is the run's next attempt from step 0 when its sweep or its
+    launcher starts it again, where what it logged used to go into the archive; and that by hand it is refused, with why."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_RUN_ID", "t1")
+    if why == "trial":
+        monkeypatch.setenv("WANDB_SWEEP_ID", "sw1")
+    for life in (1, 2):
+        monkeypatch.setattr(anew, "_begun", set())  # as in a new process
+        if life == 2 and why == "restart":
+            launched = {
+                "RANK": "0",
+                "WORLD_SIZE": "1",
+                "LOCAL_RANK": "0",
+                "LOCAL_WORLD_SIZE": "1",
+                "TORCHELASTIC_RESTART_COUNT": "1",
+            }
+            for name, value in launched.items():
+                monkeypatch.setenv(name, value)
+        if life == 2 and why == "by hand":
+            with (
+                pytest.raises(wbdist.Error, match=r"'t1' exists already.*checkpoint_dir"),
+                wbdist.job(project="p", notices="off"),
+            ):
+                raise AssertionError("it began")
+        else:
+            with wbdist.job(project="p", notices="off") as job:
+                job.log({"life": life})
+                assert (job.attempt, job.run.starting_step) == (life, 0)
+    headers = []
+    for path in find_journals(tmp_path / "wandb"):
+        with JournalReader.open(path) as reader:
+            headers.append((reader.header.run_id, reader.header.attempt, reader.header.cause))
+    assert sorted(headers) == [("t1", 1, "start"), *([("t1", 2, "restart")] if why != "by hand" else [])]

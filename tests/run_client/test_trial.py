@@ -10,6 +10,7 @@ import yaml
 
 import wbdist
 from wbdist.distributed.pool_runs import Runs
+from wbdist.run import machine
 from wbdist.settings import resolve
 
 
@@ -63,8 +64,11 @@ def test_what_the_agent_decides_is_not_the_scripts(
         assert (run.id, run.name, run.path) == ("t2", "kept", "me/sweeps/t2")
     (line,) = [line for line in capsys.readouterr().err.splitlines() if "agent" in line]
     assert line == "wbdist: a trial of sweep sw1 is what its agent says: project='mine', id='always' ignored"
-    assert resolve(None, {"run_id": "mine"}, {"RANK": "1", "WANDB_SWEEP_ID": "s", "WANDB_RUN_ID": "t"}).run_id == "t"
+    for number in ("RANK", "SLURM_PROCID"):
+        environment = {number: "1", "WANDB_SWEEP_ID": "s", "WANDB_RUN_ID": "t"}
+        assert resolve(None, {"run_id": "mine"}, environment, as_trial=True).run_id == "t"
     assert capsys.readouterr().err == "", "rank 0 says it for all"
+    assert wbdist.Api(overrides={"project": "other"}).settings.project == "other", "who reads is no trial"
 
 
 @pytest.mark.usefixtures("offline")
@@ -108,6 +112,23 @@ def test_a_file_that_cannot_be_is_said(started: Any, text: str | None, problem: 
 
 
 @pytest.mark.usefixtures("offline")
+def test_an_agent_in_a_notebook_begins_the_next_trial(started: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Proves that where `init` returns the run that is open, as in notebooks, a trial never logs into the run of the one before
+    and gets its own again, and that a run beside it may have an id of its own and is not the sweep's."""
+    monkeypatch.setattr(machine, "in_notebook", lambda: True)
+    runs = []
+    for trial, lr in (("t1", 0.1), ("t2", 0.2)):
+        started(trial, {"lr": lr})
+        runs.append(wbdist.init(project="p", settings={"silent": True}))
+        assert wbdist.init() is runs[-1]
+        assert wbdist.config.lr == lr
+    assert [(run.id, run.finished) for run in runs] == [("t1", True), ("t2", False)]
+    with wbdist.init(id="eval", reinit="create_new", config={"lr": 7}, settings={"silent": True}) as beside:
+        assert (beside.id, beside.sweep_id, beside.config.lr) == ("eval", None, 7)
+    runs[-1].finish()
+
+
+@pytest.mark.usefixtures("offline")
 def test_a_sweeps_id_that_cannot_be_is_said() -> None:
     """Proves that an id with white space around it, which no sweep has, is refused before anything is opened."""
     with pytest.raises(wbdist.UsageError, match="white space"):
@@ -116,7 +137,7 @@ def test_a_sweeps_id_that_cannot_be_is_said() -> None:
 
 def test_the_server_knows_whose_trial_it_is(started: Any, embedded: Path, script: Any) -> None:
     """Proves that a run is found by its sweep, at once and when it is synced later; that the run which the agent's server has
-    reserved for the trial is no obstacle; and that a trial which has begun is not begun once more beside its history."""
+    reserved for the trial is no obstacle; and that a second one in the same process does not take its place."""
     del embedded
     api = wbdist.Api()
     api.create_run(run_id="t1", project="p", state="pending")
@@ -136,3 +157,33 @@ def test_the_server_knows_whose_trial_it_is(started: Any, embedded: Path, script
         "t1": ("sw1", 0.5, 0),
         "t2": ("sw1", 0.25, 0),
     }
+
+
+TRAIN = """
+    import os, sys, wbdist
+    with wbdist.init(project="p", settings={"console": "off"}) as run:
+        for step in range(int(sys.argv[1])):
+            run.log({"lr": run.config.lr, "life": int(sys.argv[2])})
+        if sys.argv[2] != "3":
+            run.flush(30)
+            os._exit(1)
+"""
+
+
+@pytest.mark.parametrize("mode", ["online", "offline"])
+def test_a_trial_that_is_handed_out_again_begins_anew(started: Any, embedded: Path, script: Any, mode: str) -> None:
+    """Proves W&B's rule for a trial that saved nothing: in the same run from step 0. What it had logged, or that it died before
+    its first row, is in the archive, also where no server tells of it."""
+    started("t1", {"lr": 0.5})
+    for life, rows in enumerate((5, 0, 3), 1):
+        done = script(TRAIN, str(rows), str(life), WBDIST_MODE=mode)
+        assert done.returncode == (0 if life == 3 else 1), done.stderr
+        assert ("what was logged is archived" in done.stderr) == (life > 1), done.stderr
+    if mode == "offline":
+        done = script("from wbdist.cli import main; main()", "sync", WBDIST_MODE="online")
+        assert done.returncode == 0, done.stderr
+    run = wbdist.Api().run("p/t1")
+    assert [(row["_step"], row["life"]) for row in run.scan_history()] == [(0, 3), (1, 3), (2, 3)]
+    assert (run.state, run.sweep_name) == ("finished", "sw1")
+    assert [(one.attempt, one.rows) for one in run.attempts()] == [(1, 5), (2, 0), (3, 3)]
+    del embedded

@@ -104,9 +104,9 @@ def test_attempts_over_the_wire(server: Any) -> None:
     status, reply = send(2, 4, rows(1, 4))
     assert (status, reply and reply.code, reply and reply.next.get(HISTORY, 0)) == (409, "gap", 0)
     send(2, 0, rows(2, 3))
-    page = reads.read_history_page(server.ask(reads.history_page("local", "gql", "att", 0, 1000)))
+    page = reads.read_history_page(server.ask(reads.history_page("local", "gql", "att", 0, 1000, rows=1000)))
     assert [row["_step"] for row in page] == [0, 1, 2, 3, 4]
-    old = reads.read_history_page(server.ask(reads.history_page("local", "gql", "att", 0, 1000, attempt=1)))
+    old = reads.read_history_page(server.ask(reads.history_page("local", "gql", "att", 0, 1000, rows=1000, attempt=1)))
     assert [row["_step"] for row in old] == [0, 1, 2, 3, 4, 5], "the archive keeps late rows"
     listed = reads.read_attempts(server.ask(reads.attempts("local", "gql", "att")))
     assert [(a.attempt, a.base_attempt, a.rows, a.rows_live) for a in listed] == [(1, None, 6, 3), (2, 1, 2, 2)]
@@ -120,7 +120,7 @@ def test_reading_history(server: Any) -> None:
     lines[3] = '{"_step": 3, "_timestamp": 103.0, "_runtime": 3, "loss": NaN, "text": "t"}'
     lines[4] = '{"_step": 4, "_timestamp": 104.0, "_runtime": 4, "loss": -Infinity}'
     new_run(server, "hist", lines)
-    page = reads.read_history_page(server.ask(reads.history_page("local", "gql", "hist", 2, 6)))
+    page = reads.read_history_page(server.ask(reads.history_page("local", "gql", "hist", 2, 6, rows=1000)))
     assert [row["_step"] for row in page] == [2, 3, 4, 5]
     assert page[1]["loss"] != page[1]["loss"]
     full = reads.read_full_history(server.ask(reads.full_history("local", "gql", "hist", 10)))

@@ -32,7 +32,7 @@ class RealServer(Server):
         rows: list[int] = []
         while True:
             after = (rows or [-1])[-1] + 1
-            page = reads.history_page(self.entity(), "p", "r1", after, after + 1000)
+            page = reads.history_page(self.entity(), "p", "r1", after, after + 1000, rows=1000)
             found = [row["_step"] for row in reads.read_history_page(self.ask(page))]
             if not found:
                 return rows

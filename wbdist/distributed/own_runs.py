@@ -125,6 +125,11 @@ def per_rank_id(run_id: str, slot: int, *, in_sweep: bool) -> str:
     return run_id if in_sweep and slot == 0 else f"{run_id}-r{slot}"
 
 
+def first_spec(spec: RunSpec) -> RunSpec:
+    """`spec` with the id that slot 0's run has under per_rank: what is known of it is known of the job."""
+    return msgspec.structs.replace(spec, run_id=per_rank_id(spec.run_id, 0, in_sweep=bool(spec.sweep)))
+
+
 def per_rank_spec(spec: RunSpec, identity: RankIdentity) -> RunSpec:
     """The spec of this rank's own run, of the job's."""
     slot = identity.rank if identity.slot < 0 else identity.slot
@@ -140,11 +145,11 @@ def per_rank_spec(spec: RunSpec, identity: RankIdentity) -> RunSpec:
         group=spec.group or spec.run_id,
         job_type=spec.job_type or ("main" if slot == 0 else "worker"),
         config={
-            **spec.config,
             "rank": identity.rank,
             "world_size": identity.world_size,
             "local_rank": identity.local_rank,
             "host": spec.settings.host or socket.gethostname(),
+            **spec.config,  # the script's win: LoRA's `rank` is no place among others
         },
     )
 

@@ -66,7 +66,8 @@ def job(
     """A job on this rank; all ranks make it with the same arguments and enter it with `with`.
 
     `checkpoint_dir` is the job's identity: starting again with the same one continues the same run from its newest checkpoint.
-    Without one, nothing is saved and a restart is a new run. `save_every` is a number of steps ("50 steps"), a time
+    Without one, nothing is saved and a restart is a new run; with an `id`, that run's next attempt from step 0, by a launcher's
+    restart or a sweep's, and refused by hand. `save_every` is a number of steps ("50 steps"), a time
     ("10 minutes"), or "auto": the interval that loses the least, from what saves cost and how often this job has failed. With
     `save_best` also each step is saved in which that metric is better than ever; all ranks log it, in the same steps within the
     loop ("loss": the lowest mean of theirs, "max:accuracy": the highest). A checkpoint is also made at the end of the loop and
@@ -116,7 +117,7 @@ def job(
         "config_changes": _named(config_changes),
         "environment_changes": _named(environment_changes),
     }
-    settings = resolve(None, {key: value for key, value in arguments.items() if value is not None})
+    settings = resolve(None, {key: value for key, value in arguments.items() if value is not None}, as_trial=True)
     sources.parse(settings.notices)
     Allowed.parse(settings.config_changes, "config_changes")
     Allowed.parse(settings.environment_changes, "environment_changes")

@@ -23,7 +23,7 @@ from wbdist.core.position import RunPosition
 from wbdist.distributed import bootstrap, coordination, strategies
 from wbdist.distributed.identity import detect
 from wbdist.distributed.lateness import LatePolicy
-from wbdist.distributed.own_runs import per_rank_id
+from wbdist.distributed.own_runs import first_spec, per_rank_id
 from wbdist.distributed.trials import as_shared_trial
 from wbdist.errors import EXIT_FAILED_FOR_GOOD, EXIT_PREEMPTED, EnvironmentFault, Error, FencedError, UsageError
 from wbdist.job import slots
@@ -32,7 +32,7 @@ from wbdist.job.best import BestWatch
 from wbdist.job.ending import Fenced, Preempted, exit_code_of, leave_verdict
 from wbdist.job.fence import SERVER, FenceWatch
 from wbdist.job.phases import Phases, ask_when_submitted
-from wbdist.job.plan import Plan, agree_on_plan, decide, position_of, seed_everything
+from wbdist.job.plan import Plan, agree_on_plan, decide, position_of, seed_everything, without_directory
 from wbdist.job.same_data import SameData
 from wbdist.job.saving import COPY_TIMEOUT, PEER_TIMEOUT, Saves
 from wbdist.job.slots import Slot
@@ -164,8 +164,8 @@ class Job:
         self._identity = detect()
         self._peers = coordination.connect(self._identity, os.environ.get("WBDIST_INCARNATION"), timeout=PEER_TIMEOUT)
         self._stack.callback(self._peers.close)
-        self._plan = agree_on_plan(self._peers, self._decide, PEER_TIMEOUT if self._copies is None else COPY_TIMEOUT)
         self._spec = as_shared_trial(self._peers, "job/trial", self._spec, PEER_TIMEOUT)
+        self._plan = agree_on_plan(self._peers, self._decide, PEER_TIMEOUT if self._copies is None else COPY_TIMEOUT)
         # All ranks are here (they agreed on the plan), so forming takes no time; what counts is how long a collective may last.
         self._own_group = coordination.init_process_group(
             self._identity, incarnation=self._plan.nonce, timeout=COLLECTIVE_TIMEOUT
@@ -233,12 +233,15 @@ class Job:
         if self._strategy != "per_rank":
             return Slot(self.rank, {})
         place = f"{self._spec.settings.host or socket.gethostname()}/{self._identity.local_rank}"
-        slot = slots.take(self._peers, directory, place, self._chosen, PEER_TIMEOUT)
+        slot = slots.take(self._peers, directory, place, self._chosen, PEER_TIMEOUT, trial=bool(self._spec.sweep))
         self._identity = msgspec.structs.replace(self._identity, slot=slot.number)
         return slot
 
     def _decide(self) -> Plan:
         with self._phases.during("startup" if self._copies is None else "restore"):
+            if self._directory is None:
+                first = first_spec(self._spec) if self._strategy == "per_rank" else self._spec
+                return without_directory(self._spec, first, restarted=self._identity.restart > 0)
             return decide(self._spec, self._id, self._directory, self._copies, self._stack)
 
     # The parts a training script uses -------------------------------------------------------------------

@@ -37,16 +37,26 @@ class Plan(msgspec.Struct, frozen=True):
     cause: str
 
 
-def decide(spec: RunSpec, run_id: str | None, directory: Path | None, copies: Elsewhere | None, stack: ExitStack) -> Plan:
-    """Rank 0: the plan of this attempt. With a directory it is claimed, and released by `stack`.
+def without_directory(spec: RunSpec, asked: RunSpec, *, restarted: bool) -> Plan:
+    """Rank 0: the plan of a job that saves nothing: a new run, or the next attempt of the one whose id was given, from step 0.
+
+    `asked`: the spec by whose id the job's runs are known. Blocks and raises as `anew.begun`.
+    """
+    from wbdist.run import anew
+
+    found = anew.begun(asked, restarted=restarted, say=False)  # the job says what goes on
+    cause = os.environ.get("WBDIST_CAUSE", "")
+    return Plan(spec.run_id, found.attempt, secrets.token_hex(8), cause or found.cause)
+
+
+def decide(spec: RunSpec, run_id: str | None, directory: Path, copies: Elsewhere | None, stack: ExitStack) -> Plan:
+    """Rank 0: the plan of this attempt of the job in `directory`, which is claimed, and released by `stack`.
 
     With `copies` the attempt begins there too, and the newest checkpoint is brought here. `run_id` is the id asked for, None
     for the directory's. Blocks at most `settings.claim_timeout` seconds, and for the download. Raises JobAlreadyRunningError,
     FencedError, CheckpointError.
     """
     cause = os.environ.get("WBDIST_CAUSE", "")
-    if directory is None:
-        return Plan(spec.run_id, 1, secrets.token_hex(8), cause or "start")
     if copies is not None:
         copies.adopt(directory)
     cause = cause or cause_of_restart(directory)

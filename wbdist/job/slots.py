@@ -40,8 +40,11 @@ class Slot(msgspec.Struct, frozen=True):
     """As in `Slots`."""
 
 
-def assign(known: Mapping[int, str], places: Sequence[str]) -> list[int]:
-    """The slot of each place, by rank; `known` are the places of the slots there were. All slots are different."""
+def assign(known: Mapping[int, str], places: Sequence[str], *, trial: bool = False) -> list[int]:
+    """The slot of each place, by rank; `known` are the places of the slots there were. All slots are different.
+
+    With `trial` somebody has slot 0, whose run is all that a sweep sees of the job: the place of the lowest slot, if need be.
+    """
     slots: list[int | None] = []
     free = dict(known)
     for place in places:
@@ -51,12 +54,18 @@ def assign(known: Mapping[int, str], places: Sequence[str]) -> list[int]:
             del free[slot]
     taken = {slot for slot in slots if slot is not None}
     lowest = iter(number for number in range(len(places) + len(known)) if number not in taken)
-    return [next(lowest) if slot is None else slot for slot in slots]
+    found = [next(lowest) if slot is None else slot for slot in slots]
+    if trial and 0 not in found:
+        found[found.index(min(found))] = 0
+    return found
 
 
-def take(peers: Coordinator, directory: Path, place: str, chosen: Manifest | None, timeout: float) -> Slot:
-    """All ranks, in step, after the checkpoint was chosen: this rank's slot. Blocks at most `timeout` seconds a wait.
+def take(
+    peers: Coordinator, directory: Path, place: str, chosen: Manifest | None, timeout: float, *, trial: bool = False
+) -> Slot:
+    """All ranks, in step, after the checkpoint was chosen: this rank's slot; `trial` as for `assign`.
 
+    Blocks at most `timeout` seconds a wait.
     Raises CheckpointError, on all ranks, when `slots.json` cannot be read or written; PeerLostError.
     """
     places = [each.decode() for each in peers.gather("slots/places", place.encode(), timeout)]
@@ -65,11 +74,11 @@ def take(peers: Coordinator, directory: Path, place: str, chosen: Manifest | Non
         if "error" in told:
             raise CheckpointError(msgspec.json.decode(told["error"], type=str))
         before = msgspec.json.decode(told["slots"], type=Slots)
-        return Slot(assign(before.places, places)[peers.rank], before.parked)
+        return Slot(assign(before.places, places, trial=trial)[peers.rank], before.parked)
     file = directory / FILE
     try:
         before = msgspec.json.decode(file.read_bytes(), type=Slots) if file.exists() else Slots()
-        slots = assign(before.places, places)
+        slots = assign(before.places, places, trial=trial)
         here = {} if chosen is None else {position.run_id: position for position in chosen.runs}
         parked = {**before.parked, **here}
         _write(file, Slots(before.places | dict(zip(slots, places, strict=True)), parked))

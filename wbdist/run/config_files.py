@@ -18,7 +18,7 @@ def load(path: str | os.PathLike[str]) -> dict[str, Any]:
 
     try:
         found = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:  # ValueError: no UTF-8, a 31st of June
         raise UsageError(f"config file {os.fspath(path)!r} cannot be read: {error}") from error
     if found is None:
         return {}

@@ -119,7 +119,7 @@ def _lock(path: Path, spec: RunSpec) -> int:
 def with_server(connection: Connection, spec: RunSpec, local: LocalRun | None) -> RunSpec:
     """The spec of the next attempt, as server and local journals together know the run. Raises UsageError, CommError,
     JournalCorruptError when what came last may lie in a journal that cannot be read."""
-    if not _knows_attempts(connection):
+    if not knows_attempts(connection):
         from wbdist.run import foreign
 
         return foreign.with_server(connection, spec, local)
@@ -139,7 +139,7 @@ def with_server(connection: Connection, spec: RunSpec, local: LocalRun | None) -
     return _continued(spec, known.attempt + 1, known.standing, cause="resume")
 
 
-def _knows_attempts(connection: Connection) -> bool:
+def knows_attempts(connection: Connection) -> bool:
     try:
         return FEATURE in operations.read_server_features(connection.execute(operations.server_features()))
     except RefusedError:

@@ -107,7 +107,9 @@ def init(  # noqa: PLR0917  (W&B's order, but for `project` first, as its docume
         "anonymous": anonymous,
     }
     given = {name: value for name, value in arguments.items() if value is not None}
-    resolved = resolve(settings, given)
+    # With an id of its own, a run beside others is none of the sweep's.
+    beside = id is not None and reinit == "create_new"
+    resolved = resolve(settings, given, as_trial=not beside)
     refuse_what_is_not_built(
         tensorboard=tensorboard,
         sync_tensorboard=sync_tensorboard,
@@ -125,7 +127,7 @@ def init(  # noqa: PLR0917  (W&B's order, but for `project` first, as its docume
 
     policy = resolved.reinit
     if policy == "default":
-        policy = "return_previous" if machine.in_notebook() else "finish_previous"
+        policy = "return_previous" if machine.in_notebook() and not _is_another_trial(resolved) else "finish_previous"
     if policy == "return_previous" and (active := lifecycle.active_runs()):
         newest = active[-1]
         if resolved.resume == "must" and newest.id != resolved.run_id:
@@ -145,14 +147,24 @@ def init(  # noqa: PLR0917  (W&B's order, but for `project` first, as its docume
         config_exclude_keys=config_exclude_keys,
         config_include_keys=config_include_keys,
     )
-    spec = trial.as_trial(spec, trial.read(resolved))
+    if not beside:
+        spec = trial.as_trial(spec, trial.read(resolved))
     if policy == "finish_previous":
         lifecycle.finish_previous()
+    if spec.sweep:
+        from wbdist.run import anew
+
+        spec = anew.begun(spec, restarted=False)
     run = lifecycle.open_run(spec)
     run.belongs_to_script()
     if policy != "create_new":
         lifecycle.set_current(run)
     return run
+
+
+def _is_another_trial(settings: Settings) -> bool:
+    """Whether an agent that runs its trials in this process, in a notebook, has begun the next one."""
+    return settings.sweep_id is not None and any(run.id != settings.run_id for run in lifecycle.active_runs())
 
 
 def _point_at_ranks(settings: Settings) -> None:

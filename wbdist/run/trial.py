@@ -39,7 +39,7 @@ def read(settings: Settings) -> Trial | None:
         return None if sweep_id is None else Trial(sweep_id)
     try:
         parameters = checked(config_files.load(path))
-    except UsageError as error:
+    except (UsageError, TypeError) as error:
         raise UsageError(
             f"the parameters of this trial (WANDB_SWEEP_PARAM_PATH) cannot be read: {error}. A relative path is looked for in "
             f"{Path.cwd()}. Where nothing is a sweep's, unset WANDB_SWEEP_PARAM_PATH and WANDB_SWEEP_ID"

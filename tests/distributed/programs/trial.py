@@ -20,7 +20,7 @@ def main() -> None:
     coordination.connect = lambda *_, **__: FileCoordinator(keys, rank, size)
     for strategy in ("rank0", "per_rank", "shared", "rank_zero_only"):
         os.environ["WANDB_RUN_ID"] = f"t-{strategy}"
-        config = {"lr": 1.0, "net": {"width": 8, "deep": 2}}
+        config = {"lr": 1.0, "net": {"width": 8, "deep": 2}, "rank": 16}
         run = wbdist.init_ranks(project="p", id="always the same", mode="offline", strategy=strategy, config=config)
         run.config.update({"lr": 9})
         wbdist.log({"loss": run.config.lr})

@@ -115,7 +115,7 @@ def _target(call: Call, input: dict[str, Any]) -> tuple[str, str, str]:
 def _fields(input: dict[str, Any]) -> RunFields:
     fields = RunFields()
     for source, target in _UPSERT_FIELDS.items():
-        if input.get(source) is not None:
+        if input.get(source) is not None and (source != "sweep" or input[source]):
             setattr(fields, target, input[source])
     try:
         if input.get("config") is not None:

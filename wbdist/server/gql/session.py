@@ -157,5 +157,6 @@ RESOLVERS: dict[str, dict[str, Resolver]] = {
         "bucket": _run,
         "runCount": _run_count,
         "runs": _runs,
+        "sweep": lambda _project, _info, sweepName: None,  # noqa: N803
     },
 }
