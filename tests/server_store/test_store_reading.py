@@ -226,4 +226,8 @@ def test_many_metrics_are_read_together(store: SqlStore, tiny: None, monkeypatch
     monkeypatch.setattr(reading, "load_many", lambda *given: loads.append(given) or load_many(*given))
     assert store.many_series(run.pk, keys, buckets=5) == {key: found for key, found in alone.items() if found}
     assert len(loads) <= 3
+    monkeypatch.setattr(reading, "_HELD", 600)  # of a long run, not all at once
+    del loads[:]
+    assert store.many_series(run.pk, keys, buckets=5).keys() == {key for key, found in alone.items() if found}
+    assert max(len(given[2]) for given in loads) <= 600 // min(60, 5 * raw) + 1  # type: ignore[index]
     assert store.many_series(run.pk, [], buckets=5) == {}

@@ -23,7 +23,8 @@ from wbdist.server.store.views import View, chunks_of
 _PAGE = 512
 """Rows made at a time: a caller that wants one row of a chunk of 32,768 does not wait for all."""
 _TOGETHER = 1000
-"""Metrics whose charts are made together."""
+_HELD = 2**22
+"""Metrics whose charts are made together, and about how many numbers of theirs are held at a time."""
 _RAW = 2 * WIDTH
 """Values a bucket above which rollups are fine enough for a chart."""
 
@@ -100,8 +101,11 @@ def series(db: sa.Connection, view: View, keys: Sequence[str], buckets: int) -> 
         for part in chunks_of(db, view, segment, HISTORY).values():
             found += part
     out: dict[str, list[Bucket]] = {}
-    for at in range(0, len(keys), _TOGETHER):
-        made = _series(db, found, keys[at : at + _TOGETHER], buckets)
+    rows = sum(chunk.visible for chunk in found)
+    each = min(rows, _RAW * buckets) + rows * len(Blocks._fields) // WIDTH
+    together = max(1, min(_TOGETHER, _HELD // max(each, 1)))
+    for at in range(0, len(keys), together):
+        made = _series(db, found, keys[at : at + together], buckets)
         out |= {key: shown for key, shown in made.items() if shown}
     return out
 
@@ -118,15 +122,19 @@ def _series(db: sa.Connection, found: Sequence[Chunk], keys: Sequence[str], buck
             values |= _values(db, [chunk for chunk in found if chunk.pk in odd[key]], [key])[key]
         blocks = ready[key] | {pk: Blocks.of_values(*part) for pk, part in values.items()}
         ordered, apart = Blocks.join([blocks[chunk.pk] for chunk in found if chunk.pk in blocks]).in_order()
-        if apart:
-            out[key] = bucketed(ordered, buckets)
-        # Else steps run back within or across blocks: buckets of blocks would overlap.
+        # Where steps run back within or across blocks, buckets of blocks would overlap: its values are read, alone.
+        out[key] = bucketed(ordered, buckets) if apart else _bucketed_values(_values(db, found, [key])[key], buckets)
     coarse = [key for key in keys if key not in out]
     for key, held in (_values(db, found, coarse) if coarse else {}).items():
-        if held:
-            steps, numbers = (np.concatenate(part) for part in zip(*held.values(), strict=True))
-            out[key] = bucketed(Blocks.of_values(steps, numbers).in_order()[0], buckets)
+        out[key] = _bucketed_values(held, buckets)
     return out
+
+
+def _bucketed_values(held: dict[int, tuple[Ints, Floats]], buckets: int) -> list[Bucket]:
+    if not held:
+        return []
+    steps, numbers = (np.concatenate(part) for part in zip(*held.values(), strict=True))
+    return bucketed(Blocks.of_values(steps, numbers).in_order()[0], buckets)
 
 
 def _rollups(
