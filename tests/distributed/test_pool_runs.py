@@ -73,6 +73,7 @@ def test_workers_log_into_the_parents_run(tmp_path: Path) -> None:
     assert lost == [7]
     assert wbdist.Api().run(f"p/{run.id}").state == "running"
     run.log({"last": 1})
+    run.summary["best"] = 5
     run.finish()
     until(lambda: len(list(wbdist.Api().run(f"p/{run.id}").scan_history())) == 24 + 11 + 2 + 1, "the rows", 60)
     read = wbdist.Api().run(f"p/{run.id}")
@@ -84,7 +85,8 @@ def test_workers_log_into_the_parents_run(tmp_path: Path) -> None:
     assert {row["square"] for row in rows if row.get("square") is not None} == {n * n for n in logged if n != 7} | {49}
     assert "last" in rows[-1]
     assert (read.state, dict(read.config.items())["lr"]) == ("finished", 0.1)
-    assert read.summary["progress"] == 11
+    assert (read.summary["progress"], read.summary["best"]) == (11, 5)
+    assert read.summary["n"] == [row["n"] for row in rows if row.get("n") is not None][-1], "workers' rows are in it, by step"
 
 
 def fail_at_two(n: int) -> None:

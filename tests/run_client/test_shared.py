@@ -23,6 +23,7 @@ settings = wbdist.Settings(mode="shared", x_label=f"w{n}", x_primary=n == 0, x_u
 run = wbdist.init(project="p", id="one", config={"writer": n}, settings=settings)
 for i in range(100):
     run.log({f"m{n}": i}, step=4 * i + n)
+    run.summary["set by"] = n
 if n == 0:
     sys.stdin.readline()
 run.finish()
@@ -32,7 +33,7 @@ run.finish()
 @pytest.mark.usefixtures("embedded")
 def test_many_writers_of_one_run(tmp_path: Path) -> None:
     """Proves that every row of every writer is in the run, at its step, in order of steps; that the primary's config is the
-    run's, that the run ends with it, and that the summary is of all."""
+    run's, that the run ends with it, and that the summary is of all, with what the primary sets by hand."""
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
     writers = [
         subprocess.Popen([sys.executable, "-c", WRITER, str(n)], cwd=tmp_path, env=env, stdin=subprocess.PIPE, text=True)
@@ -47,7 +48,7 @@ def test_many_writers_of_one_run(tmp_path: Path) -> None:
     rows = [{key: row[key] for key in row if key == "_step" or key.startswith("m")} for row in run.scan_history()]
     assert rows == [{"_step": step, f"m{step % 4}": step // 4} for step in range(400)]
     assert (run.config["writer"], run.state) == (0, "finished")
-    assert {f"m{n}": 99 for n in range(4)}.items() <= dict(run.summary.items()).items()
+    assert ({f"m{n}": 99 for n in range(4)} | {"set by": 0}).items() <= dict(run.summary.items()).items()
 
 
 def test_what_excludes_shared(embedded: Path) -> None:

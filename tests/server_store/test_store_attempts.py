@@ -337,14 +337,48 @@ def test_without_a_clients_summary_the_last_values_are_it(store: SqlStore) -> No
     """Also of two writers, by step and not by arrival; a summary that a client gives stays until the next attempt."""
     run = StoredRun(store)
     run.begin(1)
-    run.append(1, 0, rows(range(5, 8), v=lambda s: s, a=1), writer="a")
-    run.append(1, 0, rows(range(3), v=lambda s: -s, b=2), writer="b")
-    assert run.row.summary == {"_step": 7, "v": 7, "a": 1, "b": 2}
+    run.append(1, 0, rows(range(5, 8), v=lambda s: s, a=1))
     store.set_summary(run.pk, {"mine": 1}, NOW, attempt=1)
-    run.append(1, 3, rows(range(8, 9), v=0), writer="a")
+    run.append(1, 3, rows(range(8, 9), v=0))
     assert run.row.summary == {"mine": 1}
-    run.begin(2, Watermark(1, {HISTORY: {"b": 2}}, 1))
-    assert run.row.summary == {"_step": 1, "v": -1, "b": 2}
+    run.begin(2, Watermark(1, {HISTORY: {"w": 2}}, 6))
+    assert run.row.summary == {"_step": 6, "v": 6, "a": 1}
+    run.append(2, 0, rows(range(9, 10), v=9), writer="a")
+    run.append(2, 0, rows(range(7, 9), v=lambda s: -s, b=2), writer="b")
+    assert run.row.summary == {"_step": 9, "v": 9, "a": 1, "b": 2}
+
+
+def test_rows_of_a_pools_workers_are_in_the_summary_beside_their_parents(store: SqlStore) -> None:
+    """Proves that what workers log into their parent's run is in its summary, by step, before and after the parent, which knows
+    its own rows alone, has said its own; and that what only the parent says stays."""
+    run = StoredRun(store)
+    run.begin(1)
+    run.append(1, 0, rows(range(3), loss=lambda s: s), writer="w0-x")
+    run.append(1, 0, rows(range(3, 4), score=1), writer="rank0")
+    store.set_summary(run.pk, {"_step": 3, "score": 5, "best": 7}, NOW, attempt=1)  # 5: by hand, or a metric that was defined
+    assert run.row.summary == {"_step": 3, "loss": 2, "score": 5, "best": 7}
+    run.append(1, 3, rows(range(6, 8), loss=lambda s: s), writer="w0-x")
+    run.append(1, 0, rows(range(4, 6), loss=lambda s: -s, only=1), writer="w1-y")
+    assert run.row.summary == {"_step": 7, "loss": 7, "score": 5, "best": 7, "only": 1}
+    run.append(1, 1, rows(range(8, 9), score=2), writer="rank0")
+    store.set_summary(run.pk, {"_step": 8, "score": 2, "best": 8}, NOW, attempt=1)
+    assert run.row.summary == {"_step": 8, "loss": 7, "score": 2, "best": 8, "only": 1}
+
+
+def test_what_is_set_by_hand_in_a_shared_run_stays(store: SqlStore) -> None:
+    """Proves that the server, which makes a shared run's summary of all writers' rows, adds what one of them set by hand, keeps
+    it whatever rows come in whatever order, and does not take a row's older value for it."""
+    run = StoredRun(store)
+    run.begin(1, nonce="shared-x")
+    run.append(1, 0, rows(range(3), v=1), writer="rank0", nonce="shared-x")
+    store.set_summary(run.pk, {"best": 7, "v": 0, "_step": 2}, NOW, attempt=1)
+    assert run.row.summary == {"_step": 2, "v": 1, "best": 7}
+    run.append(1, 0, rows(range(5), v=2), writer="rank1", nonce="shared-x")
+    run.append(1, 3, rows(range(3, 4), v=3), writer="rank0", nonce="shared-x")
+    assert run.row.summary == {"_step": 4, "v": 2, "best": 7}
+    store.set_summary(run.pk, {"best": 8}, NOW, attempt=1)
+    run.append(1, 4, rows(range(9, 10), v=9), writer="rank0", nonce="shared-x")
+    assert run.row.summary == {"_step": 9, "v": 9, "best": 8}
 
 
 @pytest.mark.parametrize("order", [(0, 1), (1, 0), (0, 1, 0)])

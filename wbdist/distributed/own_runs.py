@@ -22,9 +22,9 @@ from wbdist.distributed.rank_run import RankRun, check_reduce
 from wbdist.distributed.tail import Tail, fenced_message
 from wbdist.errors import UsageError
 from wbdist.protocol import names
+from wbdist.protocol.attempts import SHARED
 from wbdist.run import machine
 from wbdist.run.handle import Run
-from wbdist.run.journal_format import SHARED
 from wbdist.run.lifecycle import RunSpec
 from wbdist.run.shipper import client
 from wbdist.run.values import NeedsFilesError, as_step, flat_row

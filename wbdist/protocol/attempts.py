@@ -14,6 +14,9 @@ from wbdist.core.position import Counts, Watermark
 FEATURE = "WBDIST_ATTEMPTS"
 FIELD = "wbdist"
 """Key of our object inside file_stream requests and answers."""
+SHARED = "shared"
+"""How the nonce begins that all writers of a shared run have in common: the server makes the summary of their rows, and adds
+what one of them set by hand."""
 
 
 class Ended(msgspec.Struct, frozen=True, omit_defaults=True):

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 from wbdist.core.wandb_settings import WithoutEffect
 from wbdist.errors import UsageError
 from wbdist.protocol import names
+from wbdist.protocol.attempts import SHARED
 from wbdist.run import config_files, lifecycle, machine, trial
 from wbdist.run.choosing import choose
 from wbdist.run.config import checked
 from wbdist.run.handle import Run
-from wbdist.run.journal_format import SHARED
 from wbdist.run.lifecycle import RunSpec
 from wbdist.run.main_guard import check_child
 from wbdist.settings import Settings, resolve

@@ -29,8 +29,6 @@ from wbdist.protocol.attempts import BeginAttempt
 
 MAGIC: Final = b"WBDJ\r\n\x1a\n"
 VERSION: Final = 1
-SHARED: Final = "shared"
-"""How the nonce begins that all writers of a shared run have in common: the server makes the summary of their rows."""
 MAX_FRAME: Final = 1 << 28
 """Longest frame believed (256 MiB); a larger length is damage."""
 

@@ -21,11 +21,11 @@ import msgspec
 from wbdist.core.position import ALERTS, CONSOLE, FILES, HISTORY, PHASES, SUMMARY
 from wbdist.errors import JournalCorruptError
 from wbdist.protocol import file_stream, operations, reads
-from wbdist.protocol.attempts import FEATURE, Ended, StreamAnswer, StreamStamp
+from wbdist.protocol.attempts import FEATURE, SHARED, Ended, StreamAnswer, StreamStamp
 from wbdist.run.journal import JournalReader
-from wbdist.run.journal_format import SHARED, begin_request
+from wbdist.run.journal_format import begin_request
 from wbdist.run.shipper.foreign_memory import ForeignMemory
-from wbdist.run.shipper.lines import Translator
+from wbdist.run.shipper.lines import Translator, json_line
 from wbdist.run.shipper.placing import NotNowError, place
 from wbdist.run.shipper.remote import Answer, Remote, UnreachableError
 from wbdist.run.shipper.uploads import Uploads
@@ -138,8 +138,9 @@ class Delivery:
         below the newest, adds lines only; the order in which segments arrive then makes no difference."""
         self._facts_sent = 0
         self._summary_sent = 0
-        self._sums_up = not self.header.nonce.startswith(SHARED)
-        """Whether this writer knows the whole summary; that of a shared run is the server's to make, of all writers' rows."""
+        self._shares = self.header.nonce.startswith(SHARED)
+        """Whether this writer is one of those that share the run: its summary is the server's to make, of all writers' rows,
+        but for what is set by hand."""
         self._preempting_sent = False
         self._last_sent = 0.0
         self._last_look = 0.0
@@ -258,7 +259,7 @@ class Delivery:
             return False
         return (
             translator.facts_version != self._facts_sent
-            or (self._sums_up and translator.summary_version != self._summary_sent)
+            or self._summary_version() not in {None, self._summary_sent}
             or (translator.preempting and not self._preempting_sent)
         )
 
@@ -424,9 +425,10 @@ class Delivery:
         while True:
             chunks, counts = self._batch()
             last = all(counts.get(stream, 0) == len(lines) for stream, lines in translator.lines.items())
-            version = translator.summary_version
-            if self._speaks and self._sums_up and last and version != self._summary_sent and not translator.behind():
-                chunks[SUMMARY] = file_stream.FileChunk([translator.summary_line()], 0)
+            summed = self._summary_version()
+            if self._speaks and last and summed not in {None, self._summary_sent} and not translator.behind():
+                line = json_line(translator.by_hand) if self._shares else translator.summary_line()
+                chunks[SUMMARY] = file_stream.FileChunk([line], 0)
             final = end and last and not translator.behind()
             request = file_stream.StreamRequest(
                 files=chunks,
@@ -450,7 +452,8 @@ class Delivery:
                 return
             self._preempting_sent = translator.preempting
             if SUMMARY in chunks:
-                self._summary_sent = version
+                assert summed is not None
+                self._summary_sent = summed
             if last:
                 break
         if end:
@@ -460,6 +463,12 @@ class Delivery:
                 )
             self.caught_up = True
             self._finish(State.DONE, "")
+
+    def _summary_version(self) -> int | None:
+        """Of what this writer has to say of the summary; None when it has nothing to say."""
+        if not self._shares:
+            return self._translator.summary_version
+        return self._translator.by_hand_version if self._ours and self._translator.by_hand else None
 
     def _batch(self) -> tuple[dict[str, file_stream.FileChunk], dict[str, int]]:
         """The next lines of each stream, up to the limits."""

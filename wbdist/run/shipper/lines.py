@@ -44,6 +44,9 @@ class Translator:
         """What RUN records said."""
         self.config: dict[str, Any] = {}
         self.facts_version = 0
+        self.by_hand = {key: value for key, value in header.summary.items() if not key.startswith("_")}
+        """What was set in the summary, also before this attempt (then beside what rows said)."""
+        self.by_hand_version = 1
         self.preempting = False
         self.end: dict[str, Any] | None = None
         self.last_time = 0.0
@@ -103,6 +106,8 @@ class Translator:
                 self.facts_version += 1
             elif kind is Kind.SUMMARY:
                 self._summary.change(record.data.get("set", {}), record.data.get("delete", ()))
+                self.by_hand.update(record.data.get("set", {}))
+                self.by_hand_version += 1
             elif kind is Kind.DEFINE and "name" in record.data:
                 self._assembler.define(record.data)
                 self._summary.define(record.data)

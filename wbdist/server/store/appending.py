@@ -12,7 +12,7 @@ from sqlalchemy.dialects import postgresql, sqlite
 
 from wbdist.core.position import CONSOLE, HISTORY, Watermark
 from wbdist.server.store import lines as lining
-from wbdist.server.store.attempts import attempt_of
+from wbdist.server.store.attempts import attempt_of, has_several_writers
 from wbdist.server.store.chunks import LOOSE, Key, compact, store
 from wbdist.server.store.derived import in_summary, recount
 from wbdist.server.store.forks import recount_forks
@@ -126,12 +126,16 @@ def append(
     change: dict[str, Any] = {}
     if not lane and target == current:
         change = _advance(db, run, position, next_seq, fresh)
+        history = fresh.get(HISTORY)
+        if history is not None and run["summary_given"] and attempt is not None and _is_part(db, pk, target, writer):
+            change["summary"] = json.dumps(_with_latest(db, run, history))
     elif not lane:  # a rival's lines are part of no view
         view = view_of(db, pk, current)
         fenced = not view.admits(target, writer, next_seq)
         if fresh:
             change = recount(db, view, config=None if run["summary_given"] else config_of(db, pk))
-            change.pop("summary_given", None)
+            if change.pop("summary_given", None) is not None:
+                change["summary"] = json.dumps(_by_hand(run) | json.loads(change["summary"]))
     if fresh and not lane:
         recount_forks(db, pk, lambda base: _shows(base, target, writer, position, fresh))
     if target == current and not lane:  # what a superseded attempt says is no sign of life of the run
@@ -163,15 +167,35 @@ def _advance(
         if not batch.numeric <= known:
             change["metrics"] = json.dumps(sorted(known | batch.numeric))
         if not run["summary_given"]:
-            latest = {key: value for row in batch.rows for key, value in row.items() if value is not None}
-            shown = {key: value for key, value in latest.items() if in_summary(key)}
-            old = json.loads(run["summary"])
-            if batch.step_lo > run["last_step"] and not any(_reduced(old.get(key), new) for key, new in shown.items()):
-                change["summary"] = json.dumps(old | shown)
-            else:  # of several writers the last value is a matter of steps, not of arrival; or more than the last is asked for
-                view = view_of(db, int(run["pk"]), int(run["attempt"]))
-                change["summary"] = recount(db, view, config=config_of(db, int(run["pk"])))["summary"]
+            change["summary"] = json.dumps(_with_latest(db, run, batch))
     return change
+
+
+def _with_latest(db: sa.Connection, run: sa.RowMapping, batch: Batch) -> dict[str, Any]:
+    """The run's summary after rows of the current attempt."""
+    latest = {key: value for row in batch.rows for key, value in row.items() if value is not None}
+    shown = {key: value for key, value in latest.items() if in_summary(key)}
+    old = json.loads(run["summary"])
+    if batch.step_lo > run["last_step"] and not any(_reduced(old.get(key), new) for key, new in shown.items()):
+        return {**old, **shown}
+    # Of several writers the last value is a matter of steps, not of arrival; or more than the last is asked for.
+    view = view_of(db, int(run["pk"]), int(run["attempt"]))
+    made: dict[str, Any] = json.loads(recount(db, view, config=config_of(db, int(run["pk"])))["summary"])
+    if run["summary_given"]:  # of the keys that these rows do not have, the client knows more
+        return {**old, **{key: made[key] for key in shown if key in made}}
+    return _by_hand(run) | made
+
+
+def _by_hand(run: sa.RowMapping) -> dict[str, Any]:
+    """What no row has of a summary that the server makes of rows: a writer of a shared run has set it."""
+    rows = set(json.loads(run["metrics"]))
+    return {key: value for key, value in json.loads(run["summary"]).items() if not key.startswith("_") and key not in rows}
+
+
+def _is_part(db: sa.Connection, pk: int, attempt: int, writer: str) -> bool:
+    """Whether these rows are in no summary that a client gives: a pool's worker logs them into its parent's run, and the parent
+    knows its own rows alone."""
+    return not writer.startswith("rank0") and has_several_writers(db, pk, attempt)
 
 
 def _unrepeated(db: sa.Connection, known: Known, stream: str, part: Lines, expected: int) -> Lines:

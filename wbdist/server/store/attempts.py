@@ -12,7 +12,7 @@ import sqlalchemy as sa
 from wbdist.core.position import HISTORY, Watermark
 from wbdist.core.states import RunEvent, RunState, next_state
 from wbdist.errors import UsageError
-from wbdist.protocol.attempts import BeginAttempt, BegunAttempt
+from wbdist.protocol.attempts import SHARED, BeginAttempt, BegunAttempt
 from wbdist.server.store import branches, definitions
 from wbdist.server.store.branches import Beneath, Frozen, Origin, Source
 from wbdist.server.store.chunks import ColumnCache
@@ -191,6 +191,12 @@ def has_several_writers(db: sa.Connection, pk: int, attempt: int) -> bool:
     """Whether more than one writer of the attempt has sent rows: what each says of the summary is a part of it then."""
     where = (cursors.c.run_pk == pk) & (cursors.c.attempt == attempt) & (cursors.c.lane == "") & (cursors.c.stream == HISTORY)
     return len(db.execute(sa.select(cursors.c.writer).where(where).limit(2)).all()) > 1
+
+
+def is_shared(db: sa.Connection, pk: int, attempt: int) -> bool:
+    """Whether its writers share the run, so that none of them knows its summary."""
+    found = attempt_of(db, pk, attempt)
+    return found is not None and str(found["nonce"]).startswith(SHARED)
 
 
 def end(

@@ -218,7 +218,8 @@ class Store(Protocol):
         self, pk: int, summary: dict[str, Any], now: float, *, attempt: int | None = None, merge: bool = False
     ) -> None:
         """Replaces it; `merge`: the keys that are given, as of one of several writers. After a rewind or fork what was there at
-        the branch point stays under it. Ignored when `attempt` is superseded."""
+        the branch point stays under it. Of a shared run it is only laid over what the rows make, where no row has the key.
+        Ignored when `attempt` is superseded."""
         ...
 
     def delete_run(self, pk: int, now: float) -> None:

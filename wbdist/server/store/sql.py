@@ -182,9 +182,15 @@ class SqlStore:
             if attempt is not None and attempt != run["attempt"]:
                 return
             stored = json.loads(run["summary"])
+            if attempt is not None and attempts.is_shared(db, pk, attempt):
+                rows = set(json.loads(run["metrics"]))
+                given = {key: value for key, value in summary.items() if not key.startswith("_") and key not in rows}
+                change = {"summary": json.dumps(stored | given), "heartbeat_at": now, "version": runs.c.version + 1}
+                db.execute(sa.update(runs).where(runs.c.pk == pk).values(**change))
+                return
             steps = (summary.get("_step"), stored.get("_step"))
             behind = attempt is not None and all(type(step) is int for step in steps) and steps[0] < steps[1]
-            if attempt is not None and (behind or run["summary_given"]):
+            if attempt is not None and (behind or run["summary_given"] or stored.keys() - summary.keys()):
                 merge = attempts.has_several_writers(db, pk, attempt)
             if behind and not merge:
                 return  # said before, and repeated
