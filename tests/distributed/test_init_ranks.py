@@ -67,6 +67,18 @@ def test_what_it_does_not_take_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
         wbdist.init_ranks(project="p")
 
 
+def test_an_id_that_there_is_gets_advice_that_can_be_taken(tmp_path: Path) -> None:
+    """Proves that a second start by hand is not told to resume, which init_ranks refuses; `init`, which takes it, tells so."""
+    wbdist.init_ranks(project="p", id="x", mode="offline", dir=tmp_path).finish()
+    with pytest.raises(
+        UsageError, match=r"'x' exists already.*leave `id` out, choose another, or use a wbdist\.job"
+    ) as refusal:
+        wbdist.init_ranks(project="p", id="x", mode="offline", dir=tmp_path)
+    assert "resume" not in str(refusal.value)
+    with pytest.raises(UsageError, match='continue it with resume="allow"'):
+        wbdist.init(project="p", id="x", mode="offline", dir=tmp_path)
+
+
 @pytest.mark.parametrize(
     ("rank", "group", "says"), [("1", None, True), ("0", None, False), ("1", "mine", False), ("2", None, False)]
 )

@@ -72,7 +72,9 @@ def test_a_job_that_saves_nothing_begins_anew_when_it_is_started_again(
                 monkeypatch.setenv(name, value)
         if life == 2 and why == "by hand":
             with (
-                pytest.raises(wbdist.Error, match=r"'t1' exists already.*checkpoint_dir"),
+                pytest.raises(
+                    wbdist.Error, match=r"'t1' exists already.*choose another, or use a wbdist.job with a checkpoint_dir"
+                ),
                 wbdist.job(project="p", notices="off"),
             ):
                 raise AssertionError("it began")

@@ -15,6 +15,7 @@ from wbdist.distributed import coordination, opening, own_runs, strategies
 from wbdist.distributed.identity import detect
 from wbdist.distributed.lateness import LatePolicy
 from wbdist.distributed.opening import Opened
+from wbdist.distributed.same_arguments import check_same
 from wbdist.distributed.trials import as_shared_trial
 from wbdist.errors import Error, UsageError
 from wbdist.run import lifecycle, process_end
@@ -53,7 +54,8 @@ def init_ranks(
     process is finished first.
 
     Blocks until all ranks are here, at most PEER_TIMEOUT seconds, and then as `strategies.open_runs`. Finishing is `finish`, on
-    every rank, or the end of the process. Raises UsageError, PeerLostError, and on all ranks what opening raised on one.
+    every rank, or the end of the process. Raises UsageError (on all ranks when some were given another strategy),
+    PeerLostError, and on all ranks what opening raised on one.
     """
     check_child("wbdist.init_ranks()")
     if unknown := sorted(set(arguments) - _TAKEN):
@@ -72,6 +74,7 @@ def init_ranks(
     peers = coordination.connect(identity, os.environ.get("WBDIST_INCARNATION"), timeout=PEER_TIMEOUT)
     try:
         place = f"ranks/{next(_opened)}"
+        check_same(peers, f"{place}/same", identity, PEER_TIMEOUT, strategy=strategy, mode=settings.mode)
         spec = as_shared_trial(peers, f"{place}/trial", spec, PEER_TIMEOUT)
         spec = _begun(peers, place, spec, strategy, restarted=identity.restart > 0)
         run = strategies.open_runs(strategy, identity, peers, spec, late).run
@@ -99,7 +102,7 @@ def _begun(peers: Coordinator, name: str, spec: RunSpec, strategy: str, *, resta
 
         try:
             asked = own_runs.first_spec(spec) if strategy == "per_rank" else spec
-            found = anew.begun(asked, restarted=restarted)
+            found = anew.begun(asked, restarted=restarted, resumable=False)
         except Error as error:
             peers.agree(name, msgspec.msgpack.encode(_Begun(refusal=opening.refusal_of(error))), PEER_TIMEOUT)
             raise

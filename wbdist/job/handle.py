@@ -24,9 +24,10 @@ from wbdist.distributed import bootstrap, coordination, strategies
 from wbdist.distributed.identity import detect
 from wbdist.distributed.lateness import LatePolicy
 from wbdist.distributed.own_runs import first_spec, per_rank_id
+from wbdist.distributed.same_arguments import check_same
 from wbdist.distributed.trials import as_shared_trial
-from wbdist.errors import EXIT_FAILED_FOR_GOOD, EXIT_PREEMPTED, EnvironmentFault, Error, FencedError, UsageError
-from wbdist.job import slots
+from wbdist.errors import EXIT_FAILED_FOR_GOOD, EXIT_PREEMPTED, EnvironmentFault, Error, FencedError, ShutdownError, UsageError
+from wbdist.job import one_open, slots
 from wbdist.job.accumulation import Group
 from wbdist.job.best import BestWatch
 from wbdist.job.ending import Fenced, Preempted, exit_code_of, leave_verdict
@@ -59,6 +60,8 @@ log = logging.getLogger("wbdist.job")
 COLLECTIVE_TIMEOUT = 1800.0
 """Seconds one collective of the training script may take, torch's own default: one rank may evaluate while others wait."""
 _END = object()
+_OF_OPEN_JOB = frozenset({"_hub", "_identity", "_peers", "_phases", "_plan", "_runs", "_saves", "_step", "_stopping"})
+"""What a Job has once it is entered."""
 _LEDGER_REDUCE = {"_samples": "sum53", "epoch": "first", "_consumed": "first", "_batch": "first", "_data": "first"}
 """Fingerprints of the ranks' shares add up (modulo 2**53) to the one of the step; the rest is alike on all ranks."""
 
@@ -91,7 +94,6 @@ class Job:
         self._strategy = strategy
         self._late = late
         self._seed = seed
-        self._step = 0
         self._chosen: Manifest | None = None
         self._in_steps = False
         self._open_step: ResumableLoader | None = None
@@ -104,7 +106,19 @@ class Job:
         self._loops = 0
         self._unwrapped: nn.Module | None = None
         """What `ddp` gave back as it was."""
+        self._left = False
         self._stack = ExitStack()
+
+    if not TYPE_CHECKING:  # attributes that there are not stay errors there
+
+        def __getattr__(self, name: str) -> Any:
+            """Asked for what opening the job sets, which is not there before."""
+            if name in _OF_OPEN_JOB:
+                raise UsageError(
+                    "this job is not open: its methods and properties work on what entering it makes; "
+                    "write `with wbdist.job(...) as job:` and use it inside"
+                )
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
     # Facts ----------------------------------------------------------------------------------------------
 
@@ -147,12 +161,18 @@ class Job:
         """All ranks, in step, on the main thread. Blocks until all ranks are here, at most PEER_TIMEOUT seconds a wait.
 
         Afterwards the attempt and its checkpoint are decided and the same on all ranks, the run is open and signals
-        are watched. Raises JobAlreadyRunningError, CheckpointError, PeerLostError, UsageError; nothing is left open then.
+        are watched. Raises JobAlreadyRunningError, CheckpointError, PeerLostError, UsageError (a job is open in this
+        process, this one has ended, or ranks were given other arguments than rank 0); nothing is left open then.
         """
         bootstrap.check_main_guard()
-        process_end.chain_excepthook()
-        self._phases = Phases.of_process()
+        if self._left:
+            raise UsageError("this job has ended; to go on, make another with wbdist.job(...) and enter that")
+        directory = None if self._directory is None else str(self._directory)
+        one_open.take(f"project={self._spec.project!r}, checkpoint_dir={directory!r}")
+        self._stack.callback(one_open.release)
         try:
+            process_end.chain_excepthook()
+            self._phases = Phases.of_process()
             self._open()
         except BaseException as error:
             leave_verdict(_rank_for_verdict(), error)
@@ -161,9 +181,18 @@ class Job:
         return self
 
     def _open(self) -> None:
+        self._step = 0
         self._identity = detect()
         self._peers = coordination.connect(self._identity, os.environ.get("WBDIST_INCARNATION"), timeout=PEER_TIMEOUT)
         self._stack.callback(self._peers.close)
+        deciding = {
+            "checkpoint_dir": "None" if self._directory is None else "...",
+            "checkpoint_copy": "None" if self._copies is None else "...",
+            "save_every": repr(self._save_every),
+            "save_best": str(self._save_best),
+        }
+        mode = self._spec.settings.mode
+        check_same(self._peers, "job/same", self._identity, PEER_TIMEOUT, strategy=self._strategy, mode=mode, others=deciding)
         self._spec = as_shared_trial(self._peers, "job/trial", self._spec, PEER_TIMEOUT)
         self._plan = agree_on_plan(self._peers, self._decide, PEER_TIMEOUT if self._copies is None else COPY_TIMEOUT)
         # All ranks are here (they agreed on the plan), so forming takes no time; what counts is how long a collective may last.
@@ -253,6 +282,10 @@ class Job:
         out at once (`hooks.buckets`), so that a step sums gradients in one order, whether it is the first of an attempt or not.
         With `static_graph=True` or sparse gradients that cannot be: with three ranks or more, last bits may then differ.
         """
+        from torch import nn
+
+        if not isinstance(model, nn.Module):
+            raise UsageError(f"job.ddp() wraps a torch.nn.Module; got {model!r}, a {type(model).__name__}")
         if self.world_size == 1:
             self._unwrapped = model
             return model
@@ -273,6 +306,7 @@ class Job:
         Buckets, norms and non-finite elements are looked at every `detail_every` backward passes, 0 for never. With one rank
         `ddp()` gives a plain model: nothing is done then. Raises UsageError for a model that is none of DDP's or has a hook.
         """
+        self._check_open("job.watch_ddp()")
         if model is self._unwrapped:
             return
         from wbdist.job.watching import watch
@@ -299,6 +333,7 @@ class Job:
         metrics of torchmetrics are such in any case. Blocks while the checkpoint is read. Raises StateMissingError when it
         was made with other names, ConfigError when with another config, CheckpointError when it cannot be read.
         """
+        self._check_open("job.track()")
 
         def settle() -> None:
             if self.world_size > 1:
@@ -329,6 +364,7 @@ class Job:
         """
         from wbdist.hooks.loader import ResumableLoader
 
+        self._check_open("job.steps()")
         if not isinstance(data, ResumableLoader):
             raise UsageError(
                 f"job.steps() needs a loader with a position; got {type(data).__name__}. Make it with job.loader(dataset, ...)"
@@ -379,6 +415,7 @@ class Job:
         `reduce` ("mean", "sum", "min", "max", ... or one per key) says what becomes of the ranks' values under strategy rank0.
         """
         if not self._in_steps:
+            self._check_open("job.log()")
             self._close_step()
             self._phases.working()
         elif step is None:
@@ -416,6 +453,7 @@ class Job:
 
         Raises PeerLostError naming ranks that did not call it within PEER_TIMEOUT seconds.
         """
+        self._check_open("job.save()")
         if self._in_steps:
             raise UsageError(
                 "job.save() was called inside the loop, where a step is half done; use save_every, or call it after the loop"
@@ -531,7 +569,12 @@ class Job:
             if isinstance(error, FencedError):
                 self._leave_fenced(error)
         finally:
+            self._left = True
             self._stack.close()
+
+    def _check_open(self, what: str) -> None:
+        if self._left:
+            raise ShutdownError(f"{what} came after the `with` block of its job had ended; move it inside")
 
     def _leave_told(self) -> NoReturn:
         self._close_step()

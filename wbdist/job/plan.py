@@ -44,7 +44,7 @@ def without_directory(spec: RunSpec, asked: RunSpec, *, restarted: bool) -> Plan
     """
     from wbdist.run import anew
 
-    found = anew.begun(asked, restarted=restarted, say=False)  # the job says what goes on
+    found = anew.begun(asked, restarted=restarted, resumable=False, say=False)  # the job says what goes on
     cause = os.environ.get("WBDIST_CAUSE", "")
     return Plan(spec.run_id, found.attempt, secrets.token_hex(8), cause or found.cause)
 

@@ -15,11 +15,12 @@ _begun: set[str] = set()
 """Ids of runs that this process began: a second one of the same id is the script's mistake, and no restart."""
 
 
-def begun(spec: RunSpec, *, restarted: bool, say: bool = True) -> RunSpec:
+def begun(spec: RunSpec, *, restarted: bool, resumable: bool = True, say: bool = True) -> RunSpec:
     """A process on its own, or rank 0 for all, before anything is opened: `spec` as the attempt that begins its run.
 
     1 of a run that nobody knows. Of one that there is the next, when somebody started this again: the launcher (`restarted`),
-    or a sweep's server, which hands out its trial again. Anybody else would put a second history in the place of the first.
+    or a sweep's server, which hands out its trial again. Anybody else would put a second history in the place of the first,
+    and is told what to do instead: `resume`, too, where that is taken (`resumable`).
 
     Asks the server, after at most `init_timeout` seconds for an embedded one REGISTER_SECONDS a request, and this machine's
     journals; those alone when it is away. Raises UsageError for a run that there is, AuthenticationError.
@@ -28,7 +29,7 @@ def begun(spec: RunSpec, *, restarted: bool, say: bool = True) -> RunSpec:
         return spec
     newest, where = _newest(spec)
     if newest and (spec.run_id in _begun or not (restarted or spec.sweep)):
-        raise UsageError(continuation.must_be_new_refusal(spec, where))
+        raise UsageError(continuation.must_be_new_refusal(spec, where, resumable=resumable))
     _begun.add(spec.run_id)
     if not newest:
         return spec

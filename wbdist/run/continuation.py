@@ -173,10 +173,16 @@ def _refuse_unreadable(spec: RunSpec, local: LocalRun | None, known: ServerRun |
         unreadable.refuse(spec.settings, spec.run_id, local.unreadable, local.attempt, 0 if known is None else known.attempt)
 
 
-def must_be_new_refusal(spec: RunSpec, where: str) -> str:
+def must_be_new_refusal(spec: RunSpec, where: str, *, resumable: bool = True) -> str:
+    """`resumable`: whether who asks for the run takes `resume`; init_ranks and jobs do not."""
+    exists = f"run {spec.run_id!r} exists already in project {spec.project!r} of {where}. "
+    exists += "Logging to it again would mix two histories"
+    if not resumable:
+        return (
+            f"{exists}: leave `id` out, choose another, or use a wbdist.job with a checkpoint_dir, which goes on with its run"
+        )
     return (
-        f"run {spec.run_id!r} exists already in project {spec.project!r} of {where}. Logging to it again would mix two "
-        'histories: continue it with resume="allow" (or "must"), leave `id` out, or choose another. '
+        f'{exists}: continue it with resume="allow" (or "must"), leave `id` out, or choose another. '
         "(A job with a checkpoint_dir continues its run by itself.)"
     )
 

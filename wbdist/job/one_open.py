@@ -1,0 +1,30 @@
+"""At most one job is open in a process: signals, seeds, the process group and the word to the launcher are the process's."""
+
+from __future__ import annotations
+
+import os
+
+from wbdist.errors import UsageError
+
+_open: tuple[int, str] | None = None
+"""The process that opened the job, and which job: what a fork inherits is its parent's."""
+
+
+def take(which: str) -> None:
+    """Any rank, not in step, before anything of job `which` is touched: it counts as open until `release`.
+
+    Raises UsageError, having changed nothing, while a job is open in this process, the same one or another.
+    """
+    global _open  # noqa: PLW0603  (a fact about the process)
+    if _open is not None and _open[0] == os.getpid():
+        raise UsageError(
+            f"a job is open in this process already ({_open[1]}), and a process has one at a time: use that one, or enter "
+            f"{'it' if which == _open[1] else f'this one ({which})'} after its `with` block has ended"
+        )
+    _open = (os.getpid(), which)
+
+
+def release() -> None:
+    """The job of this process is open no longer, however it was left. Idempotent."""
+    global _open  # noqa: PLW0603
+    _open = None
