@@ -28,17 +28,20 @@ with {package}Pool(2{context}) as pool:
 """
 
 QUEUE = """
-import multiprocessing
+import fcntl, multiprocessing, struct, termios, time
 context = multiprocessing.get_context("fork")
 def write(queue, n):
     while True:
         queue.put((n, "x" * 200_000))
 queue = context.Queue()
 writers = [context.Process(target=write, args=(queue, n), daemon=True) for n in range(2)]
-for writer in writers:
-    writer.start()
-queue.get()
-# Most of a put's time is its write, under the lock that all writers share.
+pipe = queue._reader.fileno()
+full = fcntl.fcntl(pipe, fcntl.F_GETPIPE_SZ) - 4096  # the length that goes before has a page of its own
+writers[0].start()
+while struct.unpack("i", fcntl.ioctl(pipe, termios.FIONREAD, b"0000"))[0] < full:
+    time.sleep(0.001)
+# Now the first is in the middle of its write, under the lock that all writers share.
+writers[1].start()
 writers[0].kill()
 writers[0].join()
 for _ in range(50):
