@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import inspect
 import os
+import re
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,11 +16,14 @@ import torch
 from torch.utils.data import TensorDataset
 
 import wbdist
+from wbdist.distributed import coordination
 from wbdist.errors import JobAlreadyRunningError, ShutdownError, UsageError
 from wbdist.hooks.loader import ResumableLoader
 from wbdist.job import handle, one_open
 from wbdist.run import lifecycle
 from wbdist.run.journal import find_journals
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(autouse=True)
@@ -106,6 +112,45 @@ def test_only_a_job_that_is_open_counts(monkeypatch: pytest.MonkeyPatch) -> None
             patch.setattr(os, "getpid", lambda: child)
             one_open.take("a forked child's")
     assert len(find_journals(Path("wandb"))) == 2
+
+
+def test_each_job_of_a_process_meets_its_ranks_under_a_name_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Proves that a second job does not read what the ranks of the first have left in the launcher's store, and that ranks
+    whose processes had other jobs before meet under the same name when the launcher gives a new one."""
+    names: list[str | None] = []
+    connect = coordination.connect
+
+    def named(identity: Any, incarnation: str | None, **arguments: Any) -> Any:
+        names.append(incarnation)
+        return connect(identity, incarnation, **arguments)
+
+    monkeypatch.setattr(coordination, "connect", named)
+    for launcher in ("first", "first", "second", ""):
+        for name, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "WBDIST_INCARNATION": launcher}.items():
+            monkeypatch.setenv(name, value)
+        if not launcher:
+            monkeypatch.delenv("WBDIST_INCARNATION")
+        with make():
+            pass
+    assert names == ["first/1", "first/2", "second/1", None]
+
+
+@pytest.mark.slow
+def test_one_job_after_the_other_on_two_ranks(tmp_path: Path) -> None:
+    """Proves it with real ranks under the launcher, where the second job used to wait without end."""
+    script = tmp_path / "three.py"
+    script.write_text(
+        "import wbdist\n"
+        "for n in (1, 2, 3):\n"
+        "    with wbdist.job(project='p', checkpoint_dir='ck', notices='off') as job:\n"
+        "        job.log({'n': n})\n"
+        "        print('job', n, job.rank, job.attempt)\n"
+    )
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "wbdist", "launch", "--nproc", "2", "--max-restarts", "0", str(script)]
+    done = subprocess.run(command, check=False, env=env, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert sorted(re.findall(r"job (\d \d \d)", done.stdout)) == ["1 0 1", "1 1 1", "2 0 2", "2 1 2", "3 0 3", "3 1 3"]
 
 
 def _refuse(*_: Any) -> Any:

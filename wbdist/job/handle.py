@@ -183,7 +183,7 @@ class Job:
     def _open(self) -> None:
         self._step = 0
         self._identity = detect()
-        self._peers = coordination.connect(self._identity, os.environ.get("WBDIST_INCARNATION"), timeout=PEER_TIMEOUT)
+        self._peers = coordination.connect(self._identity, one_open.incarnation(), timeout=PEER_TIMEOUT)
         self._stack.callback(self._peers.close)
         deciding = {
             "checkpoint_dir": "None" if self._directory is None else "...",

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 
 from wbdist.errors import UsageError
 
 _open: tuple[int, str] | None = None
 """The process that opened the job, and which job: what a fork inherits is its parent's."""
+_jobs: Counter[str] = Counter()
+"""Of each incarnation, the jobs that went to meet their peers: all ranks enter them in step, so the number is the same."""
 
 
 def take(which: str) -> None:
@@ -28,3 +31,16 @@ def release() -> None:
     """The job of this process is open no longer, however it was left. Idempotent."""
     global _open  # noqa: PLW0603
     _open = None
+
+
+def incarnation() -> str | None:
+    """All ranks, in step, once a job: the name under which its ranks meet, None where they agree on one of their own.
+
+    The launcher names the processes, and a process may have one job after the other. All of them use the same keys, so that
+    the second would read there what the first has left.
+    """
+    name = os.environ.get("WBDIST_INCARNATION")
+    if not name:
+        return None
+    _jobs[name] += 1
+    return f"{name}/{_jobs[name]}"
