@@ -132,7 +132,9 @@ def test_each_job_of_a_process_meets_its_ranks_under_a_name_of_its_own(monkeypat
             monkeypatch.delenv("WBDIST_INCARNATION")
         with make():
             pass
-    assert names == ["first/1", "first/2", "second/1", None]
+        with wbdist.checkpoints("alone"):
+            pass
+    assert names == ["first/1", "first/2", "first/3", "first/4", "second/1", "second/2", None, None]
 
 
 @pytest.mark.slow

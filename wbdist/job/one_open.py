@@ -10,7 +10,7 @@ from wbdist.errors import UsageError
 _open: tuple[int, str] | None = None
 """The process that opened the job, and which job: what a fork inherits is its parent's."""
 _jobs: Counter[str] = Counter()
-"""Of each incarnation, the jobs that went to meet their peers: all ranks enter them in step, so the number is the same."""
+"""Of each incarnation, the jobs (and `checkpoints`) that went to meet their peers: in step, so that all ranks count alike."""
 
 
 def take(which: str) -> None:
@@ -34,9 +34,9 @@ def release() -> None:
 
 
 def incarnation() -> str | None:
-    """All ranks, in step, once a job: the name under which its ranks meet, None where they agree on one of their own.
+    """All ranks, in step, once a job or `checkpoints`: the name under which its ranks meet, None where they agree on one.
 
-    The launcher names the processes, and a process may have one job after the other. All of them use the same keys, so that
+    The launcher names the processes, and a process may have one after the other. All of them use the same keys, so that
     the second would read there what the first has left.
     """
     name = os.environ.get("WBDIST_INCARNATION")

@@ -12,6 +12,7 @@ from wbdist.checkpoint.checkpointer import Checkpointer
 from wbdist.checkpoint.claim import Claim
 from wbdist.distributed import coordination
 from wbdist.distributed.identity import detect
+from wbdist.job import one_open
 from wbdist.job.plan import Plan, agree_on_plan
 
 PEER_TIMEOUT = 120.0
@@ -46,7 +47,7 @@ def checkpoints(
     identity = detect()
     path = Path(directory).absolute()
     with ExitStack() as stack:
-        peers = coordination.connect(identity, os.environ.get("WBDIST_INCARNATION"), timeout=PEER_TIMEOUT)
+        peers = coordination.connect(identity, one_open.incarnation(), timeout=PEER_TIMEOUT)
         stack.callback(peers.close)
 
         def decide() -> Plan:
