@@ -70,6 +70,7 @@ def resized(page: Page, width: int) -> Any:
     return chart
 
 
+@pytest.mark.slow
 def test_labels_of_attempts_never_touch(served: Any, tabs: Any) -> None:
     """Proves that of attempts that begin close together, at one step, at a chart's edges, or in great number, the labels become
     one that names them all; that no two touch or leave the canvas at any width, and that none is missing. The tooltip names

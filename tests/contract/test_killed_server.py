@@ -109,7 +109,7 @@ def check(server: Any, *, portions: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("kills", "portions"), [(3, 16), pytest.param(60, 400, marks=[pytest.mark.slow, pytest.mark.timeout(900)])]
+    ("kills", "portions"), [(2, 8), pytest.param(60, 400, marks=[pytest.mark.slow, pytest.mark.timeout(900)])]
 )
 def test_a_server_that_dies_again_and_again(server: Any, kills: int, portions: int, tmp_path: Path) -> None:
     """Proves with eight clients (four with our stamps, four as W&B's SDK): after each SIGKILL all rows are there once

@@ -170,7 +170,7 @@ TRAIN = """
 """
 
 
-@pytest.mark.parametrize("mode", ["online", "offline"])
+@pytest.mark.parametrize("mode", [pytest.param("online", marks=pytest.mark.slow), "offline"])
 def test_a_trial_that_is_handed_out_again_begins_anew(started: Any, embedded: Path, script: Any, mode: str) -> None:
     """Proves W&B's rule for a trial that saved nothing: in the same run from step 0. What it had logged, or that it died before
     its first row, is in the archive, also where no server tells of it."""
