@@ -95,13 +95,18 @@ def _follow(told: Opened, spec: RunSpec, open_it: Callable[[RunSpec], Run]) -> t
 def told_by_rank0(peers: Coordinator, name: str) -> Opened:
     """Other ranks: rank 0's answer; raises its error when it could not open the run."""
     answer = msgspec.msgpack.decode(peers.agree(name, None, OPEN_TIMEOUT), type=Opened)
-    if answer.error:
-        raise error_of(answer.error_class)(f"rank 0 could not open the run: {answer.error}")
+    raise_refusal(answer)
     return answer
 
 
 def refusal_of(error: Error) -> Opened:
     return Opened(error=str(error), error_class=type(error).__name__)
+
+
+def raise_refusal(answer: Opened) -> None:
+    """Other ranks: raises rank 0's error, when its answer is one."""
+    if answer.error:
+        raise error_of(answer.error_class)(f"rank 0 could not open the run: {answer.error}")
 
 
 def error_of(name: str) -> type[Error]:

@@ -92,7 +92,7 @@ class _Begun(msgspec.Struct):
     nonce: str = ""
     attempt: int = 1
     cause: str = ""
-    refusal: Opened | None = None
+    refusal: Opened = msgspec.field(default_factory=Opened)
 
 
 def _begun(peers: Coordinator, name: str, spec: RunSpec, strategy: str, *, restarted: bool) -> RunSpec:
@@ -110,8 +110,7 @@ def _begun(peers: Coordinator, name: str, spec: RunSpec, strategy: str, *, resta
         peers.agree(name, msgspec.msgpack.encode(told), PEER_TIMEOUT)
     else:
         told = msgspec.msgpack.decode(peers.agree(name, None, PEER_TIMEOUT), type=_Begun)
-        if told.refusal is not None:
-            raise opening.error_of(told.refusal.error_class)(f"rank 0 could not open the run: {told.refusal.error}")
+        opening.raise_refusal(told.refusal)
     return msgspec.structs.replace(
         spec,
         run_id=told.run_id,
